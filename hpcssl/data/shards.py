@@ -1,0 +1,143 @@
+"""The contract between ``data_prep``, which writes shards, and everything that reads them.
+
+A shard folder holds plain WebDataset tars, which any webdataset reader takes::
+
+    shard-000000.tar   KEY.jpg | KEY.png | ...   the image, byte for byte as its source had it
+                       KEY.cls                   the class number in ASCII (absent where there is no label)
+                       KEY.json                  {"source": path in the source tree}
+                       KEY.b.jpg | KEY.b.png     optional: a second modality of the same sample
+    index.json         what the folder should hold: shards with bytes, samples and sha256; classes; totals
+    index.npy          one record per sample: where its bytes lie (the ROW type below)
+
+A sample's *global index* is its row in ``index.npy``: stable for ever, since shards never change once written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from hpcssl.errors import DataError
+
+FORMAT = 1
+INDEX, ROWS = "index.json", "index.npy"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+ROW = np.dtype(
+    [
+        ("shard", "<u4"),  # position in index.json's list of shards
+        ("header", "<u8"),  # offset of the image member's first header block: its name stands there
+        ("offset", "<u8"),  # offset of the image's first byte
+        ("size", "<u4"),  # bytes of the image
+        ("label", "<i4"),  # class number, -1 without a label
+        ("offset_b", "<u8"),  # the second modality, 0 and 0 without one
+        ("size_b", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of the folder as the index describes it."""
+
+    name: str
+    bytes: int
+    samples: int
+    sha256: str
+
+
+class ShardSet:
+    """A shard folder, opened by its index. Holds no file handles; ``data/reader.py`` does."""
+
+    def __init__(self, root: Path, meta: dict, rows: np.ndarray):
+        self.root = root
+        self.meta = meta
+        self.rows = rows
+        self.shards = [Shard(**shard) for shard in meta["shards"]]
+        self.classes: list[str] = meta["classes"]
+
+    @classmethod
+    def open(cls, root: Path | str, *, check_sizes: bool = True) -> ShardSet:
+        """Open a folder that ``hpcssl-shard`` wrote.
+
+        ``check_sizes`` compares every tar's size with the index (one stat each), which finds missing and truncated
+        shards before training; ``hpcssl-shard verify`` compares contents. Raises ``DataError``.
+        """
+        root = Path(root).absolute()
+        what = f"shard folder {root}"
+        if not root.is_dir():
+            raise DataError(what, got="no such folder", expected="a folder written by hpcssl-shard",
+                            mend="check data.train and data.val, or write one with `hpcssl-shard images SRC OUT`")
+        if not (root / INDEX).exists():
+            inside = sorted(p.name for p in root.iterdir())[:3]
+            train = "; OUT/train and OUT/val are the folders to name" if "train" in inside else ""
+            raise DataError(what, got=f"no {INDEX} (it holds {', '.join(inside) or 'nothing'})",
+                            expected="a folder written by hpcssl-shard",
+                            mend=f"write one with `hpcssl-shard images SRC OUT`{train}")
+        try:
+            meta = json.loads((root / INDEX).read_text())
+            body = (root / ROWS).read_bytes()
+            shards = [Shard(**s) for s in meta["shards"]]
+            wanted = meta["rows_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(what, got=f"an index that cannot be read ({type(error).__name__}: {error})",
+                            expected=f"{INDEX} and {ROWS} as hpcssl-shard wrote them",
+                            mend="write the shards again with the same command: finished shards are kept") from error
+        if meta.get("format") != FORMAT:
+            raise DataError(what, got=f"index format {meta.get('format')}", expected=f"format {FORMAT}",
+                            mend="write the shards again with this version's hpcssl-shard")
+        if hashlib.sha256(body).hexdigest() != wanted:
+            raise DataError(what, got=f"{ROWS} with another sha256 than {INDEX} records", expected=wanted[:12] + "…",
+                            mend="write the shards again with the same command: finished shards are kept")
+        rows = np.load(io.BytesIO(body), allow_pickle=False)
+        if check_sizes:
+            for shard in shards:
+                path = root / shard.name
+                size = path.stat().st_size if path.exists() else None
+                if size != shard.bytes:
+                    raise DataError(f"shard {path}", got="no such file" if size is None else f"{size} bytes",
+                                    expected=f"{shard.bytes} bytes",
+                                    mend="copy it again, or write the shards again with the same command")
+        return cls(root, meta, rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class number of every sample, int64 [N]; -1 without a label."""
+        return self.rows["label"].astype(np.int64)
+
+    @property
+    def has_second(self) -> bool:
+        """Whether every sample carries a second modality (``KEY.b.*``)."""
+        return len(self.rows) > 0 and bool((self.rows["size_b"] > 0).all())
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the set: the same for the same shards in the same order, wherever they lie."""
+        text = json.dumps([[s.sha256 for s in self.shards], self.meta["rows_sha256"], self.classes])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def path(self, shard: int) -> Path:
+        return self.root / self.shards[shard].name
+
+    def key(self, index: int) -> str:
+        """The sample's name inside its shard, for messages; read from the tar header."""
+        row = self.rows[index]
+        try:
+            with open(self.path(int(row["shard"])), "rb") as file:
+                file.seek(int(row["header"]))
+                with tarfile.open(fileobj=file, mode="r|") as tar:
+                    name = tar.next().name
+        except (OSError, tarfile.TarError, AttributeError):
+            return f"sample {index}"
+        folder, _, base = name.rpartition("/")
+        return f"{folder}/{base.split('.')[0]}".lstrip("/")
