@@ -1,0 +1,142 @@
+"""Backbones by name: torchvision's ResNets, with its own stem or the small-image one, and a small one for digits.
+
+timm's networks answer to ``timm:NAME`` where timm is installed. Every backbone maps [B, 3, H, W] to the pooled
+features [B, F], and takes the class of its normalisation layers as an argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from hpcssl import rng
+from hpcssl.errors import ConfigError, nearest
+
+_RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+NAMES = (*_RESNETS, "resnet_tiny")
+STEMS = ("imagenet", "small")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """What a backbone is. Stored in every exported weights file, so that nobody guesses it from key names.
+
+    ``stem``: ``imagenet`` (7×7 stride 2, max-pool) or ``small`` (3×3 stride 1, no pool; CIFAR-sized images).
+    ``zero_init_residual``: the last norm of each residual branch starts at 0 (SimSiam; not MSF).
+    """
+
+    arch: str = "resnet50"
+    stem: str = "imagenet"
+    zero_init_residual: bool = False
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Arch:
+        return cls(**json.loads(text))
+
+
+class TinyResNet(nn.Module):
+    """Three stages of one basic block, widths 32, 64, 128, stride-1 stem without pooling: 0.3 M parameters."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 3, padding=1, bias=False)
+        self.bn1 = norm(32)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = _stage(32, 32, 1, norm)
+        self.layer2 = _stage(32, 64, 2, norm)
+        self.layer3 = _stage(64, 128, 2, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+
+def _stage(before: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> nn.Module:
+    skip = None
+    if stride != 1 or before != width:
+        skip = nn.Sequential(nn.Conv2d(before, width, 1, stride=stride, bias=False), norm(width))
+    return nn.Sequential(BasicBlock(before, width, stride, skip, norm_layer=norm))
+
+
+def build(arch: Arch, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Module:
+    """The backbone of ``arch`` with layers ``norm(channels)``; its pooled width is ``width_of(module)``.
+
+    Its weights are torch's defaults: ``initialise`` draws the ones a run starts from.
+    """
+    if arch.stem not in STEMS:
+        raise ConfigError("model.stem", got=repr(arch.stem), expected=" or ".join(STEMS),
+                          mend=nearest(arch.stem, STEMS))
+    if arch.arch.startswith("timm:"):
+        return _timm(arch)
+    if arch.arch not in NAMES:
+        raise ConfigError("model.arch", got=repr(arch.arch), expected="a known backbone, or timm:NAME",
+                          mend=nearest(arch.arch, NAMES))
+    if arch.arch == "resnet_tiny":
+        network = TinyResNet(norm)
+    else:
+        block, layers = _RESNETS[arch.arch]
+        network = ResNet(block, list(layers), norm_layer=norm)
+        network.fc = nn.Identity()
+        if arch.stem == "small":
+            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            network.maxpool = nn.Identity()
+    if arch.zero_init_residual:
+        for part in network.modules():
+            if isinstance(part, BasicBlock | Bottleneck):
+                nn.init.zeros_((part.bn3 if isinstance(part, Bottleneck) else part.bn2).weight)
+    return network
+
+
+def _timm(arch: Arch) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ConfigError("model.arch", got=repr(arch.arch), expected="timm to be installed",
+                          mend="pip install timm, or choose one of " + ", ".join(NAMES)) from error
+    name = arch.arch.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise ConfigError("model.arch", got=repr(arch.arch), expected="a name that timm knows",
+                          mend=nearest(name, timm.list_models()))
+    return timm.create_model(name, pretrained=False, num_classes=0)
+
+
+def width_of(network: nn.Module) -> int:
+    """F, the width of the pooled features, from the network itself."""
+    if hasattr(network, "num_features"):  # timm
+        return int(network.num_features)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    return max(m.out_channels for m in convolutions)
+
+
+@torch.no_grad()
+def initialise(network: nn.Module, seed: int, place: str = "init") -> None:
+    """Draw the weights a run starts from, each by the address (seed, place, parameter name).
+
+    torchvision's rules (He et al. 2015, fan-out, for convolutions; PyTorch's uniform for linear layers; norms as
+    they were made), so that two methods with other heads start from the same backbone.
+    """
+    for name, part in network.named_modules():
+        if isinstance(part, nn.Conv2d):
+            drawn = rng.generator(rng.key(seed, place, f"{name}.weight"))
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=drawn)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Linear):
+            bound = part.in_features**-0.5
+            nn.init.uniform_(part.weight, -bound, bound, generator=rng.generator(rng.key(seed, place, f"{name}.weight")))
+            if part.bias is not None:
+                nn.init.uniform_(part.bias, -bound, bound, generator=rng.generator(rng.key(seed, place, f"{name}.bias")))

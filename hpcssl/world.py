@@ -1,0 +1,210 @@
+"""The processes that train together, as a value that is passed in. The one file that talks to torch.distributed.
+
+Letters in shapes: W ranks, b rows per rank. Every method is a collective unless it says otherwise: all ranks call
+it, in the same order. With one process each is the identity, so that no caller asks how many there are.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hpcssl import launch
+from hpcssl.errors import WorldError
+
+
+class World:
+    """Rank, size and device of this process, and the collectives. Build it with ``alone`` or ``start``."""
+
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, group: bool):
+        self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
+        self._group = group
+
+    @classmethod
+    def alone(cls, device: str | torch.device = "cpu") -> World:
+        return cls(0, 1, 0, torch.device(device), group=False)
+
+    @classmethod
+    def start(cls, devices: str = "auto", timeout_s: float = 1800.0) -> World:
+        """Join the processes that the launcher started (``hpcssl.launch``), or be alone.
+
+        ``devices``: ``cpu`` (gloo), ``gpu`` (NCCL; an error without one), ``auto`` (GPUs where there are any). The
+        rendezvous keys carry the attempt's token: a rank left over from an earlier attempt meets nobody.
+        """
+        place = launch.find()
+        device = _device(devices, place.local_rank if place else 0)
+        if place is None:
+            return cls.alone(device)
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            store = dist.TCPStore(place.address, place.port, is_master=place.rank == 0, timeout=timeout,
+                                  wait_for_workers=False, multi_tenant=True)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+                                    store=dist.PrefixStore(place.token, store), rank=place.rank,
+                                    world_size=place.size,
+                                    device_id=device if device.type == "cuda" else None)
+        except (RuntimeError, dist.DistError) as error:
+            raise WorldError(f"rank {place.rank} of {place.size} at {place.address}:{place.port}",
+                             got=" ".join(str(error).split())[:200], expected="all ranks to meet there",
+                             mend="see whether every rank started, and whether the address and its interface "
+                                  "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) reach every node") from error
+        return cls(place.rank, place.size, place.local_rank, device, group=True)
+
+    def close(self) -> None:
+        if self._group:
+            dist.destroy_process_group()
+            self._group = False
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once. No collective."""
+        return self.rank == 0
+
+    # -- rows -----------------------------------------------------------------------------------------------
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[b, …] of every rank as [W·b, …], in rank order, without gradient. b is the same on all ranks."""
+        x = x.detach()
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        sent = x.to(torch.uint8) if x.dtype == torch.bool else x
+        whole = sent.new_empty((self.size * len(sent), *sent.shape[1:]))
+        if self.device.type == "cuda":
+            dist.all_gather_into_tensor(whole, sent)
+        else:
+            dist.all_gather(list(whole.chunk(self.size)), sent)
+        return whole.to(x.dtype)
+
+    def gather_grad(self, x: Tensor) -> Tensor:
+        """``gather`` whose backward sums what every rank asks of this rank's rows."""
+        return x if self.size == 1 else _GatherGrad.apply(x, self)
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's [b, …] of the world's [W·b, …]. No collective."""
+        rows = len(x) // self.size
+        return x[self.rank * rows:(self.rank + 1) * rows]
+
+    def shuffle(self, x: Tensor, order: Tensor) -> Tensor:
+        """Rows of the global batch dealt out anew: this rank's part of ``gather(x)[order]``. order [W·b] int64."""
+        return self.gather(x)[self.part(order)]
+
+    def unshuffle(self, x: Tensor, order: Tensor) -> Tensor:
+        """Undo ``shuffle``: every row back on the rank and the place that it came from."""
+        return self.gather(x)[self.part(torch.argsort(order))]
+
+    # -- numbers --------------------------------------------------------------------------------------------
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Elementwise sum over ranks; the same bits on every rank."""
+        if self.size == 1:
+            return x.detach()
+        x = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    def mean(self, x: Tensor) -> Tensor:
+        return self.sum(x) / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return bool(self.maximum(torch.tensor([float(flag)], device=self.device)).result()[0])
+
+    def maximum(self, x: Tensor) -> Pending:
+        """Elementwise maximum over ranks, not waited for: the backward pass may be launched meanwhile."""
+        x = x.detach().clone()
+        work = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None
+        return Pending(x, work)
+
+    def barrier(self) -> None:
+        self.any(False)
+
+    # -- words ----------------------------------------------------------------------------------------------
+
+    def tell(self, text: str | None, source: int = 0) -> str:
+        """The text of rank ``source``, on every rank."""
+        return self.gather_text(text or "")[source]
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        if self.size == 1:
+            return [text]
+        body = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        sizes = self.gather(torch.tensor([len(body)], device=self.device)).tolist()
+        padded = body.new_zeros(1, max(1, *sizes))
+        padded[0, :len(body)] = body
+        rows = self.gather(padded).cpu()
+        return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    # -- networks -------------------------------------------------------------------------------------------
+
+    def parallel(self, network: nn.Module) -> nn.Module:
+        """Wrap the trained network so that gradients are averaged over ranks; alone, the network itself.
+
+        Buffers are not sent (``nets/norm.py`` keeps them equal). ``find_unused_parameters`` is not about unused
+        parameters: without it DDP rebuilds its buckets after the first step of each process, which changes the
+        order of summation on three and more ranks, and with it the bits of a resumed run.
+        """
+        if not self._group:
+            return network
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False,
+                                                   find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+class Pending:
+    """A small reduction on its way. ``result`` waits for it alone, not for what was launched after it."""
+
+    def __init__(self, x: Tensor, work):
+        self._x, self._work, self._event = x, work, None
+        if x.device.type == "cuda":
+            if work is not None:
+                work.wait()  # orders streams; does not block the host
+                self._work = None
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+            return self._host
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._x
+
+
+class _GatherGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, world):
+        ctx.world = world
+        return world.gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.world.part(ctx.world.sum(grad)), None
+
+
+def _device(devices: str, local_rank: int) -> torch.device:
+    if devices not in ("auto", "cpu", "gpu"):
+        raise WorldError("machine.devices", got=repr(devices), expected="cpu, gpu or auto",
+                         mend="set machine.devices=auto")
+    seen = torch.cuda.device_count() if devices != "cpu" and torch.cuda.is_available() else 0
+    if seen == 0:
+        if devices == "gpu":
+            raise WorldError("machine.devices=gpu", got="no usable CUDA device", expected="one GPU per process",
+                             mend="ask for GPUs (--gpus-per-node), or set machine.devices=cpu")
+        return torch.device("cpu")
+    if seen > 1 and local_rank >= seen:
+        raise WorldError(f"local rank {local_rank}", got=f"{seen} visible GPUs", expected="one GPU per process",
+                         mend="ask for as many GPUs as processes per node, or set machine.devices=cpu")
+    # a cluster that binds one GPU to each task shows each task a single device, number 0
+    device = torch.device("cuda", local_rank if seen > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
