@@ -1,0 +1,38 @@
+"""Projection and prediction heads: multi-layer perceptrons as the papers draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Linear - BN - ReLU for each hidden width, then Linear to ``out``.
+
+    ``bias``, ``norm`` are those of the hidden layers; ``last_bias``, ``last_norm`` (without ReLU) of the last one.
+    """
+
+    hidden: list[int] = field(default_factory=lambda: [4096])
+    out: int = 512
+    bias: bool = True
+    norm: bool = True
+    last_bias: bool = True
+    last_norm: bool = False
+
+
+def build(width: int, options: HeadOptions, norm: Callable[[int], nn.Module]) -> nn.Sequential:
+    """The head for inputs [b, width]; it gives [b, options.out]."""
+    layers: list[nn.Module] = []
+    for hidden in options.hidden:
+        layers.append(nn.Linear(width, hidden, bias=options.bias))
+        if options.norm:
+            layers.append(norm(hidden))
+        layers.append(nn.ReLU(inplace=True))
+        width = hidden
+    layers.append(nn.Linear(width, options.out, bias=options.last_bias))
+    if options.last_norm:
+        layers.append(norm(options.out))
+    return nn.Sequential(*layers)
