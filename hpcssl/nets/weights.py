@@ -1,0 +1,160 @@
+"""The one exported format: a safetensors file that says what it is.
+
+Keys are ``backbone.<torchvision name>``; the header carries architecture, normalisation, image size, the
+run's fingerprint and the step, so that nobody guesses an architecture from key names. Reading is strict: a
+missing or unused key is an error that shows both lists. (The MSF release copied what fitted and printed the
+rest: its linear evaluation ran on a silently random backbone.)
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from hpcssl import files
+from hpcssl.errors import ConfigError, EvalError, nearest
+from hpcssl.nets import resnet
+from hpcssl.nets.resnet import Arch
+
+FORMAT = "hpcssl-weights-1"
+PREFIX = "backbone."
+FIELDS = ("format", "arch", "mean", "std", "size", "fingerprint", "step", "method")
+LAYOUTS = ("hpcssl", "torchvision")
+TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file as bytes, the same bytes for the same content.
+
+    The library writes its metadata in the order of a randomly seeded hash map; here the header is sorted.
+    """
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    body = safetensors.torch.save(plain, dict(metadata))
+    size = int.from_bytes(body[:8], "little")
+    header = json.loads(body[8:8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, as the format asks
+    return len(text).to_bytes(8, "little") + text + body[8 + size:]
+
+
+def save(path: Path | str, backbone: nn.Module, arch: Arch, *, mean: Sequence[float], std: Sequence[float],
+         size: int, fingerprint: str, step: int, method: str) -> str:
+    """Write the backbone atomically; the same weights give the same bytes. Returns the file's sha256.
+
+    ``mean`` and ``std`` are per RGB channel on the scale 0-1, ``size`` the side of the views in pixels.
+    """
+    tensors = {PREFIX + name: value for name, value in _state(backbone).items()}
+    body = pack(tensors, {
+        "format": FORMAT, "arch": arch.to_json(), "mean": json.dumps([float(x) for x in mean]),
+        "std": json.dumps([float(x) for x in std]), "size": str(int(size)), "fingerprint": fingerprint,
+        "step": str(int(step)), "method": method})
+    files.atomic_write(path, body)
+    return files.digest(path)
+
+
+def read_meta(path: Path | str) -> dict:
+    """The header alone: ``arch`` (Arch), ``mean`` and ``std`` (lists), ``size`` and ``step`` (ints),
+    ``fingerprint``, ``method``, ``format``. Raises ``EvalError``."""
+    with _open(path) as file:
+        return _meta(path, file.metadata() or {})
+
+
+def load(path: Path | str) -> tuple[nn.Module, dict]:
+    """The backbone on the CPU, in eval mode and frozen, and its header as ``read_meta`` gives it. Strict.
+
+    Raises ``EvalError`` for a file that is not ours, or whose keys or shapes are not the architecture's.
+    """
+    with _open(path) as file:
+        meta = _meta(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    backbone = resnet.build(meta["arch"])
+    wanted = {PREFIX + name: value for name, value in _state(backbone).items()}
+    missing, unused = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or unused:
+        raise EvalError(f"weights {path}",
+                        got=f"missing keys {_some(missing)} and unused keys {_some(unused)}",
+                        expected=f"exactly the {len(wanted)} keys of {meta['arch'].arch}",
+                        mend="name a file that `hpcssl export` wrote")
+    wrong = [f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}"
+             for name in sorted(wanted) if tensors[name].shape != wanted[name].shape]
+    if wrong:
+        raise EvalError(f"weights {path}", got=_some(wrong), expected=f"the shapes of {meta['arch'].arch}",
+                        mend="name a file of this architecture")
+    # buffers that count training batches are not stored; load_state_dict would ask for them
+    backbone.load_state_dict(backbone.state_dict() | {n.removeprefix(PREFIX): t for n, t in tensors.items()})
+    return backbone.eval().requires_grad_(False), meta
+
+
+def export(source: Path | str, target: Path | str, layout: str = "hpcssl") -> str:
+    """Write the weights file ``source`` in another layout. Returns the sha256 of ``target``.
+
+    ``hpcssl``: a copy. ``torchvision``: torchvision's own key names without ``fc``, as safetensors, or for a
+    target that ends in .pth or .pt as a state dict for ``torch.load``. A layout that cannot hold the
+    architecture is an ``EvalError``.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError("--layout", got=repr(layout), expected="a known layout",
+                          mend=nearest(layout, LAYOUTS))
+    backbone, meta = load(source)
+    if layout == "hpcssl":
+        files.atomic_write(target, Path(source).read_bytes())
+        return files.digest(target)
+    arch = meta["arch"]
+    if arch.stem != "imagenet" or arch.arch not in TORCHVISION:
+        raise EvalError(f"layout {layout}", got=f"{arch.arch} with the {arch.stem} stem",
+                        expected="a ResNet that torchvision itself builds",
+                        mend="take --layout hpcssl, which `hpcssl.load_backbone` reads")
+    tensors = {name: value.contiguous() for name, value in _state(backbone).items()}
+    if Path(target).suffix in (".pth", ".pt"):
+        body = io.BytesIO()
+        torch.save(tensors, body)
+        files.atomic_write(target, body.getvalue())
+    else:
+        files.atomic_write(target, pack(tensors, {"format": "pt"}))
+    return files.digest(target)
+
+
+def _state(backbone: nn.Module) -> dict[str, Tensor]:
+    """The backbone's tensors without the counters of training batches, which nothing reads."""
+    return {n: t for n, t in backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
+
+
+def _open(path: Path | str):
+    path = Path(path)
+    if not path.is_file():
+        raise EvalError(f"weights {path}", got="no such file", expected="a .safetensors file of this project",
+                        mend="look into RUN/weights, or write one with `hpcssl export`")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise EvalError(f"weights {path}", got=f"a file that safetensors cannot read ({error})",
+                        expected="a whole .safetensors file of this project",
+                        mend="export it again with `hpcssl export` (pickles are not opened)") from error
+
+
+def _meta(path: Path | str, raw: Mapping[str, str]) -> dict:
+    if raw.get("format") != FORMAT or any(name not in raw for name in FIELDS):
+        raise EvalError(f"weights {path}", got=f"the header {dict(sorted(raw.items()))}"[:300],
+                        expected=f"the format {FORMAT} with " + ", ".join(FIELDS[1:]),
+                        mend="export the weights with `hpcssl export`")
+    try:
+        return {"format": FORMAT, "arch": Arch.from_json(raw["arch"]), "mean": json.loads(raw["mean"]),
+                "std": json.loads(raw["std"]), "size": int(raw["size"]), "step": int(raw["step"]),
+                "fingerprint": raw["fingerprint"], "method": raw["method"]}
+    except (ValueError, TypeError) as error:
+        raise EvalError(f"weights {path}", got=f"a header that cannot be read ({error})",
+                        expected="the header that `hpcssl export` writes",
+                        mend="export the weights again with this version of hpcssl") from error
+
+
+def _some(words: list[str], most: int = 8) -> str:
+    rest = f" and {len(words) - most} more" if len(words) > most else ""
+    return "[" + ", ".join(words[:most]) + "]" + rest
