@@ -1,0 +1,191 @@
+"""The k nearest rows by inner product, with one answer whatever computes it.
+
+    q_BD    queries, unit length        r_ND    rows, unit length
+    near    the k slots with the largest <fix(q), fix(r)>, fix(x) = round(2^24 x) / 2^24; equal ones by lower slot
+
+A floating-point product depends on how a library blocks its sums: another batch size, chunk, thread count or
+split over ranks gives other last bits, and with them other neighbours wherever two rows are close. So neighbours
+are decided by an inner product that has no rounding to depend on: on a grid of 2^-24 the entries of unit vectors
+have products on a grid of 2^-48, and any partial sum of them is at most about 1, hence exact in float64 in any
+order. Moving an entry to the grid costs at most 2^-25, about what float32 itself has lost.
+
+Exact arithmetic is slow, so a fast product (faiss, or a matrix product in chunks) proposes k + SPARE candidates.
+Its worst-case error is known: where the exact k-th value clears the worst proposal by more, no row outside can
+belong to the answer. The few queries where it does not (a collapsed network: all rows alike) are searched again,
+in exact arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hpcssl.errors import ConfigError
+from hpcssl.errors import nearest as nearest_name
+
+try:
+    import faiss
+except ImportError:  # an extra; without it the chunks below find the same, somewhat later
+    faiss = None
+
+PREFILTERS = ("fp32", "bf16")
+SPARE = 27
+"""Proposals beyond k. faiss finds 64 in the time of 5, and the further out they reach, the more they certify."""
+SMALL = 4096
+"""Up to this many rows the exact product is as quick as the detour."""
+_GRID = 2.0**24
+_CHUNK = 4096  # rows at a time on a CPU, whose product stays in the cache; 12 bits
+_QUERIES = 256  # queries at a time, which bounds the memory
+
+
+def nearest(query: Tensor, rows: Tensor, k: int, *, among: tuple[Tensor, Tensor] | None = None,
+            prefilter: str = "fp32", exact: bool | None = None) -> tuple[Tensor, Tensor]:
+    """The k nearest of ``rows`` [N, D] for each of ``query`` [B, D]; both of unit length, on one device.
+
+    ``among=(column [N], value [B])`` (integers) allows query i the rows whose column equals its value; a value
+    below 0 means "unknown" and allows none. ``prefilter``: propose in float32, or in bfloat16, which is quicker
+    where tensor units exist. ``exact``: certify the proposals, and search again where that fails; a GPU has to
+    wait for the host, so by default only a CPU does it. Non-finite rows and queries have no neighbours.
+
+    Returns (score [B, k] float64, slot [B, k] int64), best first; -inf and -1 where fewer than k are allowed.
+    Extra memory: below 40 MiB on a CPU, 64 MiB on a GPU, for up to 1,024 queries of 512 entries.
+    """
+    if prefilter not in PREFILTERS:
+        raise ConfigError("the bank's prefilter", got=repr(prefilter), expected=" or ".join(PREFILTERS),
+                          mend=nearest_name(str(prefilter), PREFILTERS))
+    query = query.detach().to(rows.dtype)
+    exact = rows.device.type == "cpu" if exact is None else exact
+    # under autocast the products below would become bfloat16 in silence
+    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+        if len(rows) <= max(SMALL, k + SPARE) or rows.dtype == torch.float64:
+            score, slot = _exhaustive(query, rows, k, among)
+        else:
+            bar, slot, error = _propose(query, rows, k + SPARE, among, prefilter)
+            score, slot = _rank(query, rows, slot, k, among)
+            if exact:
+                certain = (score[:, -1] > bar + error) | torch.isneginf(bar)
+                again = (~certain).nonzero().squeeze(1)
+                if len(again):
+                    rest = None if among is None else (among[0], among[1][again])
+                    score[again], slot[again] = _exhaustive(query[again], rows, k, rest)
+        return score, slot.masked_fill(torch.isneginf(score), -1)
+
+
+def merge(score: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of [B, m] exact scores, best first, equal ones by lower slot; padded with -inf if m < k."""
+    short = max(0, k - score.shape[1])
+    score, slot = F.pad(score, (0, short), value=-torch.inf), F.pad(slot, (0, short))
+    slot, order = slot.sort(dim=1)
+    score, best = score.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return score[:, :k], slot.gather(1, best)[:, :k]
+
+
+def _fix(x: Tensor) -> Tensor:
+    return x.to(torch.float64, copy=True).mul_(_GRID).round_().div_(_GRID)
+
+
+def _forbidden(among: tuple[Tensor, Tensor], start: int, stop: int) -> Tensor:
+    column, value = among[0][start:stop], among[1].unsqueeze(1)
+    return (column != value) | (value < 0)
+
+
+# -- proposals --------------------------------------------------------------------------------------------------
+
+def _propose(query, rows, m, among, prefilter) -> tuple[Tensor, Tensor, float]:
+    """m candidates per query: (a bar that no other row's score exceeds [B], slots [B, m], error of a score).
+
+    The inner product of unit vectors, summed in any order, errs by at most D·2^-24 in float32; the grid adds
+    less than that again. 2^-7 covers bfloat16, and the tensor-core formats that a user may have switched on.
+    """
+    plain = prefilter == "fp32"
+    if faiss is not None and plain and rows.device.type == "cpu" and among is None:
+        score, slot = _by_faiss(query, rows, m)
+    else:
+        score, slot = _by_chunks(query, rows, m, among, prefilter)
+        plain = plain and torch.get_float32_matmul_precision() == "highest"
+    return score.amin(1).double(), slot, 2 * (rows.shape[1] + 2) * 2.0**-24 if plain else 2.0**-7
+
+
+def _by_faiss(query, rows, m):
+    if faiss.omp_get_max_threads() != torch.get_num_threads():
+        faiss.omp_set_num_threads(torch.get_num_threads())  # it counts for itself; ranks share the cores
+    score, slot = faiss.knn(query.contiguous().numpy(), rows.numpy(), m, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(score), torch.from_numpy(slot)
+
+
+def _by_chunks(query, rows, m, among, prefilter):
+    query = query.bfloat16() if prefilter == "bf16" else query
+    step = _step(query)
+    room = query.new_empty(len(query) * step)
+    best = query.new_empty(len(query), 0)
+    where = torch.empty_like(best, dtype=torch.int64)
+    for start in range(0, len(rows), step):
+        part = rows[start:start + step].to(query.dtype)
+        score = room[:len(query) * len(part)].view(len(query), len(part))
+        torch.mm(query, part.T, out=score)
+        if among is not None:
+            score.masked_fill_(_forbidden(among, start, start + len(part)), -torch.inf)
+        score, slot = score.topk(min(m, len(part)), dim=1, sorted=False)
+        best, where = torch.cat([best, score], 1), torch.cat([where, slot + start], 1)
+        if best.shape[1] > m:
+            best, kept = best.topk(m, dim=1, sorted=False)
+            where = where.gather(1, kept)
+    return best, where
+
+
+def _step(query: Tensor) -> int:
+    """Rows at a time: a product of at most 16 MiB, and no more rows than pay."""
+    most = _CHUNK if query.device.type == "cpu" else 8 * _CHUNK
+    return max(256, min(most, 2**24 // (query.element_size() * max(1, len(query)))))
+
+
+# -- exact arithmetic -------------------------------------------------------------------------------------------
+
+def _rank(query, rows, slot, k, among) -> tuple[Tensor, Tensor]:
+    """The best k of the proposals by their exact scores."""
+    score = torch.empty(slot.shape, dtype=torch.float64, device=rows.device)
+    step = max(1, 2**20 // (slot.shape[1] * rows.shape[1]))  # 8 MiB of float64
+    for start in range(0, len(query), step):
+        part = slice(start, start + step)
+        near = _fix(rows[slot[part].clamp(min=0)])
+        torch.bmm(near, _fix(query[part]).unsqueeze(2), out=score[part].unsqueeze(2))
+    bad = ~score.isfinite() | (slot < 0)  # faiss proposes slot -1 to a query of NaNs
+    if among is not None:
+        value = among[1].unsqueeze(1)
+        bad |= (among[0][slot] != value) | (value < 0)
+    return merge(score.masked_fill_(bad, -torch.inf), slot, k)
+
+
+def _exhaustive(query, rows, k, among) -> tuple[Tensor, Tensor]:
+    """The best k of all rows by their exact scores."""
+    scores, slots = [query.new_empty(0, k, dtype=torch.float64)], [query.new_empty(0, k, dtype=torch.int64)]
+    for first in range(0, len(query), _QUERIES):
+        part = slice(first, first + _QUERIES)
+        some = None if among is None else (among[0], among[1][part])
+        score, slot = _exhaustive_part(_fix(query[part]), rows, k, some)
+        scores.append(score)
+        slots.append(slot)
+    return torch.cat(scores), torch.cat(slots)
+
+
+def _exhaustive_part(fixed, rows, k, among) -> tuple[Tensor, Tensor]:
+    """Equal scores are what this search is for, and top-k leaves their order open. So one integer holds both:
+    2^48·score, below 2^51 for a score below 8, and 12 bits for the place in the chunk. No two are equal."""
+    nothing = torch.iinfo(torch.int64).min
+    best = fixed.new_empty(len(fixed), 0)
+    where = torch.empty_like(best, dtype=torch.int64)
+    step = max(256, min(_CHUNK, 2**20 // rows.shape[1]))
+    for start in range(0, len(rows), step):
+        score = fixed @ _fix(rows[start:start + step]).T
+        bad = ~score.isfinite()
+        if among is not None:
+            bad |= _forbidden(among, start, start + score.shape[1])
+        place = torch.arange(score.shape[1], device=rows.device)
+        code = score.masked_fill_(bad, 0).clamp_(-7.0, 7.0).mul_(_GRID * _GRID).long()
+        code = code.mul_(_CHUNK).add_(_CHUNK - 1 - place).masked_fill_(bad, nothing)
+        code = code.topk(min(k, code.shape[1]), dim=1).values
+        score = (code // _CHUNK).double().div_(_GRID * _GRID).masked_fill_(code == nothing, -torch.inf)
+        slot = start + _CHUNK - 1 - code % _CHUNK
+        best, where = merge(torch.cat([best, score], 1), torch.cat([where, slot], 1), k)
+    return merge(best, where, k)
