@@ -103,7 +103,7 @@ def _propose(query, rows, m, among, prefilter) -> tuple[Tensor, Tensor, float]:
         score, slot = _by_faiss(query, rows, m)
     else:
         score, slot = _by_chunks(query, rows, m, among, prefilter)
-        plain = plain and torch.get_float32_matmul_precision() == "highest"
+        plain = plain and _full_float32()
     return score.amin(1).double(), slot, 2 * (rows.shape[1] + 2) * 2.0**-24 if plain else 2.0**-7
 
 
@@ -132,6 +132,13 @@ def _by_chunks(query, rows, m, among, prefilter):
             best, kept = best.topk(m, dim=1, sorted=False)
             where = where.gather(1, kept)
     return best, where
+
+
+def _full_float32() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set through torch's newer switches, of which there are several: expect the worst
+        return False
 
 
 def _step(query: Tensor) -> int:
