@@ -16,7 +16,7 @@ class HpcsslError(Exception):
 
     def __init__(self, what: str, *, got: object, expected: object, mend: str):
         self.what, self.got, self.expected, self.mend = what, str(got), str(expected), mend
-        super().__init__(what, got, expected, mend)
+        super().__init__(self.what, self.got, self.expected, self.mend)
 
     def __str__(self) -> str:
         return f"{self.what}: got {self.got}; expected {self.expected}; to mend: {self.mend}"

@@ -6,14 +6,16 @@ it, in the same order. With one process each is the identity, so that no caller 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpcssl import launch
-from hpcssl.errors import WorldError
+from hpcssl import errors, launch
+from hpcssl.errors import HpcsslError, WorldError
 
 
 class World:
@@ -57,6 +59,9 @@ class World:
         if self._group:
             dist.destroy_process_group()
             self._group = False
+
+    def __deepcopy__(self, _memo) -> World:
+        return self  # a network that is copied stays in the same world
 
     @property
     def main(self) -> bool:
@@ -138,6 +143,21 @@ class World:
         padded[0, :len(body)] = body
         rows = self.gather(padded).cpu()
         return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Do ``work`` on rank 0 alone; an ``HpcsslError`` there is raised on every rank."""
+        error = None
+        if self.main:
+            try:
+                work()
+            except HpcsslError as caught:
+                error = caught
+        told = self.tell(json.dumps([type(error).__name__, *error.args]) if error else "")
+        if error is not None:
+            raise error
+        if told:
+            kind, what, got, expected, mend = json.loads(told)
+            raise getattr(errors, kind)(what, got=got, expected=expected, mend=mend)
 
     # -- networks -------------------------------------------------------------------------------------------
 

@@ -33,9 +33,11 @@ def check_group(group: int, *, global_batch: int, world_size: int) -> None:
     """Raise ``WorldError`` unless groups tile the global batch and either split a rank's part or span whole ranks."""
     part = global_batch // world_size
     if group < 2 or global_batch % group or (part % group and group % part):
-        fitting = [g for g in range(2, global_batch + 1) if not global_batch % g and (not part % g or not g % part)]
-        raise WorldError(f"norm group of {group} samples", got=f"a global batch of {global_batch} on {world_size} ranks",
-                         expected="a group that divides the global batch, and divides a rank's part or is a multiple of it",
+        fitting = [g for g in range(2, global_batch + 1)
+                   if not global_batch % g and (not part % g or not g % part)]
+        raise WorldError(f"norm groups of {group} samples",
+                         got=f"a global batch of {global_batch} on {world_size} ranks",
+                         expected="groups that tile the batch and either split a rank's part or span whole ranks",
                          mend="set model.norm_group to one of " + ", ".join(map(str, fitting)))
 
 

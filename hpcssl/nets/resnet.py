@@ -129,14 +129,16 @@ def initialise(network: nn.Module, seed: int, place: str = "init") -> None:
     torchvision's rules (He et al. 2015, fan-out, for convolutions; PyTorch's uniform for linear layers; norms as
     they were made), so that two methods with other heads start from the same backbone.
     """
+    def draw(name: str) -> torch.Generator:
+        return rng.generator(rng.key(seed, place, name))
+
     for name, part in network.named_modules():
         if isinstance(part, nn.Conv2d):
-            drawn = rng.generator(rng.key(seed, place, f"{name}.weight"))
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=drawn)
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=draw(f"{name}.weight"))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Linear):
             bound = part.in_features**-0.5
-            nn.init.uniform_(part.weight, -bound, bound, generator=rng.generator(rng.key(seed, place, f"{name}.weight")))
+            nn.init.uniform_(part.weight, -bound, bound, generator=draw(f"{name}.weight"))
             if part.bias is not None:
-                nn.init.uniform_(part.bias, -bound, bound, generator=rng.generator(rng.key(seed, place, f"{name}.bias")))
+                nn.init.uniform_(part.bias, -bound, bound, generator=draw(f"{name}.bias"))

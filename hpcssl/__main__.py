@@ -1,0 +1,3 @@
+from hpcssl.cli import main
+
+main()

@@ -1,0 +1,138 @@
+"""What a run tells while it runs: log lines, ``journal.jsonl``, TensorBoard and a progress bar.
+
+Scalars may be tensors on the device; they are fetched together at the next flush, so that a step never waits for
+its own loss. After a resume the journal is cut back to the checkpoint's step: each step stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+
+import torch
+
+from hpcssl.files import RunDir, atomic_write, read_lines
+from hpcssl.world import World
+
+LOG = logging.getLogger("hpcssl")
+
+
+def set_up_logging(rank: int = 0) -> None:
+    """One handler, set once by a door or a job: rank 0 at INFO, the others from WARNING on with their rank."""
+    LOG.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    who = "" if rank == 0 else f" rank {rank}"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{who} %(message)s", "%Y-%m-%d %H:%M:%S"))
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    LOG.propagate = False
+
+
+class Journal:
+    """Scalars of a run, averaged over ranks: one JSON line per step, the newest also to TensorBoard and the screen.
+
+    All ranks call ``write`` and ``flush``; rank 0 keeps the files.
+    """
+
+    def __init__(self, run: RunDir, world: World, *, first_step: int, last_step: int, every: int, batch: int):
+        self.run, self.world, self.every, self.batch = run, world, every, batch
+        self._waiting: list[tuple[int, dict]] = []
+        self._last, self._bar, self._file, self._events = last_step, None, None, None
+        self._clock, self._clock_step = time.monotonic(), first_step
+        if not world.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
+
+        for path in (run.journal, run.samples):
+            cut_back(path, first_step)
+        self._file = open(run.journal, "a", buffering=1)  # noqa: SIM115 - it lives as long as the journal
+        self._events = SummaryWriter(str(run.events), purge_step=first_step + 1)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def write(self, step: int, **scalars: torch.Tensor | float) -> None:
+        """Take this rank's scalars of ``step`` (the number of steps done after it), the same names on all ranks."""
+        self._waiting.append((step, scalars))
+        if step % self.every == 0 or step == self._last:
+            self.flush()
+
+    def flush(self) -> None:
+        """Average what waits over the ranks and write it. A collective."""
+        if not self._waiting:
+            return
+        steps = [step for step, _ in self._waiting]
+        names = [list(scalars) for _, scalars in self._waiting]
+        flat = [torch.as_tensor(v, device=self.world.device).detach().double().reshape(())
+                for _, scalars in self._waiting for v in scalars.values()]
+        self._waiting.clear()
+        values = iter(self.world.mean(torch.stack(flat)).tolist())
+        lines = [{"step": step, **{name: _finite(next(values)) for name in row}}
+                 for step, row in zip(steps, names, strict=True)]
+        now = time.monotonic()
+        rate = (steps[-1] - self._clock_step) * self.batch / max(now - self._clock, 1e-9)
+        self._clock, self._clock_step = now, steps[-1]
+        lines[-1]["images_per_s"] = round(rate, 1)
+        if self.world.main:
+            self._write(lines)
+
+    def _write(self, lines: list[dict]) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        newest = dict(lines[-1])
+        step = newest.pop("step")
+        for name, value in newest.items():
+            self._events.add_scalar(name, float(value), step)
+        shown = {k: f"{float(newest[k]):.4g}" for k in ("loss", "purity", "lr", "images_per_s") if k in newest}
+        self._say(step, shown)
+
+    def score(self, step: int, **scalars: float) -> None:
+        """Results of an evaluation during training, on rank 0."""
+        if self.world.main:
+            self._file.write(json.dumps({"step": step, "eval": True, **scalars}) + "\n")
+            for name, value in scalars.items():
+                self._events.add_scalar(f"eval/{name}", value, step)
+            self._say(step, {k: f"{v:.4g}" for k, v in scalars.items()})
+
+    def _say(self, step: int, words: dict[str, str]) -> None:
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(words)
+        else:
+            LOG.info("step %d/%d  %s", step, self._last, "  ".join(f"{k} {v}" for k, v in words.items()))
+
+    def sample_ids(self, step: int, index: torch.Tensor) -> None:
+        """Write the sample ids of the whole world's batch. A collective."""
+        every = self.world.gather(index.to(self.world.device)).tolist()
+        if self.world.main:
+            with open(self.run.samples, "a") as file:
+                file.write(json.dumps({"step": step, "index": every}) + "\n")
+
+    def close(self) -> None:
+        """Everything written is on disk; after this ``os._exit`` loses nothing. No collective: ``flush`` first."""
+        self._waiting.clear()
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._events.close()
+            self._file = None
+        if self._bar is not None:
+            self._bar.close()
+
+
+def cut_back(path, step: int) -> None:
+    """Drop the lines of a JSON-lines file that lie after ``step``: a resumed run writes them again."""
+    records = read_lines(path)
+    kept = [r for r in records if r["step"] <= step]
+    if path.exists():
+        atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
+
+
+def _finite(value: float) -> float | str:
+    # JSON has no infinities: a reader in another language must not choke on a diverged run
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,155 @@
+"""What the doors and the jobs do with a run folder: here training and evaluations meet, which do not know each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hpcssl import config, files
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, ResumeError
+from hpcssl.evals import run as evals
+from hpcssl.evals.options import EvalsOptions
+from hpcssl.files import RunDir
+from hpcssl.signals import StopFlag
+from hpcssl.train import main as training
+from hpcssl.train import recipe as recipes
+from hpcssl.train.recipe import Recipe
+from hpcssl.train.state import another_recipe, method_of
+from hpcssl.world import World
+
+
+def compose(name: str, overrides: list[str]) -> Recipe:
+    """``recipe.compose``, and the sections that other floors understand are checked too."""
+    recipe = recipes.compose(name, overrides)
+    method_of(recipe)
+    config.load(EvalsOptions, recipe.evals, where=f"recipe {recipe.name}, evals")
+    return recipe
+
+
+def resolve(name: str, overrides: list[str], run: RunDir) -> Recipe:
+    """Compose a recipe and store it in the run folder, or check it against the one that is there.
+
+    A run continues under other machinery (devices, threads, checkpoint period, evaluations, paths), which is stored
+    anew, and never under other science: ``ResumeError`` names the fields. Shard folders are opened, so that a wrong
+    path is refused here and not in a job.
+    """
+    recipe = compose(name, overrides)
+    shards = training.open_shards(recipe)
+    values = config.as_dict(recipe)
+    for kind in ("train", "val"):
+        if values["data"][kind]:
+            values["data"][kind] = str(Path(values["data"][kind]).absolute())
+    if run.config.exists():
+        before = recipes.read(run.config)
+        # one world on both sides: whether the number of processes may change is the checkpoint's to say
+        theirs, ours = before.science(_digest(run, shards.digest), 1), recipe.science(shards.digest, 1)
+        if ours != theirs:
+            raise another_recipe(f"run folder {run.root}", ours, theirs)
+    text = config.to_yaml(recipes.typed(values, "recipe"))
+    if not run.config.exists() or run.config.read_text() != text:
+        files.atomic_write(run.config, text)
+        files.atomic_write(run.root / "data.json", json.dumps({"train": shards.digest}))
+    return recipe
+
+
+def _digest(run: RunDir, default: str) -> str:
+    path = run.root / "data.json"
+    return json.loads(path.read_text())["train"] if path.exists() else default
+
+
+def wait_for(path: Path, seconds: float = 120.0) -> None:
+    """Until rank 0 has written the file. Ranks of one launch share the run folder, on one file system."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ResumeError(f"{path}", got=f"no such file after {seconds:.0f} s", expected="rank 0 to write it",
+                              mend="see rank 0's message; all ranks must see the same --run folder")
+        time.sleep(0.1)
+
+
+def train(run: RunDir, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
+          attempt: dict | None = None) -> int:
+    """Train a run folder with k-NN on the way where ``evals.every_epochs`` asks for it. Returns the exit code."""
+    return training.train(run, stop=stop, requeue=requeue, attempt=attempt, watch=_watch)
+
+
+def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path | None, train: Path | None,
+             val: Path | None, devices: str, step: str) -> int:
+    """The door's ``eval``: a run's encoder, or a weights file between two shard folders. Prints the scores."""
+    from hpcssl.data.shards import ShardSet
+    from hpcssl.evals.together import Stopped
+
+    if (run is None) == (weights is None):
+        raise ConfigError("hpcssl eval", got="both or neither of --run and --weights", expected="one of them",
+                          mend="--run DIR evaluates a run's encoder, --weights FILE any exported one")
+    stop = StopFlag().install()
+    world = World.start(devices)
+    try:
+        if run is not None:
+            rows = evals.evaluate_run(name, RunDir(run), world, train=train, val=val, overrides=overrides, step=step,
+                                      stop=stop.is_set)
+        else:
+            if train is None or val is None:
+                raise ConfigError("hpcssl eval --weights", got="no --train or no --val", expected="two shard folders",
+                                  mend="add --train SHARDS --val SHARDS")
+            rows = [evals.evaluate(name, run=None, weights=weights, train=ShardSet.open(train),
+                                   val=ShardSet.open(val), world=world, stop=stop.is_set,
+                                   options=config.read_overrides(overrides))]
+    except Stopped:
+        return EXIT_STOPPED
+    finally:
+        world.close()
+    if world.main:
+        for row in rows:
+            scores = "\t".join(f"{k}={v:.2f}" for k, v in row["metrics"].items() if isinstance(v, float))
+            sys.stdout.write(f"{name}\tstep={row['step']}\t{scores}\n")
+    return EXIT_DONE
+
+
+class _Watch:
+    """k-NN of the weights during training."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, world: World, every_epochs: int):
+        from hpcssl.data.shards import ShardSet
+
+        self.every_epochs, self.run, self.world = every_epochs, run, world
+        self.options = recipe.evals.get("knn") or {}
+        self.train, self.val = ShardSet.open(recipe.data.train), ShardSet.open(recipe.data.val)
+        self.threads = recipe.machine.loader_threads
+
+    def __call__(self, path: Path, step: int) -> dict[str, float]:
+        row = evals.evaluate("knn", run=self.run, weights=path, train=self.train, val=self.val, world=self.world,
+                             options=self.options, threads=self.threads, cache=False)
+        return {k: v for k, v in row["metrics"].items() if isinstance(v, float)}
+
+
+def _watch(recipe: Recipe, run: RunDir, world: World) -> _Watch | None:
+    every = int(recipe.evals.get("every_epochs", 0))
+    if not every or not recipe.data.val:
+        return None
+    return _Watch(recipe, run, world, every)
+
+
+def list_recipes() -> None:
+    """One line per packaged recipe: a table on a terminal, plain records on a pipe."""
+    rows = []
+    for name in recipes.names():
+        r = recipes.compose(name)
+        length = f"{r.schedule.epochs:g} epochs" if not r.schedule.steps else f"{r.schedule.steps} steps"
+        scores = " ".join(f"{k} {v:g}" for k, v in r.about.published.items()) or "-"
+        rows.append((name, r.model.arch, str(r.optim.batch), length, str(r.bank.size), scores, r.about.title))
+    head = ("recipe", "backbone", "batch", "length", "bank", "published", "what")
+    if not sys.stdout.isatty():
+        sys.stdout.writelines("\t".join(row) + "\n" for row in [head, *rows])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

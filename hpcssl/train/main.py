@@ -1,0 +1,157 @@
+"""One attempt at a run: from a run folder and the launcher's variables to an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+
+import torch
+
+from hpcssl import files
+from hpcssl.data.loader import Loader
+from hpcssl.data.order import Order
+from hpcssl.data.reader import Reader
+from hpcssl.data.shards import ShardSet
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from hpcssl.files import RunDir
+from hpcssl.journal import Journal, set_up_logging
+from hpcssl.signals import StopFlag
+from hpcssl.train import recipe as recipes
+from hpcssl.train.checkpoint import Store
+from hpcssl.train.lock import RunLock
+from hpcssl.train.loop import Loop, Watch
+from hpcssl.train.recipe import MachineOptions, Recipe
+from hpcssl.train.state import Training
+from hpcssl.world import World
+
+LOG = logging.getLogger("hpcssl")
+
+
+def train(run: RunDir, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
+          attempt: dict | None = None, watch: Callable[[Recipe, RunDir, World], Watch | None] | None = None) -> int:
+    """Train what ``run.config`` says, from the newest whole checkpoint on. Every rank calls it.
+
+    ``requeue`` asks for another attempt after a stop (rank 0, once the state is durable): None if granted, else a
+    sentence. ``attempt``: what ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch`` makes the
+    evaluation during training. Returns 0 when the run is finished, 75 when it was stopped. Raises ``HpcsslError``.
+    """
+    recipe = recipes.read(run.config)
+    prepare(recipe.machine)
+    world = World.start(recipe.machine.devices, recipe.machine.timeout_minutes * 60)
+    set_up_logging(world.rank)
+    record = _Attempt(run, world, attempt or {})
+    try:
+        with record:
+            return _attempt(recipe, run, world, record, stop, requeue, watch)
+    finally:
+        world.close()
+
+
+def prepare(machine: MachineOptions) -> None:
+    """Set what must be set before the first operation of the process: thread counts change the order of sums."""
+    on_cpu = machine.devices == "cpu" or not torch.cuda.is_available()
+    if machine.threads or on_cpu:
+        torch.set_num_threads(machine.threads or 1)
+    if machine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif not on_cpu:
+        torch.backends.cudnn.benchmark = True
+    if not on_cpu:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch) -> int:
+    if run.done.exists():
+        LOG.info("%s is finished; evaluate it, or start another run in another folder", run.root)
+        return EXIT_DONE
+    record.take_lock()
+    shards = open_shards(recipe)
+    order = Order([s.samples for s in shards.shards], seed=recipe.seed, global_batch=recipe.optim.batch,
+                  window=recipe.data.window if recipe.data.window == "all" else int(recipe.data.window))
+    order.rows(world.size)  # refuse a world that does not divide before anything is built
+    training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, data_digest=shards.digest,
+                        labelled=bool((shards.labels >= 0).any()))
+    machine = recipe.machine
+    store = Store(run, world, keep=machine.keep, keep_every=machine.keep_every)
+    saved = store.newest()
+    if saved is not None:
+        changed = training.load(saved)
+        LOG.info("resumed at step %d from %s", training.step, saved.folder.name)
+        if changed:
+            LOG.warning("from here on the bits may differ from a run that was never stopped: %s", ", ".join(changed))
+    record.start(training.step)
+    loader = Loader(Reader(shards, limit=recipe.data.damaged_limit), order, training.view_specs, seed=recipe.seed,
+                    rank=world.rank, size=world.size, threads=machine.loader_threads,
+                    pin=world.device.type == "cuda")
+    journal = Journal(run, world, first_step=training.step, last_step=training.last_step, every=machine.log_steps,
+                      batch=recipe.optim.batch)
+    loop = Loop(training, loader.run, store, journal, run, stop, watch(recipe, run, world) if watch else None)
+    try:
+        done = loop.go()
+    finally:
+        record.last_step = training.step
+        loader.close()
+        journal.close()
+    if done:
+        LOG.info("finished after %d steps: %s", training.step, run.weights_at(training.step))
+        return EXIT_DONE
+    record.cause = world.gather_text(stop.reason or "")
+    answer = world.tell((requeue() or "") if requeue and world.main else "")
+    LOG.info("stopped at step %d, saved; %s", training.step,
+             "run the same command to go on" if requeue is None else answer or "another attempt was asked for")
+    return EXIT_STOPPED
+
+
+def open_shards(recipe: Recipe) -> ShardSet:
+    """The training shards of a recipe. ``ConfigError`` where none are named, ``DataError`` where they are bad."""
+    if not recipe.data.train:
+        raise ConfigError("data.train", got="no folder", expected="a folder written by hpcssl-shard",
+                          mend="add data.train=FOLDER to the command")
+    return ShardSet.open(recipe.data.train)
+
+
+class _Attempt:
+    """Two lines in ``attempts.jsonl`` from rank 0: where this attempt began, and how it ended."""
+
+    def __init__(self, run: RunDir, world: World, told: dict):
+        self.run, self.world = run, world
+        self.last_step: int | None = None
+        self.cause: list[str] | None = None
+        past = [a["attempt"] for a in files.read_lines(run.attempts) if a.get("event") == "start"]
+        self.about = {"attempt": max(past, default=0) + 1, "job": f"process {os.getpid()}"} | told
+        self.lock = RunLock(run, str(self.about["job"])) if world.main else None
+        self.started = False
+
+    def take_lock(self) -> None:
+        """Rank 0 takes the run's lock; if it cannot, every rank raises its reason."""
+        self.world.on_main(lambda: self.lock.take())
+
+    def start(self, step: int) -> None:
+        self.last_step, self.started = step, True
+        self._write(event="start", first_step=step)
+
+    def _write(self, **fields) -> None:
+        if self.world.main:
+            files.append_line(self.run.attempts, self.about | fields | {
+                "host": socket.gethostname(), "world": self.world.size, "time": round(time.time(), 1)})
+
+    def __enter__(self) -> _Attempt:
+        return self
+
+    def __exit__(self, kind, error, _trace) -> None:
+        if self.started:
+            if error is not None:
+                self._write(event="end", cause="error", last_step=self.last_step,
+                            why=" ".join(f"{kind.__name__}: {error}".split())[:500])
+            elif self.cause is not None:
+                signals = sorted({c for c in self.cause if c})
+                self._write(event="end", cause="stopped", signals=signals, last_step=self.last_step)
+            else:
+                self._write(event="end", cause="done", last_step=self.last_step)
+        if self.lock is not None:
+            self.lock.release()

@@ -1,0 +1,185 @@
+"""Everything a step touches, built from a recipe, and its passage to and from a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpcssl import config, rng
+from hpcssl.data.loader import Batch
+from hpcssl.errors import ConfigError, ResumeError
+from hpcssl.memory.bank import Bank, ColumnSpec
+from hpcssl.methods import METHODS
+from hpcssl.methods.base import Context, Method
+from hpcssl.nets import heads, norm, resnet
+from hpcssl.nets.pair import Branch, Pair
+from hpcssl.optim import Schedule, build_optimizer
+from hpcssl.train.checkpoint import Rows, Saved, State
+from hpcssl.train.recipe import Recipe
+from hpcssl.views.augment import NAMED, ViewSpec, apply
+from hpcssl.views.plan import View
+from hpcssl.world import World
+
+_CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The recipe's method with its views. No network is built."""
+    _, made = METHODS[recipe.method.name]
+    for key in ("query", "target"):
+        name = getattr(recipe.views, key)
+        if name not in NAMED:
+            raise ConfigError(f"views.{key}", got=repr(name), expected="a named augmentation",
+                              mend="choose one of " + ", ".join(sorted(NAMED)))
+    size = recipe.views.size
+    return made(recipe.method, (View(recipe.views.query, size), View(recipe.views.target, size)))
+
+
+class Training:
+    """The networks, the optimiser, the bank and the method of one run, at ``step`` finished steps.
+
+    ``steps_per_epoch`` and the recipe give the run's length ``last_step``. ``labelled``: the data set has labels,
+    which diagnostics may watch.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, *, steps_per_epoch: int, labelled: bool, data_digest: str):
+        self.recipe, self.world, self.labelled = recipe, world, labelled
+        self.science = recipe.science(data_digest, world.size)
+        self.method = method_of(recipe)
+        self.schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch=steps_per_epoch)
+        self.steps_per_epoch, self.last_step, self.step = steps_per_epoch, self.schedule.last_step, 0
+        self.dtype = torch.float64 if recipe.optim.precision == "fp64" else torch.float32
+        self.pair = self._pair()
+        self.norms = norm.norms_of(n for n in (self.pair.online, self.pair.target) if n is not None)
+        self.parameters = dict(self.pair.online.named_parameters())
+        self.optimizer = build_optimizer(recipe.optim, self.pair.online)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
+        self.bank = self._bank()
+        self.skipped_in_a_row = 0
+
+    def _pair(self) -> Pair:
+        recipe, world, options = self.recipe, self.world, self.recipe.model
+        micro = recipe.optim.batch // recipe.machine.accumulate
+        group = self.science["model"]["norm_group"]
+        norm.check_group(group, global_batch=micro, world_size=world.size)
+
+        def layer(channels: int) -> nn.Module:
+            return norm.BatchNorm(channels, group=group, world=world, momentum=options.norm_momentum)
+
+        backbone = resnet.build(recipe.arch, layer)
+        projector = heads.build(resnet.width_of(backbone), options.projector, layer)
+        predictor = heads.build(options.projector.out, options.predictor, layer) if self.method.predictor else None
+        for place, network in (("backbone", backbone), ("projector", projector), ("predictor", predictor)):
+            if network is not None:
+                resnet.initialise(network, recipe.seed, place)
+        online = Branch(backbone, projector, predictor).to(world.device, self.dtype)
+        if recipe.machine.channels_last:
+            online = online.to(memory_format=torch.channels_last)
+        return Pair(online, self.method.target, world, _CASTS.get(recipe.optim.precision)).train()
+
+    def _bank(self) -> Bank | None:
+        if self.method.bank is None:
+            return None
+        options = self.recipe.bank
+        columns = {"key": ColumnSpec(self.recipe.model.projector.out), "index": ColumnSpec(), "label": ColumnSpec()}
+        return Bank(options.size, columns, self.world, placement=options.placement, start=options.start,
+                    key=rng.key(self.recipe.seed, "bank"), dtype=self.dtype)
+
+    # -- what a step asks for -------------------------------------------------------------------------------
+
+    @property
+    def view_specs(self) -> list[ViewSpec]:
+        """The views that the loader cuts, in the plan's order."""
+        return [ViewSpec(name=f"{i}-{v.augment}", augment=NAMED[v.augment], size=v.size)
+                for i, v in enumerate(self.method.plan.views)]
+
+    def images(self, batch: Batch) -> list[Tensor]:
+        """The batch's views on the device, augmented and normalised, [b, 3, S, S] each."""
+        views = self.recipe.views
+        return [apply(image.to(self.world.device, non_blocking=True), params, NAMED[view.augment],
+                      mean=views.mean, std=views.std, dtype=self.dtype)
+                for image, params, view in zip(batch.images, batch.params, self.method.plan.views, strict=True)]
+
+    def context(self, batch: Batch) -> Context:
+        device = self.world.device
+        return Context(step=batch.step, world=self.world, bank=self.bank, watch_labels=self.labelled,
+                       index_B=torch.as_tensor(batch.index, device=device),
+                       label_B=torch.as_tensor(batch.label, device=device))
+
+    def shuffles(self, step: int) -> list[Tensor] | None:
+        """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""
+        if not self.recipe.model.shuffle:
+            return None
+        keys = [rng.key(self.recipe.seed, "shuffle", step, view) for view in self.method.plan.targets]
+        return [torch.as_tensor(rng.permutation(key, self.recipe.optim.batch), device=self.world.device)
+                for key in keys]
+
+    # -- to and from a checkpoint ---------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """The whole state at this step. Its tensors are the living ones: the store copies them."""
+        tensors = {f"pair.{name}": Rows(t) for name, t in self.pair.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            for slot, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optim.{slot}.{name}"] = Rows(value if isinstance(value, Tensor) else torch.tensor(value))
+        numbers = {"skipped_in_a_row": self.skipped_in_a_row}
+        if self.scaler.is_enabled():
+            numbers["scaler"] = self.scaler.state_dict()
+        if self.bank is not None:
+            parts, numbers["bank"] = self.bank.state()
+            tensors |= {f"bank.{name}": Rows(*part) for name, part in parts.items()}
+        return State(self.step, tensors, numbers, config.fingerprint(self.science), self.science, self._machinery())
+
+    def _machinery(self) -> dict:
+        return {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
+                "torch": torch.__version__, "device": self.world.device.type, "world": self.world.size}
+
+    def load(self, saved: Saved) -> list[str]:
+        """Become what was saved. Returns what may change the bits from here on (another torch, thread count, world).
+
+        Raises ``ResumeError`` if the checkpoint is of another recipe.
+        """
+        if saved.manifest["fingerprint"] != config.fingerprint(self.science):
+            raise another_recipe(f"checkpoint {saved.folder}", self.science, saved.manifest["science"])
+        own = self.pair.state_dict()
+        self._check_names({f"pair.{name}" for name in own}, {n for n in saved.names if n.startswith("pair.")}, saved)
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved.rows(f"pair.{name}"))
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {
+                entry.split(".")[1]: saved.rows(entry).to(parameter.device)
+                for entry in saved.names if entry.startswith("optim.") and entry.split(".", 2)[2] == name}
+        numbers = saved.manifest["numbers"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(numbers["scaler"])
+        if self.bank is not None:
+            self.bank.load(numbers["bank"],
+                           lambda column, start, stop: saved.rows(f"bank.{column}", start, stop - start))
+        self.skipped_in_a_row, self.step = numbers["skipped_in_a_row"], saved.step
+        was, now = saved.manifest["machinery"], self._machinery()
+        return [f"{key} {was.get(key)} → {now[key]}" for key in now if was.get(key) != now[key]]
+
+    def _check_names(self, ours: set[str], theirs: set[str], saved: Saved) -> None:
+        if ours != theirs:
+            raise ResumeError(f"checkpoint {saved.folder}", got=f"missing {sorted(ours - theirs)[:3]}, unknown "
+                              f"{sorted(theirs - ours)[:3]}", expected="the tensors of this recipe's networks",
+                              mend="resume with the version of hpcssl that wrote it (RUN/code)")
+
+
+def another_recipe(what: str, ours: dict, theirs: dict) -> ResumeError:
+    """The error for a run that was started with other science; it names each field with both values."""
+    fields = config.differing(ours, theirs)
+    values = ", ".join(f"{name}={_leaf(ours, name)} (was {_leaf(theirs, name)})" for name in fields)
+    mend = "give the old values, or start a new run with another --run folder"
+    if fields == ["model.norm_group"]:
+        was = theirs["model"]["norm_group"]
+        mend = f"set model.norm=ghost model.norm_group={was}, which means the same groups on this number of processes"
+    return ResumeError(what, got=f"a recipe that differs in {values}",
+                       expected="the recipe that the run was started with", mend=mend)
+
+
+def _leaf(values: dict, name: str) -> object:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

@@ -1,0 +1,99 @@
+"""One step of any method: encode, aim, agree, backward, step, follow, push. It knows no method by name."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpcssl.data.loader import Batch
+from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.diagnostics import spread
+from hpcssl.nets import norm
+from hpcssl.train.state import Training
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step tells the loop: whether it was taken, the flags that some rank raised, scalars for the journal."""
+
+    taken: bool
+    flags: tuple[bool, ...]
+    scalars: dict[str, Tensor | float]
+
+
+def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Report:
+    """Take step ``t.step + 1`` on this rank's part of the global batch, or agree with all ranks not to.
+
+    ``flags`` are raised by any rank for all of them; they travel with the verdict on the loss, so that the world
+    agrees once per step. A non-finite loss on one rank leaves parameters, target, bank and statistics untouched on
+    every rank.
+    """
+    plan, bank = t.method.plan, t.method.bank
+    images, ctx = t.images(batch), t.context(batch)
+    lr, momentum = t.set_rates()
+
+    target: dict[int, Emb] = {}
+    aims: dict[int, object] = {}
+    ticket = None
+    if t.method.target == "ema":
+        found = t.pair.embed_target([images[v] for v in plan.targets], t.shuffles(t.step))
+        target = {v: Emb(z) for v, z in zip(plan.targets, found, strict=True)}
+        ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
+        aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
+
+    losses: list[Tensor] = []
+    seen = plan.queries if t.method.target == "ema" else tuple(sorted({*plan.queries, *plan.targets}))
+    micros = torch.arange(len(batch.index), device=t.world.device).chunk(t.recipe.machine.accumulate)
+    for pos_B in micros:
+        last = len(losses) == len(micros) - 1
+        with contextlib.nullcontext() if last else t.pair.no_sync():
+            found = t.pair.embed([images[v][pos_B] for v in seen])
+            query = {v: Emb(*emb) for v, emb in zip(seen, found, strict=True)}
+            if t.method.target != "ema":  # one micro-batch: Training refuses more
+                target = {v: Emb(_pointed(query[v].z, t.method.target)) for v in plan.targets}
+                ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
+                aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
+            loss_B = sum(term.share * t.method.agree(query[term.query], aims[term.target], pos_B, ctx)
+                         for term in plan.terms)
+            loss = loss_B.mean() / len(micros)
+            losses.append(loss.detach())
+            if last:  # on its way while the backward pass runs
+                verdict = t.world.maximum(_raised(sum(losses), flags))
+            t.scaler.scale(loss).backward()
+
+    poor, *raised = verdict.result().bool().tolist()
+    if poor:
+        if ticket is not None:
+            t.bank.take_back(ticket)
+        norm.discard(t.norms)
+        t.optimizer.zero_grad()
+        t.skipped_in_a_row += 1
+    else:
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+        t.optimizer.zero_grad()
+        norm.commit(t.norms, t.world)
+        t.pair.follow(momentum)
+        if bank and bank.push == "after":
+            _push(t, target, ctx)
+        t.skipped_in_a_row = 0
+    t.step += 1
+    scalars = {"loss": sum(losses), "lr": lr, "ema": momentum, "spread": spread(target[plan.targets[0]].z), **ctx.notes}
+    return Report(not poor, tuple(raised), scalars)
+
+
+def _push(t: Training, target: dict[int, Emb], ctx: Context):
+    return t.bank.push(key=target[t.method.bank.view].z.detach(), index=ctx.index_B, label=ctx.label_B)
+
+
+def _pointed(z: Tensor, mode: str) -> Tensor:
+    return z.detach() if mode == "stop" else z
+
+
+def _raised(loss: Tensor, flags: tuple[bool, ...]) -> Tensor:
+    raised = torch.tensor([False, *flags], dtype=torch.float32).to(loss.device, non_blocking=True)
+    raised[0] = ~loss.isfinite()
+    return raised
