@@ -1,0 +1,56 @@
+"""What a shard folder holds, as records: a table is made of them on a terminal, a pipe gets them plain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from hpcssl.data.shards import ShardSet
+
+
+def records(root: Path) -> Iterator[tuple[str, ...]]:
+    """Yield rows ``(kind, name, value, …)``. Raises DataError for a folder that is no shard folder."""
+    found = ShardSet.open(root)
+    sizes = found.rows["size"].astype(np.int64)
+    yield "samples", str(len(found))
+    yield "classes", str(len(found.classes))
+    yield "unlabelled", str(int((found.labels < 0).sum()))
+    yield "shards", str(len(found.shards))
+    yield "bytes", str(sum(shard.bytes for shard in found.shards))
+    if len(found):
+        yield "image bytes", f"min {sizes.min()}", f"median {int(np.median(sizes))}", f"max {sizes.max()}"
+    yield "second modality", "yes" if found.has_second else "no"
+    yield "digest", found.digest
+    for name, value in sorted(found.meta.get("plan", {}).get("made", {}).items()):
+        yield "made", name, str(value)
+    for entry in found.meta.get("skipped", []):
+        yield "skipped", entry["source"], entry["reason"]
+    counts = np.bincount(found.labels[found.labels >= 0], minlength=len(found.classes))
+    for number, (name, count) in enumerate(zip(found.classes, counts, strict=True)):
+        yield "class", str(number), name, str(count)
+    for shard in found.shards:
+        yield "shard", shard.name, str(shard.samples), str(shard.bytes), shard.sha256
+
+
+def tables(rows: Iterator[tuple[str, ...]], title: str, at_most: int = 20) -> list:
+    """The records as rich tables, long lists cut to their first rows (a pipe gets them whole)."""
+    from rich.table import Table
+
+    facts = Table(title=title, title_justify="left", show_header=False)
+    lists = {"class": ("number", "class", "samples"), "shard": ("shard", "samples", "bytes", "sha256")}
+    grids = {kind: Table(*columns) for kind, columns in lists.items()}
+    counts = dict.fromkeys(lists, 0)
+    for kind, *values in rows:
+        if kind not in grids:
+            facts.add_row(kind, "  ".join(values))
+            continue
+        counts[kind] += 1
+        if counts[kind] <= at_most:
+            short = [v[:12] + "…" if kind == "shard" and len(v) == 64 else v for v in values]
+            grids[kind].add_row(*short)
+    for kind, count in counts.items():
+        if count > at_most:
+            grids[kind].caption = f"and {count - at_most} more: `hpcssl-shard show {title} | cat` lists all"
+    return [facts, *grids.values()]
