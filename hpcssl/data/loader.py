@@ -1,0 +1,231 @@
+"""Threads that fill a ring of preallocated batches: decode once, cut every view into its place, draw its parameters.
+
+Threads and not processes: the decoder and the resize release the GIL, which Python then holds for some tens of
+microseconds per image, and nothing is pickled or copied. What a batch holds depends on (seed, epoch, step) alone, never
+on the number of threads: each row is written by whoever is free, from its own address.
+
+b: this rank's rows of a batch. S: pixels a side.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hpcssl import rng
+from hpcssl.data.decode import Scratch
+from hpcssl.data.order import Order, Sequential
+from hpcssl.data.reader import Reader
+from hpcssl.errors import ConfigError
+from hpcssl.views.augment import PARAMS, ViewSpec, draw
+from hpcssl.views.crop import cut
+
+KEPT = 2  # batches that are the consumer's: the one in hand, and the one before, whose copy to a GPU may be under way
+
+
+@dataclass
+class Batch:
+    """One step's rows of this rank.
+
+    ``index``: global indices int64 [b]; of the replacement where a sample was damaged. ``label``: int64 [b], -1
+    without one. ``images``: uint8 [b, S, S, 3] per view, cropped and resized, nothing else. ``params``: ``PARAMS`` [b]
+    per view, for ``augment.apply``. Images and params lie in the ring: they hold until the batch after the next one is
+    asked for, and are not to be written.
+    """
+
+    step: int
+    epoch: int
+    index: np.ndarray
+    label: np.ndarray
+    images: list[torch.Tensor]
+    params: list[np.ndarray]
+
+
+class Loader:
+    """Batches of global steps ``start`` .. ``stop`` - 1 for one rank.
+
+    ``views``: what to cut; a view's number in this list is part of its address. ``threads``: 1 or more, of this
+    process; ``ring``: batches of memory, of which all but two are filled ahead; ``pin``: page-locked memory, for
+    copies to a GPU. Raises ``WorldError`` where ``size`` does not divide the global batch.
+    """
+
+    def __init__(self, reader: Reader, order: Order | Sequential, views: Sequence[ViewSpec], *, seed: int,
+                 rank: int = 0, size: int = 1, threads: int = 1, ring: int = 4, pin: bool = False):
+        for name, got, least in (("data.threads", threads, 1), ("data.ring", ring, KEPT + 1), ("views", len(views), 1)):
+            if got < least:
+                raise ConfigError(name, got=got, expected=f"at least {least}", mend=f"set {name} to {least} or more")
+        self.reader, self.order, self.views = reader, order, list(views)
+        self.seed, self.rank, self.size, self.threads = seed, rank, size, threads
+        rows = order.rows(size)
+        self._slots = [_Slot(rows, self.views, pin) for _ in range(ring)]
+        self._run: _Run | None = None
+
+    @property
+    def damaged(self) -> list[tuple[int, str, str]]:
+        """(index, key, reason) of every damaged sample met so far, by index."""
+        return [(x.index, x.key, x.reason) for _, x in sorted(self.reader.damaged.items())]
+
+    def run(self, start: int, stop: int) -> Iterator[Batch]:
+        """Iterate over the batches of global steps ``start`` .. ``stop`` - 1; one iterator at a time.
+
+        Threads start here and end with the iterator, with ``close()``, or when the consumer raises. What went wrong
+        in a thread is raised at the step it concerns.
+        """
+        self.close()
+        run = self._run = _Run(self, start, stop)
+        try:
+            run.start()
+            for step in range(start, stop):
+                yield run.take(step)
+        finally:
+            run.stop()
+
+    def close(self) -> None:
+        """Stop the threads of the current iterator and wait for them."""
+        if self._run is not None:
+            self._run.stop()
+            self._run = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+class _Slot:
+    """Memory of one batch, touched once so that no page fault is left for the threads."""
+
+    def __init__(self, rows: int, views: list[ViewSpec], pin: bool):
+        self.images = [torch.zeros(rows, v.size, v.size, 3, dtype=torch.uint8, pin_memory=pin) for v in views]
+        self.places = [[image[r:r + 1].permute(0, 3, 1, 2) for r in range(rows)] for image in self.images]
+        self.params = [np.zeros(rows, PARAMS) for _ in views]
+        self.index = self.label = np.empty(0, np.int64)
+        self.wanted: list[int] = []
+        self.step = self.epoch = -1
+        self.left = 0
+        self.error: BaseException | None = None
+
+    def open(self, step: int, epoch: int, wanted: np.ndarray) -> None:
+        self.step, self.epoch, self.wanted = step, epoch, wanted.tolist()
+        self.index, self.label = wanted.copy(), np.empty(len(wanted), np.int64)
+        self.left, self.error = len(wanted), None
+
+    def batch(self) -> Batch:
+        rows = len(self.wanted)
+        return Batch(self.step, self.epoch, self.index, self.label, [x[:rows] for x in self.images],
+                     [p[:rows] for p in self.params])
+
+
+class _Run:
+    """The threads of one iterator and what they share; ``_turn`` guards all of it."""
+
+    def __init__(self, loader: Loader, start: int, stop: int):
+        self.loader, self.first, self.end = loader, start, stop
+        self.opened = start  # the next step to open
+        self.asked = start  # the step that the consumer waits for or holds
+        self.current: _Slot | None = None
+        self.row = 0
+        self.over = False
+        self._turn = threading.Condition()
+        self._threads = [threading.Thread(target=self._work, name=f"loader-{i}", daemon=True)
+                         for i in range(loader.threads)]
+        self._ready = threading.Barrier(loader.threads + 1)
+
+    def start(self) -> None:
+        before = torch.get_num_threads()
+        for thread in self._threads:
+            thread.start()
+        self._ready.wait()
+        # the workers' own set_num_threads(1) is also the default of threads still to come: put the trainer's back
+        torch.set_num_threads(before)
+
+    def stop(self) -> None:
+        with self._turn:
+            self.over = True
+            self._turn.notify_all()
+        for thread in self._threads:
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join()
+
+    def take(self, step: int) -> Batch:
+        slot = self._slot(step)
+        with self._turn:
+            self.asked = step
+            self._turn.notify_all()
+            self._turn.wait_for(lambda: self.over or (slot.step == step and slot.left == 0))
+            if self.over:
+                raise RuntimeError("the loader was closed while a batch was waited for")
+            if slot.error is not None:
+                raise slot.error
+            return slot.batch()
+
+    def _slot(self, step: int) -> _Slot:
+        return self.loader._slots[step % len(self.loader._slots)]
+
+    def _may_open(self) -> bool:
+        """Whether the slot of the next step is free: neither in the consumer's hand nor the one before."""
+        return self.opened < self.end and self.opened - len(self.loader._slots) < self.asked - (KEPT - 1)
+
+    def _next(self) -> tuple[_Slot, int] | None:
+        """The next row to fill; None when the run is over."""
+        with self._turn:
+            while not self.over:
+                if self.current is not None and self.row < len(self.current.wanted):
+                    self.row += 1
+                    return self.current, self.row - 1
+                if self.opened >= self.end:
+                    return None
+                if self._may_open():
+                    self._open_next()
+                else:
+                    self._turn.wait()
+            return None
+
+    def _open_next(self) -> None:
+        loader, step = self.loader, self.opened
+        slot = self.current = self._slot(step)
+        self.row, self.opened = 0, step + 1
+        try:
+            slot.open(step, loader.order.epoch_of(step), loader.order.part(step, loader.rank, loader.size))
+        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+            slot.open(step, -1, np.empty(0, np.int64))
+            slot.error = error
+        if slot.left == 0:
+            self._turn.notify_all()
+
+    def _work(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are the main thread's business
+        torch.get_num_threads()  # makes this thread take its default now, and not after the next line
+        torch.set_num_threads(1)
+        self._ready.wait()
+        scratch = (Scratch(), Scratch(), Scratch())
+        while (task := self._next()) is not None:
+            slot, row = task
+            error = None
+            try:
+                self._fill(slot, row, scratch)
+            except BaseException as caught:  # noqa: BLE001 - raised again in the consumer's thread
+                error = caught
+            with self._turn:
+                slot.left -= 1
+                slot.error = slot.error or error
+                if slot.left == 0:
+                    self._turn.notify_all()
+
+    def _fill(self, slot: _Slot, row: int, scratch: tuple[Scratch, Scratch, Scratch]) -> None:
+        loader, wanted, epoch = self.loader, slot.wanted[row], slot.epoch
+        kinds = {view.second for view in loader.views}
+        index, first, second = loader.reader.images(wanted, epoch, first=False in kinds, second=True in kinds,
+                                                    scratch=scratch[:2])
+        slot.index[row], slot.label[row] = index, loader.reader.labels[index]
+        for number, view in enumerate(loader.views):
+            image = second if view.second else first
+            drawn = draw(view.augment, rng.key(loader.seed, "view", epoch, wanted, number), *image.shape[:2])
+            slot.params[number][row] = drawn
+            cut(image, drawn["box"].tolist(), view, slot.places[number][row], scratch[2])
