@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,11 @@ def load(schema: type, *layers: dict, where: str = "recipe") -> Any:
     _refuse_interpolation(merged, where)
     _refuse_unknown(schema, merged, where)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(merged))
-        return OmegaConf.to_object(typed)
+        return OmegaConf.to_object(OmegaConf.merge(_writable(OmegaConf.structured(schema)), OmegaConf.create(merged)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
-        raise ConfigError(f"{where}, {key}", got=_line(error), expected=f"a value of the type of {key}",
+        got = str(error).splitlines()[0]  # the lines after it speak of OmegaConf's own types
+        raise ConfigError(f"{where}, key {key}", got=got, expected=f"a value of the type of {key}",
                           mend="`hpcssl show RECIPE` prints every key with a value of its type") from error
 
 
@@ -115,9 +116,17 @@ def _refuse_unknown(schema: type, values: dict, where: str, path: str = "") -> N
             _refuse_unknown(inner, value, where, f"{path}{key}.")
 
 
-def _schema_of(schema: type, name: str) -> Any:
-    import typing
+def _writable(node: DictConfig) -> DictConfig:
+    """Frozen dataclasses make read-only nodes, which OmegaConf then refuses to merge into below the first level."""
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        inner = node._get_node(name)
+        if isinstance(inner, DictConfig) and not inner._is_none():
+            _writable(inner)
+    return node
 
+
+def _schema_of(schema: type, name: str) -> Any:
     return typing.get_type_hints(schema)[name]
 
 

@@ -13,23 +13,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from hpcssl.methods import equations
 from hpcssl.methods.base import Context, Emb
+from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import View, both_ways, one_way
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByolOptions:
-    """``ema`` is τ_0; ``ema_shape=cosine`` raises it to 1 over the run as in the paper."""
+    """``ema.momentum`` is τ_0; ``ema.shape=cosine`` raises it to 1 over the run as in the paper."""
 
     name: str = "byol"
     symmetric: bool = True
-    ema: float = 0.996
-    ema_shape: str = "cosine"
+    ema: EmaOptions = field(default_factory=lambda: EmaOptions(momentum=0.996, shape="cosine"))
 
 
 class Byol:

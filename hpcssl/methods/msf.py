@@ -16,7 +16,7 @@ taken. With k = 1 the only neighbour is u itself, and the method is the asymmetr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from hpcssl.memory.bank import Hits
 from hpcssl.methods import equations
 from hpcssl.methods.base import BankSpec, Context, Emb
 from hpcssl.methods.diagnostics import purity
+from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import View, one_way
 
 
@@ -36,8 +37,7 @@ class MsfOptions:
     name: str = "msf"
     k: int = 5
     include_self: bool = True
-    ema: float = 0.99
-    ema_shape: str = "constant"
+    ema: EmaOptions = field(default_factory=EmaOptions)
 
 
 class Msf:

@@ -19,9 +19,8 @@ from hpcssl.methods import METHODS
 from hpcssl.nets import norm, resnet
 from hpcssl.nets.heads import HeadOptions
 from hpcssl.nets.resnet import Arch
-from hpcssl.optim import OptimOptions, ScheduleOptions
-
-PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+from hpcssl.optim.build import OptimOptions
+from hpcssl.optim.schedule import ScheduleOptions, total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +154,12 @@ def names() -> list[str]:
 
 def compose(name: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe of this name, or of this YAML file, with ``key=value`` overrides. Raises ``ConfigError``."""
-    values = _read(name)
-    recipe = typed(config.merge(values, config.read_overrides(list(overrides or []))), f"recipe {values['name']}")
+    values, asked = _read(name), config.read_overrides(list(overrides or []))
+    length = asked.get("schedule")
+    if isinstance(length, dict) and len(length.keys() & {"steps", "epochs"}) == 1:
+        # a length replaces the recipe's, in whichever unit that was
+        length.setdefault("epochs" if "steps" in length else "steps", None)
+    recipe = typed(config.merge(values, asked), f"recipe {values['name']}")
     check(recipe)
     return recipe
 
@@ -207,7 +210,6 @@ def _read(name: str) -> dict:
 def check(recipe: Recipe) -> None:
     """Refuse values that no world size, data or device could make right. Raises ``ConfigError``."""
     _choice("model.norm", recipe.model.norm, norm.SCOPES)
-    _choice("optim.precision", recipe.optim.precision, PRECISIONS)
     _choice("machine.devices", recipe.machine.devices, ("auto", "cpu", "gpu"))
     _choice("model.stem", recipe.model.stem, resnet.STEMS)
     if not recipe.model.arch.startswith("timm:"):
@@ -223,6 +225,7 @@ def check(recipe: Recipe) -> None:
     if recipe.model.norm == "ghost" and recipe.model.norm_group < 2:
         raise ConfigError("model.norm_group", got=recipe.model.norm_group, expected="2 or more samples per ghost group",
                           mend="set model.norm_group, for example to 64")
+    total_steps(recipe.schedule, 10**9)  # a length was asked for
     if recipe.optim.batch % recipe.machine.accumulate:
         raise ConfigError("machine.accumulate", got=recipe.machine.accumulate,
                           expected=f"a divisor of optim.batch={recipe.optim.batch}",

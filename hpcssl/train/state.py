@@ -13,7 +13,7 @@ from hpcssl.methods import METHODS
 from hpcssl.methods.base import Context, Method
 from hpcssl.nets import heads, norm, resnet
 from hpcssl.nets.pair import Branch, Pair
-from hpcssl.optim import Schedule, build_optimizer
+from hpcssl.optim import build, schedule
 from hpcssl.train.checkpoint import Rows, Saved, State
 from hpcssl.train.recipe import Recipe
 from hpcssl.views.augment import NAMED, ViewSpec, apply
@@ -46,15 +46,19 @@ class Training:
         self.recipe, self.world, self.labelled = recipe, world, labelled
         self.science = recipe.science(data_digest, world.size)
         self.method = method_of(recipe)
-        self.schedule = Schedule(recipe.optim, recipe.schedule, steps_per_epoch=steps_per_epoch)
-        self.steps_per_epoch, self.last_step, self.step = steps_per_epoch, self.schedule.last_step, 0
+        self.steps_per_epoch, self.step = steps_per_epoch, 0
+        self.last_step = schedule.total_steps(recipe.schedule, steps_per_epoch)
         self.dtype = torch.float64 if recipe.optim.precision == "fp64" else torch.float32
         self.pair = self._pair()
         self.norms = norm.norms_of(n for n in (self.pair.online, self.pair.target) if n is not None)
-        self.parameters = dict(self.pair.online.named_parameters())
-        self.optimizer = build_optimizer(recipe.optim, self.pair.online)
+        self.optimizer = build.build(recipe.optim, self.pair.online.named_parameters(),
+                                     global_batch=recipe.optim.batch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
         self.bank = self._bank()
+        if recipe.machine.accumulate > 1 and self.method.target != "ema":
+            raise ConfigError("machine.accumulate", got=f"{recipe.machine.accumulate} with method {recipe.method.name}",
+                              expected="1, since this method's targets come from the same pass as its queries",
+                              mend="set machine.accumulate=1 and use more processes")
         self.skipped_in_a_row = 0
 
     def _pair(self) -> Pair:
@@ -86,6 +90,16 @@ class Training:
                     key=rng.key(self.recipe.seed, "bank"), dtype=self.dtype)
 
     # -- what a step asks for -------------------------------------------------------------------------------
+
+    def set_rates(self) -> tuple[float, float]:
+        """Set the optimiser's rate for the next update; returns that rate and the target's momentum."""
+        optim, step = self.recipe.optim, self.step
+        lr = schedule.learning_rate(self.recipe.schedule, step, peak=optim.lr, steps_per_epoch=self.steps_per_epoch)
+        build.set_lr(self.optimizer, optim, lr, global_batch=optim.batch)
+        momentum = 0.0
+        if self.method.target == "ema":
+            momentum = schedule.target_momentum(self.recipe.method.ema, step, total=self.last_step)
+        return lr * build.batch_factor(optim, optim.batch), momentum
 
     @property
     def view_specs(self) -> list[ViewSpec]:
@@ -119,9 +133,7 @@ class Training:
     def state(self) -> State:
         """The whole state at this step. Its tensors are the living ones: the store copies them."""
         tensors = {f"pair.{name}": Rows(t) for name, t in self.pair.state_dict().items()}
-        for name, parameter in self.parameters.items():
-            for slot, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optim.{slot}.{name}"] = Rows(value if isinstance(value, Tensor) else torch.tensor(value))
+        tensors |= {f"optim.{name}": Rows(t) for name, t in build.tensors(self.optimizer).items()}
         numbers = {"skipped_in_a_row": self.skipped_in_a_row}
         if self.scaler.is_enabled():
             numbers["scaler"] = self.scaler.state_dict()
@@ -146,10 +158,8 @@ class Training:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved.rows(f"pair.{name}"))
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                entry.split(".")[1]: saved.rows(entry).to(parameter.device)
-                for entry in saved.names if entry.startswith("optim.") and entry.split(".", 2)[2] == name}
+        build.restore(self.optimizer, {name.removeprefix("optim."): saved.rows(name)
+                                       for name in saved.names if name.startswith("optim.")})
         numbers = saved.manifest["numbers"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
