@@ -92,7 +92,7 @@ def split(argv: list[str]) -> Split:
 def one(text: str) -> dict[str, str | bool]:
     """One option of sbatch, known or not, as ``--sbatch`` and profiles spell it: ``--name=value`` or ``--name``."""
     name, sign, value = text.strip().partition("=")
-    if not re.fullmatch(r"--[a-z][a-z0-9_-]*", name) or "\n" in value:
+    if not re.fullmatch(r"--[a-z][a-z0-9_-]*", name):
         raise ConfigError("option --sbatch", got=repr(text), expected="one long option of sbatch",
                           mend='write it as --sbatch "--name=value"')
     return checked({_SAME.get(name[2:], name[2:]): value if sign else True})
@@ -101,6 +101,9 @@ def one(text: str) -> dict[str, str | bool]:
 def checked(sbatch: dict[str, str | bool]) -> dict[str, str | bool]:
     """The same options. Raises ``ConfigError`` for one that a run owns and that cannot be merged."""
     for name, value in sbatch.items():
+        if not str(value).isprintable():  # a line break would start a command in the batch script
+            raise ConfigError(f"option --{name}", got=repr(value), expected="one line of printable text",
+                              mend="leave out line breaks and control characters")
         if name in OWNED:
             why, mend = OWNED[name]
             raise ConfigError(f"option --{name}", got=_spelled(name, value), expected=f"none, since {why}", mend=mend)

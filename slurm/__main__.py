@@ -1,0 +1,6 @@
+"""``python -m slurm`` is ``hpcssl-submit``."""
+
+from slurm.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What runs inside a job, once per task: plain data that submitit carries, and a call that never returns.
+
+Nothing but the standard library is imported before the handlers stand. The call ends in ``os._exit``, so that
+neither submitit's pickles nor a stuck thread of a collective decides how the task ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+from hpcssl import launch
+from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, HpcsslError
+from hpcssl.files import RunDir
+from hpcssl.signals import StopFlag
+from slurm import attempts, freeze, records, sched, start
+
+ATTEMPT, LOCAL_JOB = "HPCSSL_ATTEMPT", "HPCSSL_LOCAL_JOB"
+"""What the local supervisor tells its tasks."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One job of a run: the training, or the evaluation called ``what``. ``run`` is its folder."""
+
+    run: str
+    what: str = records.TRAIN
+
+    def __call__(self) -> None:
+        stop = StopFlag().install()  # replaces submitit's handlers, which swallow TERM and act on USR2 in mid-step
+        start.release()
+        run, code, place, attempt = RunDir(self.run), EXIT_FAILED, None, None
+        try:
+            place, attempt = here(), this_attempt(RunDir(self.run), self.what)
+            enter(place)
+            freeze.verify(run)
+            work = _train if self.what == records.TRAIN else _evaluate
+            code = work(run, self.what, stop, attempt, place)
+        except HpcsslError as error:
+            code = error.exit_code
+            _crashed(run, self.what, attempt, place, str(error))
+        except BaseException as error:  # noqa: BLE001 - a task that dies without a word looks like a KILL
+            traceback.print_exc()
+            _crashed(run, self.what, attempt, place, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        leave(run, code, attempt, place)
+
+
+def here() -> launch.Place | None:
+    """This task's place: SLURM's or the local supervisor's; None for a single task."""
+    size = int(os.environ.get("SUBMITIT_LOCAL_NTASKS", "1"))
+    if LOCAL_JOB not in os.environ:
+        for name in (*launch.TORCHRUN, launch.TOKEN):  # left over from the shell that submitted
+            os.environ.pop(name, None)
+        return launch.find()
+    if size == 1:
+        return None
+    rank, token = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), os.environ[launch.TOKEN]
+    return launch.Place(rank=rank, local_rank=rank, size=size, address="127.0.0.1", port=launch.port_of(token),
+                        token=token)
+
+
+def enter(place: launch.Place | None) -> None:
+    for name in (*launch.TORCHRUN, launch.TOKEN):
+        os.environ.pop(name, None)
+    os.environ.update(place.environment() if place else {})
+
+
+def this_attempt(run: RunDir, what: str) -> dict:
+    """Number, job, restart count and host of this attempt. Only rank 0 writes it down."""
+    host = os.environ.get("SLURM_JOB_NODELIST") or os.uname().nodename
+    if LOCAL_JOB in os.environ:
+        number = int(os.environ[ATTEMPT])
+        return {"attempt": number, "job": os.environ[LOCAL_JOB], "restart": number - 1, "host": host}
+    job, restart = sched.own_job()
+    known = [a for a in attempts.history(run, what) if (a.job, a.restart) == (job, restart)]
+    number = known[-1].number if known else attempts.next_number(run, what)
+    return {"attempt": number, "job": job, "restart": restart, "host": host}
+
+
+def requeue_of(run: RunDir, job: str):
+    """The callable that asks for another attempt: None if granted, else one clause that says why not."""
+    def ask() -> str | None:
+        if records.cancelled(run, job):
+            return "the job was cancelled"
+        if LOCAL_JOB in os.environ:
+            return None  # the supervisor starts the next attempt when this one has left with 75
+        return sched.requeue(job)
+    return ask
+
+
+def _train(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
+    from hpcssl.run import train
+
+    return train(run, stop=stop, requeue=requeue_of(run, attempt["job"]), attempt=attempt)
+
+
+def _evaluate(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
+    from hpcssl.evals.run import evaluate_run
+    from hpcssl.evals.together import Stopped
+    from hpcssl.journal import set_up_logging
+    from hpcssl.train import recipe
+    from hpcssl.train.main import prepare
+    from hpcssl.world import World
+
+    machine = recipe.read(run.config).machine
+    prepare(machine)
+    world = World.start(machine.devices, machine.timeout_minutes * 60)
+    set_up_logging(world.rank)
+    if world.main:
+        attempts.begin(run, what, attempt)
+    try:
+        evaluate_run(what, run, world, stop=stop.is_set)
+        cause, why, code = "done", "", EXIT_DONE
+    except Stopped:  # agreed by all ranks; what is finished is kept
+        refused = requeue_of(run, attempt["job"])() if world.main else None
+        cause, why, code = "stopped", refused or stop.reason or "", EXIT_STOPPED
+    if world.main:
+        attempts.end(run, what, attempt, cause, why)
+    world.barrier()  # with --kill-on-bad-exit the first to leave ends the others
+    return code
+
+
+def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place | None, sentence: str) -> None:
+    rank = place.rank if place else 0
+    print(f"rank {rank}: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the task's log
+    if attempt is not None:
+        with contextlib.suppress(OSError):  # a full disk must not hide the first error
+            if any(a.number == attempt["attempt"] and a.cause for a in attempts.history(run, what)):
+                return  # the trainer, or another rank, has said why
+            attempts.end(run, what, attempt, "error", f"rank {rank}: {sentence}")
+
+
+def leave(run: RunDir, code: int, attempt: dict | None, place: launch.Place | None) -> None:
+    """Flush and go, whatever threads are still about."""
+    if LOCAL_JOB in os.environ and attempt is not None:  # submitit's local controller keeps exit codes to itself
+        with contextlib.suppress(OSError):
+            records.note(run, "exit", attempt["job"], attempt=attempt["attempt"], rank=place.rank if place else 0,
+                         code=code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

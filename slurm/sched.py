@@ -1,0 +1,108 @@
+"""Questions to SLURM, through its own commands. No accounting database is needed: ``sacct`` is never asked."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from hpcssl.errors import SubmitError
+
+GONE = "GONE"
+"""State of a job that SLURM no longer remembers."""
+
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
+        "SPECIAL_EXIT", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
+
+MENDS = {
+    "launch failed requeued held": "a node could not start the step: look at the node, then `scontrol release {job}`",
+    "job requeued in held state": "look at the logs, then `scontrol release {job}`",
+    "dependencyneversatisfied": "what it waits for has failed: `scancel {job}`, mend the training and submit again",
+    "jobhelduser": "`scontrol release {job}`",
+    "jobheldadmin": "ask the administrators why they hold it",
+    "begintime": "it was requeued and starts by itself, after about two minutes",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """A job as SLURM sees it now. ``note`` is what a person should know or do, if anything."""
+
+    name: str
+    reason: str = ""
+    restarts: int = 0
+    note: str = ""
+    exit_code: int | None = None
+
+    @property
+    def live(self) -> bool:
+        return self.name in LIVE
+
+
+def installed() -> bool:
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
+
+
+def require() -> None:
+    if not installed():
+        raise SubmitError("SLURM", got="no sbatch or srun on this machine's PATH", expected="its client commands",
+                          mend="log in to a machine of the cluster, load its module, or add --local")
+
+
+def call(program: str, *words: str, cluster: str | None = None) -> subprocess.CompletedProcess:
+    """Run one of SLURM's commands; never raises for its refusal."""
+    where = ["-M", cluster] if cluster else []
+    try:
+        return subprocess.run([program, *where, *words], capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess([program, *words], 127, "", f"{program}: no such command here")
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess([program, *words], 124, "", f"{program} did not answer within 60 s")
+
+
+def ask(job: str, cluster: str | None = None) -> State:
+    """The state of one job. Raises ``SubmitError`` where SLURM cannot be asked."""
+    answer = call("scontrol", "show", "job", "-o", job, cluster=cluster)
+    if answer.returncode:
+        if "Invalid job id" in answer.stderr:
+            return State(GONE)
+        raise SubmitError(f"`scontrol show job {job}`", got=_line(answer.stderr), expected="an answer of SLURM",
+                          mend="see whether `sinfo` answers, and ask again")
+    return parse(job, answer.stdout)
+
+
+def parse(job: str, text: str) -> State:
+    """One line of ``scontrol show job -o``."""
+    fields = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", text))
+    reason = fields.get("Reason", "None")
+    words = reason.replace("_", " ").lower()
+    note = next((mend.format(job=job) for key, mend in MENDS.items() if key in words or key == words), "")
+    code, _, signal = fields.get("ExitCode", "0:0").partition(":")
+    return State(fields.get("JobState", GONE), "" if reason == "None" else reason, int(fields.get("Restarts") or 0),
+                 note, 128 + int(signal) if signal not in ("", "0") else int(code or 0))
+
+
+def requeue(job: str) -> str | None:
+    """Ask for another attempt of the job that this process belongs to. None if granted, else why not."""
+    if ask_quietly(job).name == "CANCELLED":
+        return "the job was cancelled"
+    answer = call("scontrol", "requeue", job)
+    return None if answer.returncode == 0 else _line(answer.stderr) or "scontrol refused without a reason"
+
+
+def ask_quietly(job: str, cluster: str | None = None) -> State:
+    try:
+        return ask(job, cluster)
+    except SubmitError as error:
+        return State("UNKNOWN", note=error.got)
+
+
+def own_job() -> tuple[str, int]:
+    """Id of the SLURM job around this process, and how often it was restarted."""
+    return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]

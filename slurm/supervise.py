@@ -1,0 +1,140 @@
+"""The local supervisor: ``python -m slurm.supervise RUN JOB`` runs the attempts of a job and of what is chained on it.
+
+One submitit LocalExecutor job per attempt carries the tasks; the attempts, the requeues and the chain are ours, by
+the same rules as on SLURM (``attempts``). What submitit's controller does not do is done here: it ends an attempt of
+which one task has crashed, and clears what an attempt left behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+
+from submitit import LocalExecutor
+
+from hpcssl import launch
+from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from hpcssl.files import RunDir
+from hpcssl.signals import StopFlag
+from slurm import attempts, local, procs, records, shape, start
+from slurm.job import ATTEMPT, LOCAL_JOB, Work
+
+LOG = logging.getLogger("hpcssl")
+POLL_S = 0.2
+KILL_WAIT_S = 30.0
+"""How long tasks may take to save after a cancel, as SLURM's KillWait."""
+CRASH_WAIT_S = 5.0
+"""How long the others may take to notice that one of them has crashed."""
+FOREVER_MIN = 60.0 * 24 * 3650
+
+
+class Attempt:
+    """One attempt of one job: submitit's tasks, watched to their end."""
+
+    def __init__(self, run: RunDir, job: records.Job, number: int, stop: StopFlag):
+        self.run, self.job, self.number, self.stop = run, job, number, stop
+        self.size = shape.local_tasks(job.options)
+        self.about = {"attempt": number, "job": job.job, "restart": number - 1, "host": os.uname().nodename}
+        self._seen: set[int] = set()
+        self._bad_since = self._ended_at = None
+
+    def start(self) -> None:
+        os.environ.update({ATTEMPT: str(self.number), LOCAL_JOB: self.job.job,
+                           launch.TOKEN: f"{self.job.job}.{self.number}", start.GPUS: local.gpus(self.job.options)})
+        seconds, (_, lead) = shape.limit(self.job.options), shape.signal(self.job.options)
+        executor = LocalExecutor(self.run.logs, python=local.python())
+        executor.update_parameters(tasks_per_node=self.size, signal_delay_s=lead,
+                                   timeout_min=seconds / 60 if seconds else FOREVER_MIN)
+        self._handle = executor.submit(Work(str(self.run.root), self.job.what))
+        records.note(self.run, "controller", self.job.job, attempt=self.number, logs=self._handle.job_id,
+                     tasks=self.size)
+
+    def wait(self) -> list[int | None]:
+        """Exit codes by rank once every task is gone; None for a task that died without a word."""
+        while not self._handle.done():
+            time.sleep(POLL_S)
+            alive = procs.tasks(os.getpid())
+            self._seen |= {p.pid for p in alive}
+            self._end_if_asked(alive)
+            self._end_if_crashed(alive)
+        procs.clear(os.getpid())  # a controller that was killed leaves its tasks behind
+        codes = self._codes()
+        return [codes.get(rank) for rank in range(self.size)]
+
+    def _end_if_asked(self, alive: list[procs.Process]) -> None:
+        if self._ended_at is None:
+            if self.stop.is_set() or records.cancelled(self.run, self.job.job):
+                self._ended_at = time.monotonic()
+                procs.send(alive, signal.SIGCONT, signal.SIGTERM)
+        elif time.monotonic() - self._ended_at > KILL_WAIT_S:
+            procs.send(alive, signal.SIGKILL)
+
+    def _end_if_crashed(self, alive: list[procs.Process]) -> None:
+        if not alive or len(alive) == self.size:
+            return
+        codes = self._codes()
+        wordless = len(self._seen) - len(alive) > len(codes)
+        if not wordless and all(code in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()):
+            return
+        self._bad_since = self._bad_since or time.monotonic()
+        if time.monotonic() - self._bad_since > CRASH_WAIT_S:
+            procs.send(alive, signal.SIGKILL)
+
+    def _codes(self) -> dict[int, int]:
+        return {x["rank"]: x["code"] for x in records.of(self.run, "exit", self.job.job)
+                if x["attempt"] == self.number}
+
+
+def work(run: RunDir, job: records.Job, stop: StopFlag) -> int:
+    """Attempts of one job until it is done or nobody asks for another one; its exit code."""
+    while True:
+        if records.cancelled(run, job.job) or stop.is_set():
+            return _ended(run, job, EXIT_STOPPED, "cancelled" if not stop.is_set() else "the supervisor was stopped")
+        attempt = Attempt(run, job, attempts.next_number(run, job.what), stop)
+        attempt.start()
+        codes = attempt.wait()
+        LOG.info("%s: attempt %d ended with %s", job.job, attempt.number, codes)
+        if all(code == EXIT_DONE for code in codes):
+            return _ended(run, job, EXIT_DONE, "")
+        if all(code == EXIT_STOPPED for code in codes):
+            continue  # every rank saved and left by itself
+        verdict = attempts.settle(run, job.what, attempt.about, _epitaph(codes))
+        LOG.info("%s: %s", job.job, verdict.why)
+        if not verdict.again and not records.cancelled(run, job.job):
+            worst = next((c for c in codes if c not in (None, EXIT_DONE, EXIT_STOPPED)), EXIT_FAILED)
+            return _ended(run, job, worst, verdict.why)
+
+
+def supervise(run: RunDir, base: str) -> int:
+    """The training, then each chained evaluation once it has succeeded."""
+    stop = StopFlag().install()
+    jobs = [job for job in records.submitted(run).values() if job.job.partition(".")[0] == base]
+    parent = EXIT_DONE
+    for job in jobs:
+        if parent != EXIT_DONE:
+            _ended(run, job, EXIT_FAILED if parent != EXIT_STOPPED else EXIT_STOPPED,
+                   "DependencyNeverSatisfied: the training did not succeed")
+            continue
+        code = work(run, job, stop)
+        parent = code if job.what == records.TRAIN else parent
+    return parent
+
+
+def _ended(run: RunDir, job: records.Job, code: int, why: str) -> int:
+    records.note(run, "ended", job.job, code=code, why=why)
+    return code
+
+
+def _epitaph(codes: list[int | None]) -> str:
+    dead = [str(rank) for rank, code in enumerate(codes) if code is None]
+    if not dead:
+        return f"exit codes {codes}"
+    return f"rank {', '.join(dead)} died without a word: killed, perhaps for want of memory"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    sys.exit(supervise(RunDir(sys.argv[1]), sys.argv[2]))
