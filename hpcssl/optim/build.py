@@ -72,9 +72,14 @@ def build(options: OptimOptions, parameters: Iterable[tuple[str, nn.Parameter]],
     common = {"lr": options.lr * batch_factor(options, global_batch), "momentum": options.momentum,
               "nesterov": options.nesterov}
     if options.name == "lars":
-        return LARS(made, trust=options.trust, lr_place=options.lr_place, **common)
-    fused = all(p.device.type in ("cpu", "cuda") for group in made for p in group["params"])
-    return torch.optim.SGD(made, fused=fused, **common)
+        optimizer = LARS(made, trust=options.trust, lr_place=options.lr_place, **common)
+    else:
+        fused = all(p.device.type in ("cpu", "cuda") for group in made for p in group["params"])
+        optimizer = torch.optim.SGD(made, fused=fused, **common)
+    if options.momentum > 0:  # zeros are what the first update would start from; now the state has one form always
+        for _, parameter in _named(optimizer):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, options: OptimOptions, lr: float, *, global_batch: int) -> None:
@@ -85,25 +90,22 @@ def set_lr(optimizer: torch.optim.Optimizer, options: OptimOptions, lr: float, *
 
 
 def tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The living momentum of every parameter that has one, by the parameter's name. All state there is: rates
-    follow from the step, and options from the recipe."""
-    return {name: optimizer.state[p]["momentum_buffer"] for name, p in _named(optimizer)
-            if optimizer.state.get(p, {}).get("momentum_buffer") is not None}
+    """The living momentum of every parameter, by the parameter's name. All state there is: rates follow from the
+    step, and options from the recipe."""
+    return {name: optimizer.state[p]["momentum_buffer"] for name, p in _named(optimizer) if optimizer.state[p]}
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: Mapping[str, Tensor]) -> None:
-    """Take over ``tensors`` of an optimiser of the same parameters. Raises ``ResumeError`` if they differ."""
-    known = dict(_named(optimizer))
-    strange = sorted(name for name, x in saved.items() if name not in known or x.shape != known[name].shape)
-    if strange:
-        raise ResumeError("the saved optimiser", got=f"momentum of {strange[0]} and {len(strange) - 1} more",
-                          expected="momentum of this network's parameters, in their shapes",
+    """Take over the ``tensors`` of an optimiser of the same parameters. Raises ``ResumeError`` if they differ."""
+    living = tensors(optimizer)
+    odd = sorted(name for name in living.keys() | saved.keys()
+                 if name not in living or name not in saved or living[name].shape != saved[name].shape)
+    if odd:
+        raise ResumeError("the saved optimiser", got=f"no fitting momentum of {odd[0]} and {len(odd) - 1} more",
+                          expected="the momentum of this network's parameters, in their shapes",
                           mend="resume with the model and optimiser of the run")
-    for name, parameter in known.items():
-        optimizer.state.pop(parameter, None)
-        if name in saved:
-            moment = torch.empty_like(parameter, requires_grad=False)  # the parameter's device, dtype and layout
-            optimizer.state[parameter] = {"momentum_buffer": moment.copy_(saved[name])}
+    for name, moment in living.items():
+        moment.copy_(saved[name])
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
