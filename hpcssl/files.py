@@ -135,3 +135,7 @@ class RunDir:
 
     def eval_rows(self, name: str) -> Path:
         return self.evals / f"{name}.jsonl"
+
+    def eval_state(self, name: str, identity: str) -> Path:
+        """Where an unfinished evaluation keeps what a resume needs."""
+        return self.evals / "unfinished" / f"{name}-{identity[:16]}.safetensors"

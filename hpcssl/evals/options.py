@@ -1,0 +1,20 @@
+"""The ``evals`` section of a recipe, put together from the options of each evaluation. It changes no training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hpcssl.evals.knn import KnnOptions
+from hpcssl.evals.linear import LinearOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalsOptions:
+    """``baseline``: evaluate the untrained weights of step 0 as well. ``every_epochs``: k-NN inside the training
+    run, 0 for none.
+    """
+
+    knn: KnnOptions = field(default_factory=KnnOptions)
+    linear: LinearOptions = field(default_factory=LinearOptions)
+    baseline: bool = True
+    every_epochs: int = 0

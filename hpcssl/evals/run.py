@@ -1,0 +1,195 @@
+"""One way to run every evaluation: by name, on exported weights and two shard folders, once.
+
+A row says what was measured, of which weights, on which data, with which options and which code. It is appended to
+``RUN/evals/NAME.jsonl``; asking for the same again gives back the row that is there. A new evaluation is one entry of
+``EVALS`` and one field of ``EvalsOptions``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import hpcssl
+from hpcssl import config, files
+from hpcssl.data.shards import ShardSet
+from hpcssl.errors import ConfigError, EvalError, nearest
+from hpcssl.evals import knn, linear
+from hpcssl.evals.features import Encoder, FeatureOptions, Features, extract
+from hpcssl.evals.together import Stop, never
+from hpcssl.files import RunDir
+from hpcssl.world import World
+
+log = logging.getLogger("hpcssl")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation: its options and the function (Context) -> scores in percent, which is a collective."""
+
+    options: type
+    run: Callable[[Context], dict[str, float]]
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What an evaluation is given. ``state``: a file of its own that outlives a kill, or None; ``identity``: the
+    sha256 of everything that decides the scores; ``closing``: closed when the evaluation ends, however it ends.
+    """
+
+    options: FeatureOptions
+    encoder: Encoder
+    train: ShardSet
+    val: ShardSet
+    world: World
+    stop: Stop
+    identity: str
+    cache: Path | None = None
+    state: Path | None = None
+    threads: int = 1
+    closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def features(self, data: ShardSet) -> Features:
+        return extract(self.encoder, data, self.options, self.world, root=self.cache, threads=self.threads,
+                       stop=self.stop)
+
+
+EVALS: dict[str, Evaluation] = {
+    "knn": Evaluation(knn.KnnOptions, knn.run),
+    "linear": Evaluation(linear.LinearOptions, linear.run),
+}
+
+
+def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: ShardSet, val: ShardSet, world: World,
+             options: dict | None = None, stop: Stop | None = None, threads: int | None = None,
+             cache: bool = True) -> dict:
+    """The row of one evaluation; computed, or found in the run folder. A collective.
+
+    ``options``: values over the evaluation's defaults. ``run`` None: nothing is written, and a kill loses everything.
+    ``threads``: loader threads of this process. ``cache`` False keeps the features out of the run folder.
+    Raises ``ConfigError`` (name, options), ``EvalError``, and ``Stopped`` (exit code 75) after a request to stop.
+    """
+    if name not in EVALS:
+        raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
+    resolved = config.load(EVALS[name].options, options or {}, where=f"options of {name}")
+    _check_labels(train, val)
+    began = time.monotonic()
+    encoder = Encoder.open(weights, world)
+    identity = config.fingerprint({"eval": name, "options": config.as_dict(resolved), "train": train.digest,
+                                   "val": val.digest, "weights": encoder.sha256})
+    found = next((row for row in _rows(run, name) if row.get("identity") == identity), None)
+    found = json.loads(world.tell(json.dumps(found) if world.main else None))
+    if found is not None:
+        log.info("%s of step %d: done before, taken from %s", name, found["step"], run.eval_rows(name))
+        return found
+    context = Context(options=resolved, encoder=encoder, train=train, val=val, world=world, stop=stop or never,
+                      identity=identity, threads=threads or _threads(),
+                      cache=run.features if run is not None and cache else None,
+                      state=run.eval_state(name, identity) if run is not None else None)
+    with context.closing:
+        metrics = EVALS[name].run(context)
+    row = {"eval": name, "identity": identity, "step": encoder.meta["step"], "weights": encoder.path.name,
+           "weights_sha256": encoder.sha256, "fingerprint": encoder.meta["fingerprint"],
+           "method": encoder.meta["method"], "arch": encoder.meta["arch"].arch,
+           "options": config.as_dict(resolved), "metrics": metrics, "train": train.digest, "val": val.digest,
+           "world": world.size, "device": world.device.type, "seconds": round(time.monotonic() - began, 3),
+           "commit": code_commit(run), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    row = json.loads(world.tell(json.dumps(row) if world.main else None))
+    if world.main and run is not None:
+        files.append_line(run.eval_rows(name), row)
+        context.state.unlink(missing_ok=True)
+    return row
+
+
+def evaluate_run(name: str, run: RunDir, world: World, *, train: Path | str | None = None,
+                 val: Path | str | None = None, overrides: Sequence[str] = (), step: int | str = "last",
+                 stop: Stop | None = None, threads: int | None = None) -> list[dict]:
+    """Evaluate what a run folder holds: the weights of a step, and of step 0 where ``evals.baseline`` asks for it.
+
+    ``step``: ``last`` (of the finished training, else the newest there is), ``first``, or a number. Options: the
+    recipe's ``evals.NAME``, then ``overrides`` as ``key=value``. Shards: the recipe's, unless given.
+    """
+    if name not in EVALS:
+        raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
+    recipe = config.read_yaml(run.config) if run.config.exists() else {}
+    data, evals = recipe.get("data") or {}, recipe.get("evals") or {}
+    folders = {"train": train or data.get("train"), "val": val or data.get("val")}
+    for kind, folder in folders.items():
+        if not folder:
+            raise ConfigError(f"evaluation {name}, {kind} shards", got="none named and none in the recipe",
+                              expected=f"a folder that hpcssl-shard wrote, by --{kind} or data.{kind}",
+                              mend=f"add --{kind} SHARDS")
+    sets = {kind: ShardSet.open(folder) for kind, folder in folders.items()}
+    options = config.merge(evals.get(name) or {}, config.read_overrides(list(overrides)))
+    chosen = [weights_of(run, step)]
+    first = run.weights_at(0)
+    if step == "last" and evals.get("baseline", True) and first.exists() and first != chosen[0]:
+        chosen.insert(0, first)
+    return [evaluate(name, run=run, weights=path, world=world, options=options, stop=stop, threads=threads, **sets)
+            for path in chosen]
+
+
+def weights_of(run: RunDir, step: int | str = "last") -> Path:
+    """The weights file of a step of the run. Raises ``EvalError`` naming the steps there are."""
+    there = sorted(run.weights.glob("step-*.safetensors"))
+    if step == "first":
+        wanted = run.weights_at(0)
+    elif step != "last":
+        wanted = run.weights_at(int(step))
+    elif run.done.exists():
+        wanted = run.root / json.loads(run.done.read_text())["weights"]
+    else:
+        wanted = there[-1] if there else run.weights_at(0)
+    if not wanted.exists():
+        steps = ", ".join(str(int(path.stem.removeprefix("step-"))) for path in there)
+        raise EvalError(f"weights of {run.root}", got=f"no {wanted.name}",
+                        expected=f"one of the steps {steps}" if steps else "a run that has been started",
+                        mend="name one of these steps" if steps else "check --run, or start `hpcssl train`")
+    return wanted
+
+
+def code_commit(run: RunDir | None = None) -> str:
+    """The commit of the code that runs: of the code frozen at submit, else of the checkout, else the version."""
+    package = Path(hpcssl.__file__).resolve().parent
+    if run is not None and (run.code / "COMMIT").exists() and package.is_relative_to(run.code.resolve()):
+        return (run.code / "COMMIT").read_text().strip()
+    if not (package.parent / ".git").exists():  # installed: a .git further up would be somebody else's
+        return f"v{hpcssl.__version__}"
+    try:
+        said = subprocess.run(["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=12",
+                               "--exclude=*"], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return f"v{hpcssl.__version__}"
+    return said.stdout.strip()
+
+
+def _rows(run: RunDir | None, name: str) -> list[dict]:
+    return [] if run is None else files.read_lines(run.eval_rows(name))
+
+
+def _threads() -> int:
+    """Loader threads: this process's share of the cores it may use."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _check_labels(train: ShardSet, val: ShardSet) -> None:
+    for data in (train, val):
+        if len(data) == 0:
+            raise EvalError(f"shard folder {data.root}", got="no samples", expected="at least one",
+                            mend="name another folder, or write the shards again")
+        if (data.labels < 0).any():
+            raise EvalError(f"shard folder {data.root}", got=f"{int((data.labels < 0).sum())} images without a label",
+                            expected="a label for each image", mend="write the shards again from class folders")
+    if train.classes != val.classes:
+        differ = sorted(set(train.classes) ^ set(val.classes))[:3]
+        raise EvalError(f"classes of {val.root}", got=f"{len(val.classes)} classes, other ones (such as {differ})",
+                        expected=f"the {len(train.classes)} classes of {train.root}",
+                        mend="name the training and validation shards of one data set")
