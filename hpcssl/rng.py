@@ -10,11 +10,13 @@ Only raw Philox output is used: NumPy promises its stream for ever, and not that
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import numpy as np
 import torch
 
 _UNIT = 2.0**-53
+_WORD = 2**64 - 1
 
 
 def key(seed: int, *path: int | str) -> int:
@@ -23,9 +25,22 @@ def key(seed: int, *path: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
+class _Philox(threading.local):
+    """One bit generator per thread, set to each address in turn: building one costs four times the numbers drawn."""
+
+    def __init__(self):
+        self.bits = np.random.Philox(key=0)
+        self.start = self.bits.state
+
+
+_philox = _Philox()
+
+
 def raw(key: int, n: int) -> np.ndarray:
-    """n uint64 words of the counter-based stream of ``key``."""
-    return np.random.Philox(key=key).random_raw(n)
+    """n uint64 words of the counter-based stream of ``key``: those of ``np.random.Philox(key=key).random_raw(n)``."""
+    _philox.start["state"]["key"][:] = key & _WORD, key >> 64
+    _philox.bits.state = _philox.start
+    return _philox.bits.random_raw(n)
 
 
 def uniform(key: int, n: int) -> np.ndarray:
@@ -40,6 +55,8 @@ def permutation(key: int, n: int) -> np.ndarray:
 
 def generator(key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator at this address, for tensors too large to draw in NumPy (initial weights, bank rows)."""
+    import torch  # a second or two that the command lines without tensors should not wait for
+
     made = torch.Generator(device=device)
     made.manual_seed(key & (2**63 - 1))
     return made
