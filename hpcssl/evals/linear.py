@@ -231,7 +231,7 @@ def _source(context, protocol: Protocol, order: Order, train: Features, first: i
     if protocol.augment == "center":
         def cached(steps: range) -> Iterator[tuple[Tensor, Tensor]]:
             for step in steps:
-                index = torch.as_tensor(order.batch(step))
+                index = torch.tensor(order.batch(step))
                 yield train.rows(index).to(world.device), labels[index].to(world.device)
         return cached, _ROUND
 
@@ -252,6 +252,6 @@ def _source(context, protocol: Protocol, order: Order, train: Features, first: i
                 error = as_error(caught)
         agree(world, "linear evaluation", error=error)
         every = world.gather(x).split(protocol.batch)
-        return ((every[i], labels[torch.as_tensor(order.batch(step))].to(world.device))
+        return ((every[i], labels[torch.tensor(order.batch(step))].to(world.device))
                 for i, step in enumerate(steps))
     return encoded, world.size

@@ -24,13 +24,13 @@ CLASSES = ["a", "b", "c", "d"]
 
 
 def pictures(count, seed):
-    """uint8 [count, 16, 16, 3] and labels: a class is a direction of stripes, under much noise."""
+    """uint8 [count, 16, 16, 3] and labels: a class is a direction of stripes, under noise."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[:16, :16]
     labels = draw.integers(0, 4, count)
-    phase = draw.uniform(0, 2 * np.pi, (count, 1, 1))
+    phase = draw.uniform(0, 3, (count, 1, 1))
     waves = np.stack([x, y, x + y, x - y])[labels] * 0.8 + phase
-    noisy = 128 + 45 * np.sin(waves)[..., None] + draw.normal(0, 60, (count, 16, 16, 3))
+    noisy = 128 + 45 * np.sin(waves)[..., None] + draw.normal(0, 40, (count, 16, 16, 3))
     return noisy.clip(0, 255).astype(np.uint8), labels
 
 
