@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _UNIT = 2.0**-53
 _WORD = 2**64 - 1
