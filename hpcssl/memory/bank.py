@@ -176,7 +176,8 @@ class Bank:
             slot, rows = self.world.part(slot), self.world.part(rows)
         valid = slot >= 0
         # from the rows, in float64: the same number whichever search found them
-        similarity = (query.double().unsqueeze(1) * rows.double()).sum(-1).masked_fill_(~valid, 0)
+        similarity = rows.to(torch.float64, copy=True).mul_(query.double().unsqueeze(1)).sum(-1)
+        similarity.masked_fill_(~valid, 0)
         return Hits(slot, similarity.to(query.dtype), valid, rows)
 
     def get(self, column: str, slot: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def _step(query: Tensor) -> int:
 def _rank(query, rows, slot, k, among) -> tuple[Tensor, Tensor]:
     """The best k of the proposals by their exact scores."""
     score = torch.empty(slot.shape, dtype=torch.float64, device=rows.device)
-    step = max(1, 2**20 // (slot.shape[1] * rows.shape[1]))  # 8 MiB of float64
+    step = max(1, 2**19 // (slot.shape[1] * rows.shape[1]))  # 4 MiB of float64
     for start in range(0, len(query), step):
         part = slice(start, start + step)
         near = _fix(rows[slot[part].clamp(min=0)])
