@@ -80,7 +80,7 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     if name not in EVALS:
         raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
     resolved = config.load(EVALS[name].options, options or {}, where=f"options of {name}")
-    _check_labels(train, val)
+    check_labels(train, val)
     began = time.monotonic()
     encoder = Encoder.open(weights, world)
     identity = config.fingerprint({"eval": name, "options": config.as_dict(resolved), "train": train.digest,
@@ -185,7 +185,8 @@ def _threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _check_labels(train: ShardSet, val: ShardSet) -> None:
+def check_labels(train: ShardSet, val: ShardSet) -> None:
+    """Raise ``EvalError`` unless both sets are labelled, with the same classes."""
     for data in (train, val):
         if len(data) == 0:
             raise EvalError(f"shard folder {data.root}", got="no samples", expected="at least one",

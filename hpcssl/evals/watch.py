@@ -1,0 +1,48 @@
+"""k-NN inside a training run: what the trainer calls every few epochs without knowing what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpcssl import config
+from hpcssl.data.shards import ShardSet
+from hpcssl.errors import ConfigError
+from hpcssl.evals.options import EvalsOptions
+from hpcssl.evals.run import check_labels, evaluate
+from hpcssl.files import RunDir
+from hpcssl.world import World
+
+
+@dataclass
+class KnnWatch:
+    """Scores of exported weights in percent, by name. Its rows are those of ``hpcssl eval knn``; features are not
+    kept on disk."""
+
+    run: RunDir
+    world: World
+    train: ShardSet
+    val: ShardSet
+    every_epochs: int
+    options: dict = field(default_factory=dict)
+    threads: int = 1
+
+    def __call__(self, path: Path, step: int) -> dict[str, float]:
+        """All ranks call it."""
+        return evaluate("knn", run=self.run, weights=path, train=self.train, val=self.val, world=self.world,
+                        options=self.options, threads=self.threads, cache=False)["metrics"]
+
+
+def watch(recipe, run: RunDir, world: World) -> KnnWatch | None:
+    """The watch that ``evals.every_epochs`` of a recipe asks for, or None. Raises ``ConfigError`` and ``DataError``
+    before the training starts, not at its first look."""
+    section = config.load(EvalsOptions, recipe.evals, where="recipe, section evals")
+    if section.every_epochs == 0:
+        return None
+    if not recipe.data.val:
+        raise ConfigError("evals.every_epochs", got=f"{section.every_epochs} without data.val",
+                          expected="validation shards", mend="add data.val=FOLDER, or evals.every_epochs=0")
+    train, val = ShardSet.open(recipe.data.train), ShardSet.open(recipe.data.val)
+    check_labels(train, val)
+    return KnnWatch(run, world, train, val, section.every_epochs, config.as_dict(section.knn),
+                    recipe.machine.loader_threads)
