@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import io
 import threading
-import warnings
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-MAX_PIXELS = 128_000_000  # a larger image is taken for a decompression bomb: 384 MB decoded
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: 256 MiB of RGB
 _JPEG, _EXIF = b"\xff\xd8", b"Exif\x00\x00"
+_SCAN, _APP1 = 0xDA, 0xE1  # markers: the compressed data begin; the segment that EXIF lives in
 _HARMLESS = ("extraneous bytes", "unknown adobe color transform", "unsupported color conversion", "invalid sos")
 _ORIENTATION = 0x0112
 
@@ -62,12 +62,21 @@ def _jpeg(data: bytes, scratch: Scratch | None) -> np.ndarray:
             image = simplejpeg.decode_jpeg(data)
         else:
             image = simplejpeg.decode_jpeg(data, buffer=scratch.take(height * width * 3))
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # a KeyError where the header is cut off
         if any(text in str(error).lower() for text in _HARMLESS):
             return _pillow(data)
         raise Damaged(f"JPEG: {error}") from error
-    # most photographs of the usual sets carry no EXIF block, and looking for one costs a microsecond
-    return _upright(image, data) if _EXIF in data[:65536] else image
+    return _upright(image, data) if _has_exif(data) else image
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before the compressed data is EXIF. Few images of the usual sets have one."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != _SCAN:
+        if data[at + 1] == _APP1 and data[at + 4:at + 10] == _EXIF:
+            return True
+        at += 1 if data[at + 1] == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])  # 0xFF may pad a marker
+    return False
 
 
 def _upright(image: np.ndarray, data: bytes) -> np.ndarray:
@@ -87,9 +96,7 @@ def _upright(image: np.ndarray, data: bytes) -> np.ndarray:
 
 def _pillow(data: bytes) -> np.ndarray:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning: the limit here is checked below
-            image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
         _check_size(image.height, image.width)
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -170,7 +170,8 @@ class _Run:
 
     def _may_open(self) -> bool:
         """Whether the slot of the next step is free: neither in the consumer's hand nor the one before."""
-        return self.opened < self.end and self.opened - len(self.loader._slots) < self.asked - (KEPT - 1)
+        held = self.opened - len(self.loader._slots)  # the step whose slot it would take
+        return self.opened < self.end and (held < self.first or held <= self.asked - KEPT)
 
     def _next(self) -> tuple[_Slot, int] | None:
         """The next row to fill; None when the run is over."""
