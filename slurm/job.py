@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass
 
 from hpcssl import launch
-from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, HpcsslError
+from hpcssl.errors import EXIT_FAILED, HpcsslError
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from slurm import attempts, freeze, records, sched, start
@@ -98,29 +98,9 @@ def _train(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.
 
 
 def _evaluate(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
-    from hpcssl.evals.run import evaluate_run
-    from hpcssl.evals.together import Stopped
-    from hpcssl.journal import set_up_logging
-    from hpcssl.train import recipe
-    from hpcssl.train.main import prepare
-    from hpcssl.world import World
+    from slurm.evaluate import evaluate
 
-    machine = recipe.read(run.config).machine
-    prepare(machine)
-    world = World.start(machine.devices, machine.timeout_minutes * 60)
-    set_up_logging(world.rank)
-    if world.main:
-        attempts.begin(run, what, attempt)
-    try:
-        evaluate_run(what, run, world, stop=stop.is_set)
-        cause, why, code = "done", "", EXIT_DONE
-    except Stopped:  # agreed by all ranks; what is finished is kept
-        refused = requeue_of(run, attempt["job"])() if world.main else None
-        cause, why, code = "stopped", refused or stop.reason or "", EXIT_STOPPED
-    if world.main:
-        attempts.end(run, what, attempt, cause, why)
-    world.barrier()  # with --kill-on-bad-exit the first to leave ends the others
-    return code
+    return evaluate(run, what, stop=stop, requeue=requeue_of(run, attempt["job"]), attempt=attempt)
 
 
 def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place | None, sentence: str) -> None:

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from hpcssl.errors import SubmitError
+from hpcssl.errors import ConfigError, SubmitError
+from slurm import options
 
 GONE = "GONE"
 """State of a job that SLURM no longer remembers."""
@@ -19,7 +20,8 @@ LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUE
 MENDS = {
     "launch failed requeued held": "a node could not start the step: look at the node, then `scontrol release {job}`",
     "job requeued in held state": "look at the logs, then `scontrol release {job}`",
-    "dependencyneversatisfied": "what it waits for has failed: `scancel {job}`, mend the training and submit again",
+    "dependencyneversatisfied": "what it waits for did not succeed: mend that and submit again, after "
+                                "`scancel {job}` if it is still in the queue",
     "jobhelduser": "`scontrol release {job}`",
     "jobheldadmin": "ask the administrators why they hold it",
     "begintime": "it was requeued and starts by itself, after about two minutes",
@@ -35,6 +37,7 @@ class State:
     restarts: int = 0
     note: str = ""
     exit_code: int | None = None
+    out_of_time: bool = False
 
     @property
     def live(self) -> bool:
@@ -78,16 +81,27 @@ def parse(job: str, text: str) -> State:
     fields = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", text))
     reason = fields.get("Reason", "None")
     words = reason.replace("_", " ").lower()
-    note = next((mend.format(job=job) for key, mend in MENDS.items() if key in words or key == words), "")
+    state = fields.get("JobState", GONE)
+    if state not in LIVE and reason != "DependencyNeverSatisfied":
+        reason = words = "None"  # what it once waited for
+    note = next((mend.format(job=job) for key, mend in MENDS.items() if key in words), "")
     code, _, signal = fields.get("ExitCode", "0:0").partition(":")
-    return State(fields.get("JobState", GONE), "" if reason == "None" else reason, int(fields.get("Restarts") or 0),
-                 note, 128 + int(signal) if signal not in ("", "0") else int(code or 0))
+    ran, allowed = _seconds(fields.get("RunTime", "")), _seconds(fields.get("TimeLimit", ""))
+    return State(state, "" if reason == "None" else reason, int(fields.get("Restarts") or 0),
+                 note, 128 + int(signal) if signal not in ("", "0") else int(code or 0),
+                 out_of_time=ran is not None and allowed is not None and ran >= allowed)
 
 
 def requeue(job: str) -> str | None:
-    """Ask for another attempt of the job that this process belongs to. None if granted, else why not."""
-    if ask_quietly(job).name == "CANCELLED":
-        return "the job was cancelled"
+    """Ask for another attempt of the job that this process belongs to. None if granted, else why not.
+
+    A job that SLURM is already ending is left alone: it is requeued without us (preemption without a grace time, a
+    lost node) or was cancelled, and `scontrol requeue` would bring a cancelled job back to life (measured on 22.05).
+    Only at the end of its time would nobody else ask.
+    """
+    now = ask_quietly(job)
+    if now.name not in ("RUNNING", "UNKNOWN", "SUSPENDED") and not now.out_of_time:
+        return f"SLURM is already ending the job ({now.name}): it requeues it by itself, unless it was cancelled"
     answer = call("scontrol", "requeue", job)
     return None if answer.returncode == 0 else _line(answer.stderr) or "scontrol refused without a reason"
 
@@ -102,6 +116,13 @@ def ask_quietly(job: str, cluster: str | None = None) -> State:
 def own_job() -> tuple[str, int]:
     """Id of the SLURM job around this process, and how often it was restarted."""
     return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
+def _seconds(text: str) -> int | None:
+    try:
+        return options.seconds(text)
+    except ConfigError:
+        return None  # Partition_Limit, 00:00:00, or a word of a newer SLURM
 
 
 def _line(text: str) -> str:

@@ -134,11 +134,13 @@ class _Bar:
             self._say(text)
 
     def move(self) -> None:
-        for attempt in attempts.history(self.run)[self._attempt:]:
-            before = attempts.history(self.run)[attempt.number - 2] if attempt.number > 1 else None
-            why = f" (attempt {before.number}: {before.cause})" if before else ""
-            self.say(f"attempt {attempt.number} starts at step {attempt.first_step}{why}")
-            self._attempt = attempt.number
+        history = attempts.history(self.run)
+        for k in range(self._attempt, len(history)):
+            before = f" ({_last(history[:k])})" if k else ""
+            self.say(f"attempt {history[k].number} starts at step {history[k].first_step}{before}")
+        self._attempt = len(history)
+        if not self._attempt:
+            return
         step, total = step_of(self.run), steps_of(self.run)
         if self._bar is not None:
             self._bar.n, self._bar.total = step, total

@@ -1,0 +1,40 @@
+"""A chained evaluation, inside its job: the counterpart of ``hpcssl.run.train``, imported there only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
+from hpcssl.files import RunDir
+from hpcssl.signals import StopFlag
+from slurm import attempts
+
+
+def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[], str | None], attempt: dict) -> int:
+    """Evaluate the run's weights by ``what``; every rank calls it. 0 when the rows are there, 75 when stopped.
+
+    What is finished of an evaluation is kept, so a stop costs little, and asking again for finished rows is free.
+    """
+    from hpcssl.evals.run import evaluate_run
+    from hpcssl.evals.together import Stopped
+    from hpcssl.journal import set_up_logging
+    from hpcssl.train import recipe
+    from hpcssl.train.main import prepare
+    from hpcssl.world import World
+
+    machine = recipe.read(run.config).machine
+    prepare(machine)
+    world = World.start(machine.devices, machine.timeout_minutes * 60)
+    set_up_logging(world.rank)
+    if world.main:
+        attempts.begin(run, what, attempt)
+    try:
+        evaluate_run(what, run, world, stop=stop.is_set)
+        cause, why, code = "done", "", EXIT_DONE
+    except Stopped:  # agreed by all ranks
+        refused = requeue() if world.main else None
+        cause, why, code = "stopped", refused or stop.reason or "", EXIT_STOPPED
+    if world.main:
+        attempts.end(run, what, attempt, cause, why)
+    world.barrier()  # with --kill-on-bad-exit the first to leave ends the others
+    return code
