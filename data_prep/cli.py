@@ -13,12 +13,12 @@ from hpcssl import door
 from hpcssl.errors import ConfigError, DataError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Write images as WebDataset shards with an index, choose parts of them, and check them.",
 )
 
 PerShard = Annotated[int, typer.Option(help="Samples in each shard; the last one holds the rest.")]
-Workers = Annotated[int | None, typer.Option(help="Processes [default: one per usable core]. Changes no byte.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; by default one per usable core. Changes no byte.")]
 Seed = Annotated[int, typer.Option(help="Of the order of the samples, and of what a subset draws.")]
 SkipBad = Annotated[int, typer.Option(help="Leave out up to this many images that cannot be decoded, and list them.")]
 Labels = Annotated[Path | None, typer.Option(help="Lines `name class`, for images without class folders.")]
@@ -66,8 +66,8 @@ def imagenet(
     options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
     if (labels is None) == (devkit is None):
         raise ConfigError("labels of the validation images", got="both --labels and --devkit" if labels else "none",
-                          expected="one of --labels FILE (`name class` lines) and --devkit ILSVRC2012_devkit_t12.tar.gz",
-                          mend="give the devkit that lies beside the archives on the download page")
+                          expected="one of --labels FILE (`name class` lines) and --devkit FILE",
+                          mend="give ILSVRC2012_devkit_t12.tar.gz, which lies beside the archives on the download page")
     named = read_labels(labels) if labels else read_devkit(devkit)
     with ExitStack() as stack:
         works = {part: stack.enter_context(build.claim(out / part)) for part in ("train", "val")}
