@@ -175,7 +175,8 @@ def blur_matrix(sigma: np.ndarray, size: int, kernel: str, *, dtype=torch.float3
     Weights are exp(-d^2 / 2 sigma^2) up to a radius of 4 sigma (``pil``) or a twentieth of the side (``tenth``),
     normalised to a sum of 1.
     ``pil`` repeats the edge pixel. MSF, MoCo and others blur with Pillow's GaussianBlur, which is not a Gaussian but
-    three box blurs of the same variance and rounds each pass to 8 bits: up to a few levels apart at sharp edges.
+    three box blurs of the same variance, rounded to 8 bits: on photographs half a level away in the mean, up to 3
+    inside, up to 10 within a few pixels of the border.
     ``tenth`` mirrors the image at its edge as torchvision's gaussian_blur does (the TensorFlow and JAX originals of
     SimCLR and BYOL pad with zeros, which darkens the border); 23 pixels wide at 224.
     """
