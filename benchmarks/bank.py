@@ -1,4 +1,4 @@
-"""The bank's search on a CPU beside the usual ways: ``python -m benchmarks.bank [--rows N …] [--out FILE]``.
+"""The bank's search on a CPU beside the usual ways: ``python -m benchmarks.bank [--rows N …] [--threads T]``.
 
 One MSF step's work on the bank: the k nearest of 256 targets among N rows of 512, and the loss of 256 predictions.
 
@@ -63,11 +63,11 @@ def chunks(bank, rows, target, online):
 
 
 def ours_bf16(bank, rows, target, online):
-    bank._prefilter = "bf16"
+    bank.prefilter = "bf16"
     try:
         return ours(bank, rows, target, online)
     finally:
-        bank._prefilter = "fp32"
+        bank.prefilter = "fp32"
 
 
 def loss_of(online, near):
@@ -139,8 +139,10 @@ def main():
     parser.add_argument("--rows", type=int, nargs="+", default=sorted(GOALS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "bank_cpu.json")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--probe", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     if options.probe:
         print(probe(options.probe, options.rows[0]))
         return

@@ -81,7 +81,7 @@ class Bank:
         self._block = (min(size, world.rank * share), min(size, (world.rank + 1) * share))
         self.first, self.last = self._block if self.sharded else (0, size)  # the slots that this rank holds
         self.pointer, self.filled, self._serial = 0, size if start == "random" else 0, 0
-        self._prefilter, self._exact = prefilter, exact
+        self.prefilter, self.exact = prefilter, exact
         self.columns = {name: spec.typed(name, dtype) for name, spec in columns.items()}
         self._rows = {name: self._blank(spec) for name, spec in self.columns.items()}
         if start == "random":
@@ -167,7 +167,7 @@ class Bank:
             value = None if value is None else self.world.gather(value)
         allowed = None if among is None else (self._rows[among[0]][:held], value)
         score, slot = search.nearest(asked, self._rows[column][:held], k, among=allowed,
-                                     prefilter=self._prefilter, exact=self._exact)
+                                     prefilter=self.prefilter, exact=self.exact)
         slot = torch.where(slot < 0, slot, slot + self.first)
         if self.sharded:
             slot = self._best_of_ranks(score, slot, k)
