@@ -88,7 +88,7 @@ def claim(out: Path) -> Iterator[Path]:
     if inside and INDEX not in inside and WORK not in inside:
         raise DataError(f"OUT {out}", got=f"a folder that holds other files ({some(inside)})",
                         expected="a new or empty folder, or one that this command began", mend="choose another OUT")
-    fresh = not out.exists()
+    created = [folder for folder in (out, *out.parents) if not folder.exists()]
     work = out / WORK
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
@@ -105,9 +105,9 @@ def claim(out: Path) -> Iterator[Path]:
             (work / "source.tar").unlink(missing_ok=True)
             if not (work / "plan.json").exists():
                 shutil.rmtree(work, ignore_errors=True)
-                if fresh:
-                    with contextlib.suppress(OSError):  # somebody put something there meanwhile: it stays
-                        out.rmdir()
+                with contextlib.suppress(OSError):  # somebody put something there meanwhile: it stays
+                    for folder in created:
+                        folder.rmdir()
 
 
 def write(work: Path, catalogue: Catalogue, options: Options) -> Summary:

@@ -39,7 +39,7 @@ def read_devkit(path: Path) -> dict[str, str]:
     The n-th line of the ground truth is the ILSVRC2012_ID of ILSVRC2012_val_%08d with n counted from 1; meta.mat
     maps ids to WordNet ids.
     """
-    from scipy.io import loadmat  # scikit-learn brings it, and only this verb needs it
+    from scipy.io import loadmat, matlab  # scikit-learn brings it, and only this verb needs it
 
     what = f"--devkit {path}"
     parts: dict[str, bytes] = {}
@@ -59,7 +59,7 @@ def read_devkit(path: Path) -> dict[str, str]:
         synsets = loadmat(io.BytesIO(parts[META]), squeeze_me=True, struct_as_record=False)["synsets"]
         wnid = {int(s.ILSVRC2012_ID): str(s.WNID) for s in synsets.ravel()}
         truth = [wnid[int(line)] for line in parts[TRUTH].split()]
-    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError, matlab.MatReadError) as error:
         raise DataError(what, got=f"ids that cannot be resolved ({type(error).__name__}: {error})",
                         expected=f"numbers in {TRUTH} that {META} maps to WordNet ids",
                         mend="download the devkit again") from error

@@ -1,0 +1,154 @@
+"""New shards out of old ones, and the digits."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from data_prep import digits
+from hpcssl.data.shards import ShardSet
+
+
+@pytest.fixture
+def out(tmp_path, picture, shard):
+    """Three classes of 40, 20 and 10 samples."""
+    src = tmp_path / "src"
+    for name, count in (("ant", 40), ("bee", 20), ("cow", 10)):
+        (src / name).mkdir(parents=True)
+        for i in range(count):
+            (src / name / f"{name}_{i}.JPEG").write_bytes(picture(i, side=16))
+    assert shard("images", src, tmp_path / "all", "--samples-per-shard", 32, "--workers", 1) == 0
+    return tmp_path / "all"
+
+
+def samples(folder):
+    """key -> (label, image bytes, note), read with Python's tarfile."""
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.rpartition(".")
+                found.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+    return {key: (int(s["cls"]), s["jpg"], json.loads(s["json"])) for key, s in found.items()}
+
+
+@pytest.mark.parametrize("style", ["{0}_{1}.JPEG", "{0}/{0}_{1}.JPEG", "{0}/{0}_{1}", "{0}_{1}"])
+def test_list_takes_file_names_sources_and_keys(out, tmp_path, shard, style):
+    wanted = [("cow", 3), ("ant", 7), ("bee", 0), ("ant", 39)]
+    (tmp_path / "list.txt").write_text("".join(style.format(*w) + "\n" for w in wanted))
+    assert shard("subset", out, tmp_path / "some", "--list", tmp_path / "list.txt", "--workers", 1) == 0
+    every, some = samples(out), samples(tmp_path / "some")
+    assert some == {f"{a}/{a}_{i}": every[f"{a}/{a}_{i}"] for a, i in wanted}
+    assert ShardSet.open(tmp_path / "some").classes == ["ant", "bee", "cow"]
+
+
+def test_list_names_what_it_cannot_find(out, tmp_path, refused, shard, picture):
+    (tmp_path / "list.txt").write_text("ant_1.JPEG\nelk_1.JPEG\n")
+    assert "1 names that are not in the shards (elk_1.JPEG)" in refused(
+        "subset", out, tmp_path / "some", "--list", tmp_path / "list.txt")
+    for name in ("a", "b"):
+        (tmp_path / "twins" / name).mkdir(parents=True)
+        (tmp_path / "twins" / name / "same.jpg").write_bytes(picture(1))
+    shard("images", tmp_path / "twins", tmp_path / "twin-shards", "--workers", 1)
+    (tmp_path / "list.txt").write_text("same.jpg\n")
+    assert "several samples have (same.jpg)" in refused(
+        "subset", tmp_path / "twin-shards", tmp_path / "some", "--list", tmp_path / "list.txt")
+    assert not (tmp_path / "some").exists()
+
+
+def test_fraction_takes_its_share_of_every_class(out, tmp_path, shard):
+    every = samples(out)
+    for share, counts in ((0.1, [4, 2, 1]), (0.01, [1, 1, 1]), (1.0, [40, 20, 10])):
+        part = tmp_path / f"part-{share}"
+        assert shard("subset", out, part, "--fraction", share, "--workers", 1) == 0
+        some = samples(part)
+        assert np.bincount([label for label, _, _ in some.values()], minlength=3).tolist() == counts
+        assert all(every[key] == value for key, value in some.items())
+    shard("subset", out, tmp_path / "seed1", "--fraction", 0.1, "--seed", 1, "--workers", 1)
+    assert set(samples(tmp_path / "seed1")) != set(samples(tmp_path / "part-0.1"))
+
+
+def test_corrupt_flips_exactly_its_share_and_keeps_the_truth(out, tmp_path, shard, content):
+    every = samples(out)
+    for run in ("a", "b"):
+        assert shard("subset", out, tmp_path / run, "--corrupt", 0.5, "--seed", 4, "--workers", 1) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    noisy = samples(tmp_path / "a")
+    changed = {key for key in every if noisy[key][0] != every[key][0]}
+    assert noisy.keys() == every.keys() and len(changed) == 35
+    for key, (label, image, note) in noisy.items():
+        assert image == every[key][1]
+        truth = {"original_label": every[key][0]} if key in changed else {}
+        assert note == {"source": every[key][2]["source"], **truth} and 0 <= label < 3
+    moved = np.array([(every[key][0], noisy[key][0]) for key in changed])
+    assert len({tuple(pair) for pair in moved.tolist()}) == 6  # every class goes to both others
+    assert ShardSet.open(tmp_path / "a").labels.tolist() != ShardSet.open(out).labels.tolist()
+
+
+def test_a_corrupted_label_survives_a_second_subset(out, tmp_path, shard):
+    shard("subset", out, tmp_path / "noisy", "--corrupt", 1.0, "--workers", 1)
+    shard("subset", tmp_path / "noisy", tmp_path / "less", "--fraction", 0.5, "--workers", 1)
+    noisy, less = samples(tmp_path / "noisy"), samples(tmp_path / "less")
+    assert len(less) == 35 and all(noisy[key] == value for key, value in less.items())
+    shard("subset", tmp_path / "noisy", tmp_path / "again", "--corrupt", 1.0, "--seed", 1, "--workers", 1)
+    assert all(value[2]["original_label"] == noisy[key][2]["original_label"]
+               for key, value in samples(tmp_path / "again").items())
+
+
+def test_subset_keeps_a_second_modality(tmp_path, tar_of, picture, shard):
+    """Shards with KEY.b.png keep it in every subset."""
+    from data_prep import build, subset
+    from data_prep.catalogue import Catalogue, Sample
+
+    body = picture(1) + picture(2, "PNG")
+    (tmp_path / "pieces").write_bytes(body)
+    cut = len(picture(1))
+    rows = [Sample(f"x/{i}.jpg", 0, str(tmp_path / "pieces"), 0, cut, 0, (cut, len(body) - cut)) for i in range(4)]
+    with build.claim(tmp_path / "two") as work:
+        build.write(work, Catalogue(["x"], rows), build.Options(workers=1))
+    found = ShardSet.open(tmp_path / "two")
+    assert found.has_second and shard("verify", tmp_path / "two", "--workers", 1) == 0
+    with build.claim(tmp_path / "half") as work:
+        chosen = subset.choose(found, subset.Choice(fraction=0.5), 0)
+        build.write(work, chosen, build.Options(workers=1))
+    half = ShardSet.open(tmp_path / "half")
+    assert len(half) == 2 and half.has_second
+    for row in half.rows:
+        whole = half.path(0).read_bytes()
+        assert whole[row["offset_b"] :][: row["size_b"]] == picture(2, "PNG")
+        assert whole[row["offset"] :][: row["size"]] == picture(1)
+
+
+def test_digits_hold_every_scan_once(tmp_path, shard, content):
+    assert shard("digits", tmp_path / "a") == 0
+    assert shard("digits", tmp_path / "b", "--workers", 2) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    scans, seen = load_digits(), {}
+    for part in ("train", "val"):
+        found = ShardSet.open(tmp_path / "a" / part)
+        assert found.classes == [str(n) for n in range(10)] and len(found.shards) > 1
+        share = np.bincount(found.labels) / np.bincount(scans.target)
+        assert np.allclose(share, 0.2 if part == "val" else 0.8, atol=0.003)
+        for i, row in enumerate(found.rows):
+            body = found.path(row["shard"]).read_bytes()[row["offset"] :][: row["size"]]
+            number = int(found.key(i).rpartition("-")[2])
+            assert scans.target[number] == row["label"] and number not in seen
+            image = Image.open(io.BytesIO(body))
+            assert image.mode == "L" and image.size == (digits.SIDE, digits.SIDE)
+            seen[number] = np.asarray(image, float)
+    assert len(seen) == 1797
+    # averaged back over 2x2 pixels, a smooth enlargement is close to its scan
+    small = np.stack([seen[n] for n in range(1797)]).reshape(-1, 8, 2, 8, 2).mean((2, 4)) / 255 * 16
+    assert np.corrcoef(small.ravel(), scans.images.ravel())[0, 1] > 0.97
+
+
+def test_digits_split_does_not_depend_on_the_seed(tmp_path, shard):
+    shard("digits", tmp_path / "a")
+    shard("digits", tmp_path / "b", "--seed", 5)
+    a, b = (ShardSet.open(tmp_path / run / "val") for run in "ab")
+    keys = [[s.key(i) for i in range(len(s))] for s in (a, b)]
+    assert keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1])
