@@ -1,0 +1,122 @@
+"""A staged set is whole or absent, copied once, whoever is killed and whoever comes at the same time."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from hpcssl.data import stage as module
+from hpcssl.data.reader import Reader
+from hpcssl.data.shards import ShardSet
+from hpcssl.data.stage import stage
+from hpcssl.errors import DataError
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """Names of the shards that this process copied."""
+    names, real = [], module._copy
+    monkeypatch.setattr(module, "_copy", lambda source, *rest: names.append(source.name) or real(source, *rest))
+    return names
+
+
+def test_a_staged_set_is_the_same_set(shards, tmp_path, copied):
+    staged = stage(shards, tmp_path)
+    assert staged.digest == shards.digest and staged.root.parent == tmp_path
+    assert staged.root.stat().st_mode & 0o077 == 0
+    with Reader(staged, mapped=True) as near, Reader(shards) as far:
+        assert all(near.read(i) == far.read(i) for i in range(len(shards)))
+        np.testing.assert_array_equal(near.labels, far.labels)
+    assert len(copied) == 5
+    stage(shards, tmp_path)
+    assert len(copied) == 5
+
+
+def test_two_sets_share_a_folder(shards, tmp_path, make_shards, picture, encode):
+    other = make_shards(tmp_path / "other", [("a", encode(picture(0)), 0)])
+    assert stage(other, tmp_path / "disk").root != stage(shards, tmp_path / "disk").root
+
+
+def _stage_slowly(root, folder, log, delay):
+    real = module._copy
+
+    def slow(source, target, shard):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {source.name}\n")
+        real(source, target, shard)
+        time.sleep(delay)
+
+    module._copy = slow
+    stage(ShardSet.open(root), folder)
+
+
+def _start(*arguments):
+    process = multiprocessing.get_context("fork").Process(target=_stage_slowly, args=arguments)
+    process.start()
+    return process
+
+
+def _wait_for_lines(path, count):
+    for _ in range(1000):
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the copy never came so far")
+
+
+def test_processes_of_one_node_copy_once(shards, tmp_path):
+    log = tmp_path / "log"
+    processes = [_start(shards.root, tmp_path / "disk", log, 0.02) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    lines = log.read_text().split()
+    assert sorted(lines[1::2]) == sorted(s.name for s in shards.shards)
+    assert len(set(lines[::2])) == 1
+
+
+def test_a_killed_copy_goes_on_where_it_stopped(shards, tmp_path, copied):
+    log = tmp_path / "log"
+    process = _start(shards.root, tmp_path / "disk", log, 0.3)
+    _wait_for_lines(log, 3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    target = next((tmp_path / "disk").iterdir())
+    assert not (target / "index.json").exists()
+    (target / f".{shards.shards[4].name}.abc.tmp").write_bytes(b"half")  # what a kill amid a write leaves
+    staged = stage(shards, tmp_path / "disk")
+    assert staged.digest == shards.digest
+    assert set(copied) <= {s.name for s in shards.shards[2:]} and copied[-1] == shards.shards[4].name
+    assert list(target.glob(".*")) == []
+
+
+def test_too_little_room_is_one_sentence(shards, tmp_path, monkeypatch):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    with pytest.raises(DataError, match=r"0\.00 GB of free space; expected .*; to mend: free room"):
+        stage(shards, tmp_path)
+
+
+def test_a_disk_that_fills_up_on_the_way(shards, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_copy", full)
+    with pytest.raises(DataError, match="free space"):
+        stage(shards, tmp_path)
+
+
+def test_a_source_that_differs_from_its_index_is_not_staged(tmp_path, make_shards, picture, encode):
+    shards = make_shards(tmp_path / "set", [(f"{i}", encode(picture(i)), 0) for i in range(4)], per_shard=2)
+    path = shards.path(1)
+    body = bytearray(path.read_bytes())
+    body[700] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(DataError, match=r"shard-000001.tar: got sha256"):
+        stage(shards, tmp_path / "disk")
+    assert not list((tmp_path / "disk").rglob("index.json"))
+    assert not list((tmp_path / "disk").rglob("shard-000001.tar"))
