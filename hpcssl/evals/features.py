@@ -87,7 +87,7 @@ class Encoder:
     def view(self, options: FeatureOptions) -> ViewSpec:
         size, name = self.meta["size"], options.view
         if name == "auto":
-            name = "eval" if size > 64 else "eval_whole"
+            name = "eval" if size > weights.WHOLE_UP_TO else "eval_whole"
         return ViewSpec(name=name, augment=NAMED[name], size=size)
 
     @torch.no_grad()

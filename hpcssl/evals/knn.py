@@ -33,7 +33,7 @@ from hpcssl.world import World
 
 BLOCK = 256  # queries that vote at once: the same blocks on any number of ranks
 QUERIES = 1024  # queries that search at once, which bounds the search's memory
-ROWS = 65_536  # bank rows of one search: 512 MiB of 2048 features
+BYTES = 1 << 31  # of the bank in one search: each search ranks its own candidates exactly, which is what costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +165,12 @@ def nearest(query_QD: Tensor, bank: Features, k: int, *, stop: Stop = never) -> 
 
 
 def _large_blocks(bank: Features) -> Iterator[tuple[int, Tensor]]:
-    """The bank's unit rows, neighbouring parts joined: each block has its candidates ranked for every query."""
+    """The bank's unit rows, neighbouring parts joined up to ``BYTES``."""
     held: list[Tensor] = []
     for start, rows in bank.unit():
         held.append(rows)
         end = start + len(rows)
-        if sum(map(len, held)) >= ROWS or end == len(bank):
+        if 4 * bank.width * sum(map(len, held)) >= BYTES or end == len(bank):
             whole = torch.cat(held)
             yield end - len(whole), whole
             held.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -26,6 +26,8 @@ from hpcssl.nets.resnet import Arch
 FORMAT = "hpcssl-weights-1"
 PREFIX = "backbone."
 FIELDS = ("format", "arch", "mean", "std", "size", "fingerprint", "step", "method")
+WHOLE_UP_TO = 64
+"""Pixels a side up to which an evaluation looks at the whole image, and not at its centre."""
 LAYOUTS = ("hpcssl", "torchvision")
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
 
@@ -91,6 +93,22 @@ def load(path: Path | str) -> tuple[nn.Module, dict]:
     # buffers that count training batches are not stored; load_state_dict would ask for them
     backbone.load_state_dict(backbone.state_dict() | {n.removeprefix(PREFIX): t for n, t in tensors.items()})
     return backbone.eval().requires_grad_(False), meta
+
+
+def load_backbone(path: Path | str) -> tuple[nn.Module, Callable]:
+    """A frozen backbone in eval mode, and the transform that turns a PIL image into its input [3, S, S].
+
+    The transform is the evaluations' centre crop: the short side to 256/224 of the size, for images of up to 64
+    pixels to the size itself, with the file's own normalisation. Raises ``EvalError``.
+    """
+    from torchvision.transforms import v2
+
+    backbone, meta = load(path)
+    size = meta["size"]
+    transform = v2.Compose([
+        v2.RGB(), v2.Resize(round(size * 256 / 224) if size > WHOLE_UP_TO else size), v2.CenterCrop(size),
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(meta["mean"], meta["std"])])
+    return backbone, transform
 
 
 def export(source: Path | str, target: Path | str, layout: str = "hpcssl") -> str:

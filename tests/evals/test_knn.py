@@ -32,7 +32,7 @@ def whole(features):
 
 @pytest.mark.parametrize("parts", [1, 7])
 def test_majority_vote_agrees_with_scikit_learn(parts, monkeypatch):
-    monkeypatch.setattr(knn, "ROWS", 100)  # several blocks of the bank
+    monkeypatch.setattr(knn, "BYTES", 4 * 24 * 100)  # several blocks of the bank
     bank, queries = drawn(500, 24, 6, 0, parts), drawn(200, 24, 6, 1)
     ours = knn.classify(bank, queries, KnnOptions(k=[1, 3, 20], weighted_k=[], one_label=0), ALONE)
     unit = [F.normalize(torch.cat(x.parts), dim=1).double().numpy() for x in (bank, queries)]
@@ -98,8 +98,8 @@ def test_neighbours_do_not_depend_on_parts_or_blocks(monkeypatch):
     labels = np.arange(600) % 4
     query = F.normalize(torch.cat((rows[:50], rows[0:1].expand(10, -1))), dim=1)
     found = []
-    for parts, block in ((1, 10**6), (5, 1), (3, 256)):
-        monkeypatch.setattr(knn, "ROWS", block)
+    for parts, block in ((1, 2**31), (5, 1), (3, 4 * 32 * 256)):
+        monkeypatch.setattr(knn, "BYTES", block)
         found.append(knn.nearest(query, Features(list(rows.tensor_split(parts)), labels), 25))
     for similarity, index in found:
         assert torch.equal(index, found[0][1]) and torch.equal(similarity, found[0][0])

@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hpcssl import files
@@ -106,3 +108,17 @@ def header(path):
     body = path.read_bytes()
     size = int.from_bytes(body[:8], "little")
     return json.loads(body[8:8 + size])["__metadata__"]
+
+
+@pytest.mark.parametrize("size, resized", [(16, 16), (224, 256)])
+def test_load_backbone_brings_the_evaluations_transform(tmp_path, size, resized):
+    weights.save(tmp_path / "w", made(), TINY, **(META | {"size": size}))
+    backbone, transform = weights.load_backbone(tmp_path / "w")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8))
+    small = np.asarray(image.resize((resized, resized), Image.Resampling.BILINEAR))
+    first = (resized - size) // 2
+    x = torch.from_numpy(small[first:first + size, first:first + size].copy()).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(META[k])[:, None, None] for k in ("mean", "std"))
+    torch.testing.assert_close(transform(image), (x - mean) / std)
+    assert backbone(transform(image)[None]).shape == (1, 128)
+    assert transform(image.convert("L")).shape == (3, size, size)
