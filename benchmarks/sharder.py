@@ -82,6 +82,16 @@ def by_cat(samples: list[Sample], out: Path) -> None:
             subprocess.run(["cat", *names], stdout=file, check=True)
 
 
+def by_copy(samples: list[Sample], out: Path) -> None:
+    """Read and write and nothing else: the limit for whoever has to look at the bytes (cat copies in the kernel)."""
+    buffer = memoryview(bytearray(max(s.size for s in samples)))
+    for number in range(0, len(samples), PER_SHARD):
+        with open(out / f"copy-{number:06d}", "wb", buffering=0) as file:
+            for sample in samples[number : number + PER_SHARD]:
+                with open(f"{sample.path}/{sample.source}", "rb", buffering=0) as source:
+                    file.write(buffer[: source.readinto(buffer)])
+
+
 def in_two(executor: ProcessPoolExecutor, samples: list[Sample], out: Path, layer: str) -> None:
     """Our writer in two processes that are already running, a shard at a time."""
     parts = [samples[n : n + PER_SHARD] for n in range(0, len(samples), PER_SHARD)]
@@ -114,6 +124,7 @@ def measure(samples: list[Sample], base: Path, repeats: int) -> dict[str, list[f
         list(executor.map(ours, [samples[:1]] * 4, [base] * 4, ["decode"] * 4))  # imports done
         candidates = {
             "webdataset.ShardWriter": by_webdataset, "python tarfile": by_tarfile, "cat (no headers)": by_cat,
+            "read and write, no headers": by_copy,
             "ours: bytes and offsets": lambda s, o: ours(s, o, "bytes"),
             "ours: + sha256 and sums": lambda s, o: ours(s, o, "sums"),
             "ours: + full decode": lambda s, o: ours(s, o, "decode"),

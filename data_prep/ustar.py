@@ -16,6 +16,11 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
+def header_size(name: str) -> int:
+    """Bytes that ``header(name, …)`` takes, without making it for the common short name."""
+    return BLOCK if len(name) <= 25 or len(name.encode("utf-8", "surrogateescape")) <= 100 else len(header(name, 0))
+
+
 def header(name: str, size: int) -> bytes:
     """Header block, or blocks, of a regular file; bytes of names that are no UTF-8 pass through unchanged."""
     raw = name.encode("utf-8", "surrogateescape")

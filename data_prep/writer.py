@@ -1,8 +1,8 @@
 """One shard: source bytes read straight into a buffer that already has the shape of a tar.
 
-A buffer of 4 MiB receives header, image, padding, header, label, ... in their final places and is written in one
-call, so an image is copied once on its way from file to file. Where everything lies is known before it is written:
-the index costs nothing.
+A buffer receives header, image, padding, header, label, ... in their final places and is written in one call, so an
+image is copied once on its way from file to file. Where everything lies is known before it is written: the index
+costs nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from hpcssl import files
 from hpcssl.data.shards import ROW
 from hpcssl.errors import DataError, HpcsslError
 
-BUFFER = 4 << 20
+BUFFER = 1 << 20  # stays in a core's second-level cache between read, sums and write; grows for a larger image
+_encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would build a new encoder for every sample
 ROOM = "free room, or choose another OUT, then run the same command again: finished shards are kept"
 LARGEST = 0xFFFFFFFF  # the index holds sizes in 32 bits
 
@@ -130,12 +131,12 @@ def _tail(sample: Sample) -> list[tuple[str, bytes]]:
     if sample.original_label is not None:
         note["original_label"] = sample.original_label
     label = [("cls", b"%d" % sample.label)] if sample.label >= 0 else []
-    return [*label, ("json", json.dumps(note, sort_keys=True).encode())]
+    return [*label, ("json", _encode(note).encode())]
 
 
 def _room(key: str, sample: Sample, tail: list[tuple[str, bytes]]) -> int:
     """Upper bound of the bytes that a sample takes, the end mark of the shard included."""
-    head = len(ustar.header(f"{key}.b.jpg", 0))
+    head = ustar.header_size(f"{key}.json.")  # longer than any of its members' names
     sizes = [sample.size, sample.second[1] if sample.second else 0, *(len(body) for _, body in tail)]
     return sum(head + ustar.padded(size) for size in sizes) + len(ustar.END)
 
@@ -143,7 +144,7 @@ def _room(key: str, sample: Sample, tail: list[tuple[str, bytes]]) -> int:
 def _place(buffer, at, base, key, sample, tail, reader, check, bad) -> tuple[tuple | None, int]:
     """Write one sample at ``at``; its row and its end, or None for a damaged one, whose bytes the next overwrites."""
     start = at
-    at += len(ustar.header(f"{key}.jpg", 0))
+    at += ustar.header_size(f"{key}.jpg")
     spots = []
     try:
         for extra, place in (("", (sample.offset, sample.size)), (".b", sample.second)):
@@ -152,7 +153,7 @@ def _place(buffer, at, base, key, sample, tail, reader, check, bad) -> tuple[tup
                 continue
             offset, size = place
             if extra:
-                at += len(ustar.header(f"{key}.b.jpg", 0))
+                at += ustar.header_size(f"{key}.b.jpg")
             view = buffer[at : at + min(size, LARGEST)]
             if offset == WHOLE:
                 reader.fill_whole(view, f"{sample.path}/{sample.source}")

@@ -17,7 +17,7 @@ from data_prep import ustar
 def test_python_reads_the_name_and_the_size(name, size):
     body = b"z" * size
     archive = ustar.header(name, size) + body + bytes(ustar.padded(size) - size) + ustar.END
-    assert len(archive) % 512 == 0
+    assert len(archive) % 512 == 0 and len(ustar.header(name, size)) == ustar.header_size(name)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         (info,) = tar.getmembers()
         assert (info.name, info.size, info.mtime, info.uid, info.gid, info.uname) == (name, size, 0, 0, 0, "")
