@@ -1,0 +1,108 @@
+"""Runs that are killed, stopped and resumed, all from one process that imported torch once.
+
+``python attempts.py PLAN.json`` reads a list of scenarios and prints a JSON line for each. A scenario names a run
+folder and its attempts one after another; each attempt forks its ranks, which join over gloo and train until the end, until
+``kill_at`` (a rank sends itself SIGKILL as it enters a step, so that the others lose it in the middle of a collective),
+``kill_after`` or ``stop_after`` (seconds; to a rank drawn by address, whatever it is doing).
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch.utils.tensorboard  # noqa: F401 - imported once here instead of in every rank
+
+from hpcssl import config, files, rng
+from hpcssl.files import RunDir
+from hpcssl.signals import StopFlag
+from hpcssl.train import loop, main, recipe
+from hpcssl.train.checkpoint import digest_of
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_process(run, rank, world, port, attempt, log):
+    """Fork one rank; the parent gets its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        stop = StopFlag().install()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        if world > 1:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port), HPCSSL_TOKEN=f"attempt-{port}")
+        kill_at = attempt.get("kill_at")
+        if kill_at is not None and rank == kill_at % world:
+            honest = loop.train_step
+
+            def deadly(training, batch, flags):
+                if training.step == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return honest(training, batch, flags)
+
+            loop.train_step = deadly
+        code = main.train(RunDir(run), stop=stop)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def play(run, world, attempt):
+    """One attempt; the exit codes of its ranks (negative: killed by that signal)."""
+    port = free_port()
+    log = f"{run}/rank-logs.txt"
+    pids = [rank_process(run, rank, world, port, attempt, log) for rank in range(world)]
+    for name, number in (("kill_after", signal.SIGKILL), ("stop_after", signal.SIGTERM)):
+        if name in attempt:
+            time.sleep(attempt[name])
+            victim = pids[int(rng.uniform(rng.key(0, run, name, str(attempt)), 1)[0] * world)]
+            if os.waitid(os.P_PID, victim, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                os.kill(victim, number)
+    codes = []
+    for pid in pids:
+        fd = os.pidfd_open(pid)
+        ready, _, _ = select.select([fd], [], [], 120)
+        os.close(fd)
+        if not ready:
+            os.kill(pid, signal.SIGABRT)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    return codes
+
+
+def scenario(plan):
+    run = RunDir(plan["run"])
+    run.root.mkdir(parents=True)
+    files.atomic_write(run.config, config.to_yaml(recipe.compose(plan["recipe"], plan["overrides"])))
+    codes, worlds = [], plan["worlds"]
+    for number, attempt in enumerate(plan["attempts"]):
+        if "machine" in attempt:  # the same science on another machinery
+            overrides = plan["overrides"] + attempt["machine"]
+            files.atomic_write(run.config, config.to_yaml(recipe.compose(plan["recipe"], overrides)))
+        codes.append(play(str(run.root), worlds[min(number, len(worlds) - 1)], attempt))
+        if run.done.exists():
+            break
+    done = run.done.exists()
+    return {"codes": codes, "done": done, "digest": digest_of(run) if done else None,
+            "log": Path(run.root / "rank-logs.txt").read_text()[-3000:] if not done else ""}
+
+
+if __name__ == "__main__":
+    for plan in json.loads(Path(sys.argv[1]).read_text()):
+        began = time.monotonic()
+        print(json.dumps(scenario(plan) | {"name": plan["name"], "seconds": round(time.monotonic() - began, 2)}),
+              flush=True)
