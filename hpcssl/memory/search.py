@@ -9,10 +9,10 @@ are decided by an inner product that has no rounding to depend on: on a grid of 
 have products on a grid of 2^-48, and any partial sum of them is at most about 1, hence exact in float64 in any
 order. Moving an entry to the grid costs at most 2^-25, about what float32 itself has lost.
 
-Exact arithmetic is slow, so a fast product (faiss, or a matrix product in chunks) proposes k + SPARE candidates.
+Exact arithmetic is slow, so a fast product (faiss, or a matrix product in chunks) proposes some more than k.
 Its worst-case error is known: where the exact k-th value clears the worst proposal by more, no row outside can
-belong to the answer. The few queries where it does not (a collapsed network: all rows alike) are searched again,
-in exact arithmetic.
+belong to the answer. The few queries where it does not (a collapsed network: all rows alike) are searched again:
+after bfloat16 in float32, after float32 in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ except ImportError:  # an extra; without it the chunks below find the same, some
     faiss = None
 
 PREFILTERS = ("fp32", "bf16")
-SPARE = 27
-"""Proposals beyond k. faiss finds 64 in the time of 5, and the further out they reach, the more they certify."""
+SPARE = {"fp32": 11, "bf16": 59}
+"""Proposals beyond k: the further out they reach, the more they certify; a coarse product needs more of them."""
 SMALL = 4096
 """Up to this many rows the exact product is as quick as the detour."""
 _GRID = 2.0**24
@@ -58,17 +58,11 @@ def nearest(query: Tensor, rows: Tensor, k: int, *, among: tuple[Tensor, Tensor]
     exact = rows.device.type == "cpu" if exact is None else exact
     # under autocast the products below would become bfloat16 in silence
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        if len(rows) <= max(SMALL, k + SPARE) or rows.dtype == torch.float64:
+        if len(rows) <= max(SMALL, k + SPARE[prefilter]) or rows.dtype == torch.float64:
             score, slot = _exhaustive(query, rows, k, among)
         else:
-            bar, slot, error = _propose(query, rows, k + SPARE, among, prefilter)
-            score, slot = _rank(query, rows, slot, k, among)
-            if exact:
-                certain = (score[:, -1] > bar + error) | torch.isneginf(bar)
-                again = (~certain).nonzero().squeeze(1)
-                if len(again):
-                    rest = None if among is None else (among[0], among[1][again])
-                    score[again], slot[again] = _exhaustive(query[again], rows, k, rest)
+            finer = {"bf16": ("bf16", "fp32"), "fp32": ("fp32",)}[prefilter]
+            score, slot = _certified(query, rows, k, among, finer, exact)
         return score, slot.masked_fill(torch.isneginf(score), -1)
 
 
@@ -88,6 +82,21 @@ def _fix(x: Tensor) -> Tensor:
 def _forbidden(among: tuple[Tensor, Tensor], start: int, stop: int) -> Tensor:
     column, value = among[0][start:stop], among[1].unsqueeze(1)
     return (column != value) | (value < 0)
+
+
+def _certified(query, rows, k, among, prefilters, exact) -> tuple[Tensor, Tensor]:
+    """Propose and rank; what cannot be vouched for, once more by the next prefilter, and in the end exactly."""
+    if not prefilters:
+        return _exhaustive(query, rows, k, among)
+    bar, slot, error = _propose(query, rows, k + SPARE[prefilters[0]], among, prefilters[0])
+    score, slot = _rank(query, rows, slot, k, among)
+    if exact:
+        certain = (score[:, -1] > bar + error) | torch.isneginf(bar)
+        again = (~certain).nonzero().squeeze(1)
+        if len(again):
+            rest = None if among is None else (among[0], among[1][again])
+            score[again], slot[again] = _certified(query[again], rows, k, rest, prefilters[1:], exact)
+    return score, slot
 
 
 # -- proposals --------------------------------------------------------------------------------------------------

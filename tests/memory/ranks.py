@@ -63,7 +63,7 @@ def everything(bank):
 
 def main(folder):
     torch.set_num_threads(1)
-    search.SMALL, search.SPARE = 0, 2  # rings this small would all be searched exactly at once
+    search.SMALL, search.SPARE["fp32"] = 0, 2  # rings this small would all be searched exactly at once
     world = World.start("cpu", timeout_s=60)
     seen = {}
     for size in RINGS:

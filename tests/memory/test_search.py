@@ -123,6 +123,17 @@ def test_the_certificate_fails_on_collapsed_rows_only(monkeypatch):
     assert searched == [B]
 
 
+def test_what_bfloat16_cannot_tell_apart_float32_can(monkeypatch):
+    query, rows, asked = unit(B, D, at="query"), unit(N, D), []
+    rows = F.normalize(unit(1, D) + 0.02 * rows, dim=1)  # all within about 0.04 of each other
+    propose = search._propose
+    monkeypatch.setattr(search, "_propose", lambda q, *rest: asked.append((rest[-1], len(q))) or propose(q, *rest))
+    monkeypatch.setattr(search, "_exhaustive", None)
+    _, slot = by("bf16", monkeypatch, query, rows, K)
+    assert asked[0] == ("bf16", B) and asked[1][0] == "fp32" and 0 < asked[1][1] <= B
+    assert torch.equal(slot, literal(query, rows, K))
+
+
 def test_autocast_changes_nothing():
     query, rows = unit(B, D, at="query"), rows_of_kind("random")
     plain = search.nearest(query, rows, K)
