@@ -1,0 +1,25 @@
+"""``python -m benchmarks NAME …`` runs ``benchmarks/NAME.py``; without a name it lists them."""
+
+import pkgutil
+import runpy
+import sys
+
+import benchmarks
+
+_PARTS = ("common", "peers", "__main__")  # shared by the others, nothing to run
+
+
+def main() -> int:
+    names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in _PARTS)
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        asked = f"no benchmark {sys.argv[1]!r}; " if len(sys.argv) > 1 else ""
+        print(f"{asked}choose one of {', '.join(names)}; NAME --help says what it takes", file=sys.stderr)
+        return 2
+    name = sys.argv.pop(1)
+    sys.argv[0] = f"benchmarks.{name}"
+    runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What the benchmarks of the data path share: real images, turns, ratios, one JSON.
+
+A rate means little on a shared machine: candidates take turns in every round, in an order that rotates, and what is
+reported is the median over rounds of the ratio within one round.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hpcssl import door
+from hpcssl.data.reader import Reader
+from hpcssl.data.shards import ShardSet
+from hpcssl.errors import DataError
+
+PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset", "numpy", "lightly", "kornia")
+
+
+@dataclass
+class Images:
+    """The same images three ways: as shards (ours), as class folders (ImageFolder), and as bytes in memory."""
+
+    shards: ShardSet
+    folder: Path
+    bodies: list[bytes] = field(repr=False)
+
+
+def prepare(data: Path, room: Path) -> Images:
+    """Lay out ``data`` (a folder of shards, or a tar of images named CLASS_NAME.JPEG or CLASS/NAME) below ``room``."""
+    folder, root = room / "images", data
+    if data.is_dir():
+        shards = ShardSet.open(data)
+        with Reader(shards) as reader:
+            for index in range(len(shards)):
+                target = folder / f"class{max(0, int(reader.labels[index])):04d}" / f"{index:07d}.jpg"
+                _write(target, reader.read(index))
+    elif data.is_file():
+        from data_prep.cli import app
+
+        with tarfile.open(data) as tar:
+            for member in tar:
+                if member.isfile() and member.name.lower().endswith((".jpg", ".jpeg")):
+                    parts = Path(member.name).parts
+                    kind = parts[-2] if len(parts) > 1 else parts[-1].split("_")[0]
+                    _write(folder / kind / parts[-1], tar.extractfile(member).read())
+        root = room / "shards"
+        if door.run(app, ["images", str(folder), str(root), "--samples-per-shard", "50"], "hpcssl-shard"):
+            raise SystemExit(1)
+    else:
+        raise DataError(f"--data {data}", got="nothing there", expected="a folder of shards or a tar of JPEG images",
+                        mend="write shards with `hpcssl-shard images SRC OUT` and name OUT")
+    shards = ShardSet.open(root)
+    with Reader(shards) as reader:
+        return Images(shards, folder, [reader.read(i) for i in range(len(shards))])
+
+
+def _write(path: Path, body: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(body)
+
+
+def take_turns(candidates: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per unit of work, per candidate and round. A candidate does its work and returns how many units."""
+    for work in candidates.values():
+        work()  # warm: caches, compiled kernels, worker processes
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for turn in range(rounds):
+        for name in names[turn % len(names):] + names[:turn % len(names)]:
+            start = time.perf_counter()
+            units = candidates[name]()
+            seconds[name].append((time.perf_counter() - start) / units)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
+    """How many times faster ``ours`` is than ``peer``: the median of the rounds' own ratios."""
+    return round(statistics.median(b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)), 3)
+
+
+def rates(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Units per second, from the median round."""
+    return {name: round(1 / statistics.median(values), 1) for name, values in seconds.items()}
+
+
+def versions() -> dict:
+    """What the figures depend on, and nothing that names a machine or a person."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")]
+    return {"python": platform.python_version(), **found, "cpu": model[0] if model else platform.machine(),
+            "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def report(name: str, what: str, body: dict, out: Path | None) -> None:
+    """Print the sections of ``body`` as lines, and write all of it as JSON."""
+    print(f"{name}: {what}")
+    for section, rows in body.items():
+        print(f"  {section}")
+        for key, value in rows.items():
+            print(f"    {key:58s} {value}")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"benchmark": name, "what": what, **body, "versions": versions()}, indent=2) + "\n")
+        print(f"  written to {out.name}")
+
+
+def against(value: float, goal: float) -> str:
+    """``4.31 (goal 4.2: met)``."""
+    return f"{value} (goal {goal}: {'met' if value >= goal else 'missed'})"

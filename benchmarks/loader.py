@@ -1,0 +1,172 @@
+"""The loader beside its peers: ``python -m benchmarks.loader --data SHARDS_OR_TAR [--out FILE]``.
+
+One image is its decode and two views of 224 x 224. Ours leaves flip, jitter, blur and normalisation to the device,
+which is where most of the factor comes from; the section "like for like" leaves that out of account: decode and crop
+against decode and crop, and the whole of MSF's augmentation on the CPU with our code.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import simplejpeg
+import torch
+import typer
+from torchvision.datasets import ImageFolder
+
+from benchmarks import common, peers
+from hpcssl.data.decode import Scratch, decode
+from hpcssl.data.loader import Loader
+from hpcssl.data.order import Order
+from hpcssl.data.reader import Reader
+from hpcssl.views.augment import NAMED, ViewSpec, apply
+
+VIEWS = [ViewSpec(name="query", augment=NAMED["strong"], size=224),
+         ViewSpec(name="target", augment=NAMED["weak"], size=224)]
+BATCH = 50
+
+
+class Ours:
+    """The loader, kept over the rounds as a run keeps it; each turn starts its threads and goes on with the steps."""
+
+    def __init__(self, images: common.Images, threads: int, steps: int, device_work: bool = False):
+        order = Order([s.samples for s in images.shards.shards], seed=0, window="all",
+                      global_batch=min(BATCH, len(images.bodies)))
+        self.loader = Loader(Reader(images.shards), order, VIEWS, seed=0, threads=threads)
+        self.steps, self.device_work, self.done = steps, device_work, 0
+
+    def __call__(self) -> int:
+        count = 0
+        for batch in self.loader.run(self.done, self.done + self.steps):
+            count += len(batch.index)
+            if self.device_work:
+                for x, params, view in zip(batch.images, batch.params, VIEWS, strict=True):
+                    apply(x, params, view.augment)
+        self.done += self.steps
+        return count
+
+
+def each(images: common.Images, work, count: int):
+    """``work`` on one image after the other, going round the set."""
+    place = 0
+
+    def turn() -> int:
+        nonlocal place
+        for _ in range(count):
+            work(images.bodies[place % len(images.bodies)])
+            place += 1
+        return count
+
+    return turn
+
+
+def one_core(images: common.Images, rounds: int, count: int) -> dict:
+    folder, place = ImageFolder(images.folder), [0]
+    msf, scratch = peers.msf_views(), Scratch()
+
+    def image_folder() -> int:
+        for _ in range(count):
+            msf(folder[place[0] % len(folder)][0])
+            place[0] += 1
+        return count
+
+    steps = max(1, count // BATCH)
+    candidates = {
+        "ours": Ours(images, 1, steps),
+        "ours + device work on this core": Ours(images, 1, steps, device_work=True),
+        "MSF (ImageFolder, PIL)": image_folder,
+        "PIL decode + two crops": each(images, lambda body, crop=peers.crop_views(): crop(peers.opened(body)), count),
+        "solo-learn asymmetric": each(images, _on_pil(peers.solo_views(False)), count),
+        "solo-learn symmetric": each(images, _on_pil(peers.solo_views(True)), count),
+        "torchvision decode + v2 crops": each(images, peers.torchvision_views(), count),
+        "full decode alone": each(images, simplejpeg.decode_jpeg, count),
+        "full decode alone, into one buffer": each(images, lambda body: decode(body, scratch), count),
+    }
+    for name in ("SimCLRTransform", "BYOLTransform", "MoCoV2Transform"):
+        if (views := peers.lightly_views(name)) is not None:
+            candidates[f"lightly {name}"] = each(images, _on_pil(views), count)
+    seconds = common.take_turns(candidates, rounds)
+    gain = {name: common.ratio(seconds, "ours", name) for name in candidates if name != "ours"}
+    others = [value for name, value in gain.items() if name.startswith(("solo", "lightly"))]
+    limit = round(1 / gain["full decode alone"], 3)
+    return {
+        "one core, images/s": common.rates(seconds),
+        "one core, ours is times faster than": {
+            **gain, "MSF (ImageFolder, PIL)": common.against(gain["MSF (ImageFolder, PIL)"], 4.2),
+            "the nearest of solo-learn and lightly": common.against(min(others), 6.0)},
+        "one core, share of the limit": {
+            "rate over that of the full decode alone": common.against(round(gain["full decode alone"], 3), 0.8),
+            "time over that of the full decode alone": limit},
+        "like for like on one core": {
+            "decode and crop: ours over PIL's": gain["PIL decode + two crops"],
+            "all of MSF's augmentation on the CPU: ours over MSF's": common.ratio(
+                seconds, "ours + device work on this core", "MSF (ImageFolder, PIL)")},
+    }
+
+
+def _on_pil(views):
+    return lambda body: views(peers.opened(body))
+
+
+def workers(images: common.Images, dataset, count: int, shuffle: bool):
+    """A DataLoader of two worker processes that stay alive between the turns."""
+    loader = torch.utils.data.DataLoader(dataset, batch_size=BATCH, shuffle=shuffle, num_workers=2,
+                                         persistent_workers=True, drop_last=False)
+
+    def turn() -> int:
+        seen = 0
+        while seen < count:
+            for batch in loader:
+                seen += len(batch[-1])
+        return seen
+
+    return turn
+
+
+def two_cores(images: common.Images, rounds: int, count: int) -> dict:
+    import webdataset
+
+    steps = max(1, count // BATCH)
+    urls = [str(images.shards.path(n)) for n in range(len(images.shards.shards))]
+    wds = webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("jpg;jpeg;png", "cls").map_tuple(
+        peers.OfPil(), lambda label: label)
+    candidates = {
+        "ours, 2 threads": Ours(images, 2, steps),
+        "ours, 1 thread": Ours(images, 1, steps),
+        "MSF ImageFolder + DataLoader": workers(images, ImageFolder(images.folder, peers.OfPil()), count, True),
+        "webdataset decode('pil') + MSF": workers(images, wds, count, False),
+    }
+    seconds = common.take_turns(candidates, rounds)
+    return {
+        "whole loader on two cores, images/s": common.rates(seconds),
+        "whole loader on two cores, ours is times faster than": {
+            "MSF ImageFolder + DataLoader": common.against(
+                common.ratio(seconds, "ours, 2 threads", "MSF ImageFolder + DataLoader"), 5.0),
+            "webdataset decode('pil') + MSF": common.ratio(
+                seconds, "ours, 2 threads", "webdataset decode('pil') + MSF"),
+            "ours with one thread": common.against(
+                common.ratio(seconds, "ours, 2 threads", "ours, 1 thread"), 1.9)},
+    }
+
+
+def main(data: Annotated[Path, typer.Option(help="A folder of shards, or a tar of JPEG images.")],
+         rounds: int = 7, count: Annotated[int, typer.Option(help="Images per turn.")] = 250,
+         out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+         part: Annotated[str, typer.Option(help="one, two or all: which of the two comparisons.")] = "all") -> None:
+    """Decode, crop and two views per image: ours and its peers, in turns, in one process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as room:
+        images = common.prepare(data, Path(room))
+        body = {}
+        if part in ("one", "all"):
+            body |= one_core(images, rounds, count)
+        if part in ("two", "all"):
+            body |= two_cores(images, rounds, 2 * count)
+        mean = sum(map(len, images.bodies)) / len(images.bodies) / 1000
+        common.report("loader", f"{len(images.bodies)} images of {mean:.0f} kB in the mean, {rounds} rounds", body, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

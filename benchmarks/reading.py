@@ -1,0 +1,65 @@
+"""Raw samples per second: ``python -m benchmarks.reading --data SHARDS_OR_TAR [--out FILE]``.
+
+Bytes only, from the page cache, one process. Ours in random order, the iterators in theirs.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import webdataset
+
+from benchmarks import common
+from hpcssl import rng
+from hpcssl.data.reader import Reader
+
+
+def main(data: Annotated[Path, typer.Option(help="A folder of shards, or a tar of JPEG images.")],
+         rounds: int = 9, out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None) -> None:
+    """Indexed reads beside webdataset's iterator and tarfile."""
+    with tempfile.TemporaryDirectory() as room:
+        images = common.prepare(data, Path(room))
+        shards = images.shards
+        order = rng.permutation(rng.key(0, "reading"), len(shards)).tolist()
+        paths = [str(shards.path(n)) for n in range(len(shards.shards))]
+        plain, mapped = Reader(shards), Reader(shards, mapped=True)
+
+        def random_access(reader):
+            def turn() -> int:
+                for index in order:
+                    reader.read(index)
+                return len(order)
+            return turn
+
+        def iterate() -> int:
+            return sum(1 for _ in webdataset.WebDataset(paths, shardshuffle=False))
+
+        def with_tarfile() -> int:
+            count = 0
+            for path in paths:
+                with tarfile.open(path) as tar:
+                    for member in tar:
+                        count += member.name.endswith((".jpg", ".jpeg", ".png"))
+                        tar.extractfile(member).read()
+            return count
+
+        seconds = common.take_turns({"ours, pread, random order": random_access(plain),
+                                     "ours, mmap, random order": random_access(mapped),
+                                     "webdataset's iterator": iterate, "tarfile": with_tarfile}, rounds)
+        common.report("reading", f"{len(shards)} samples, {rounds} rounds", {
+            "samples/s": common.rates(seconds),
+            "ours (pread, random order) is times faster than": {
+                "webdataset's iterator": common.against(
+                    common.ratio(seconds, "ours, pread, random order", "webdataset's iterator"), 10.0),
+                "tarfile": common.ratio(seconds, "ours, pread, random order", "tarfile")},
+            "ours (mmap of staged shards) is times faster than": {
+                "webdataset's iterator": common.ratio(seconds, "ours, mmap, random order", "webdataset's iterator")},
+        }, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
