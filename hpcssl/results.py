@@ -38,16 +38,16 @@ def collect(runs: Sequence[Path | str]) -> list[dict]:
     return records + _over_seeds(records)
 
 
-def show(runs: Sequence[Path | str], *, write: Path | str | None = None, form: str = "table",
+def show(runs: Sequence[Path | str], *, write: Path | str | None = None, style: str = "table",
          terminal: bool = False, width: int | None = None) -> str:
-    """What ``hpcssl results`` prints: ``form`` table, csv or json; a table is drawn for a terminal, else
+    """What ``hpcssl results`` prints: ``style`` table, csv or json; a table is drawn for a terminal, else
     tab-separated and uncut. ``write``: the Markdown file to bring up to date as well."""
     records = collect(runs)
     if write is not None:
         write_markdown(write, records)
-    if form == "json":
+    if style == "json":
         return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
-    if form == "csv":
+    if style == "csv":
         return as_csv(records)
     return _drawn(records, width) if terminal else _plain(records)
 

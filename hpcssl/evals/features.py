@@ -10,7 +10,6 @@ Letters in shapes: N samples, D features.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hpcssl import config, files
@@ -28,6 +26,7 @@ from hpcssl.data.loader import Loader
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, DataError, EvalError, HpcsslError, nearest
+from hpcssl.evals import cache
 from hpcssl.evals.together import Stop, agree, as_error, never
 from hpcssl.nets import resnet, weights
 from hpcssl.views import augment
@@ -36,9 +35,7 @@ from hpcssl.world import World
 
 log = logging.getLogger("hpcssl")
 
-PARTS = 256  # of a large set: what a kill costs is at most one part per rank
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PATIENCE_S = 60.0  # a file of another node may take this long to show on a network file system
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +164,6 @@ class Batches:
         return self.batch(step)
 
 
-def plan(samples: int, batch: int) -> list[tuple[int, int]]:
-    """First and last-plus-one row of each part: whole batches, about ``PARTS`` parts of a large set."""
-    rows = -(-samples // (batch * PARTS)) * batch
-    return [(first, min(first + rows, samples)) for first in range(0, samples, rows)]
-
-
 def extract(encoder: Encoder, data: ShardSet, options: FeatureOptions, world: World, *, root: Path | None = None,
             threads: int = 1, stop: Stop = never) -> Features:
     """Features of the whole set, on every rank. A collective.
@@ -189,15 +180,15 @@ def extract(encoder: Encoder, data: ShardSet, options: FeatureOptions, world: Wo
         settings = config.fingerprint({"view": asdict(view), "precision": options.precision,
                                        "batch": options.batch})
         folder = root / f"{encoder.sha256[:16]}-{data.digest[:16]}-{settings[:8]}"
-    parts = plan(len(data), options.batch)
-    have = [folder is not None and _read(_name(folder, i), last - first, encoder.width) is not None
+    parts = cache.plan(len(data), options.batch)
+    have = [folder is not None and cache.read(cache.name(folder, i), last - first, encoder.width) is not None
             for i, (first, last) in enumerate(parts)] if world.main else []
     have = [flag == "1" for flag in world.tell("".join(str(int(flag)) for flag in have))]
     todo = [i for i in range(len(parts)) if not have[i]]
     made = _compute(encoder, data, view, options, world, todo, parts, folder, threads, stop)
     if folder is not None:
         world.barrier()
-        made = {i: _await(_name(folder, i), last - first, encoder.width)
+        made = {i: cache.wait(cache.name(folder, i), last - first, encoder.width)
                 for i, (first, last) in enumerate(parts)}
     return Features([made[i] for i in range(len(parts))], data.labels, data.classes)
 
@@ -219,7 +210,7 @@ def _compute(encoder, data, view, options, world, todo, parts, folder, threads, 
                     first, last = parts[here[world.rank]]
                     rows = _part(stream, -(-(last - first) // options.batch), stop)
                     if rows is not None and folder is not None:
-                        _write(_name(folder, here[world.rank]), rows)
+                        cache.write(cache.name(folder, here[world.rank]), rows)
             except (HpcsslError, OSError) as caught:
                 error = as_error(caught)
             agree(world, f"features of {data.root.name}", stop=stop() or (rows is None and world.rank < len(here)),
@@ -287,33 +278,3 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.loader.close()
         self.reader.close()
-
-
-def _name(folder: Path, part: int) -> Path:
-    return folder / f"part-{part:05d}.safetensors"
-
-
-def _write(path: Path, rows: Tensor) -> None:
-    files.atomic_write(path, weights.pack({"features": rows}, {"format": "hpcssl-features-1"}))
-
-
-def _read(path: Path, rows: int, width: int) -> Tensor | None:
-    """The part, mapped from its file (ours alone and never rewritten), or None where it is absent or not whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = file.get_tensor("features")
-    except (OSError, SafetensorError):
-        return None
-    return found if found.shape == (rows, width) else None
-
-
-def _await(path: Path, rows: int, width: int) -> Tensor:
-    began = time.monotonic()
-    while (found := _read(path, rows, width)) is None:
-        if time.monotonic() - began > _PATIENCE_S:
-            raise EvalError(f"features {path}", got="no such file after a minute",
-                            expected="a folder that every node sees",
-                            mend="put the run folder on a shared file system")
-        time.sleep(0.2)
-        os.listdir(path.parent)  # makes a network file system look again
-    return found

@@ -24,7 +24,7 @@ from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, EvalError, nearest
 from hpcssl.evals import knn, linear
 from hpcssl.evals.features import Encoder, FeatureOptions, Features, extract
-from hpcssl.evals.together import Stop, Stopped, never
+from hpcssl.evals.together import Stop, never
 from hpcssl.files import RunDir
 from hpcssl.world import World
 
@@ -111,10 +111,10 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
 
 def evaluate_run(name: str, run: RunDir, world: World, *, train: Path | str | None = None,
                  val: Path | str | None = None, overrides: Sequence[str] = (), step: int | str = "last",
-                 stop: Stop | None = None, threads: int | None = None) -> list[dict] | None:
+                 stop: Stop | None = None, threads: int | None = None) -> list[dict]:
     """Evaluate what a run folder holds: the weights of a step, and of step 0 where ``evals.baseline`` asks for it.
 
-    Returns the rows, or None where it was asked to stop before the end (exit code 75: run it again to go on).
+    Raises ``Stopped`` (exit code 75) after a request to stop: what is finished is kept.
     ``step``: ``last`` (of the finished training, else the newest there is), ``first``, or a number. Options: the
     recipe's ``evals.NAME``, then ``overrides`` as ``key=value``. Shards: the recipe's, unless given.
     """
@@ -134,17 +134,15 @@ def evaluate_run(name: str, run: RunDir, world: World, *, train: Path | str | No
     first = run.weights_at(0)
     if step == "last" and evals.get("baseline", True) and first.exists() and first != chosen[0]:
         chosen.insert(0, first)
-    try:
-        return [evaluate(name, run=run, weights=path, world=world, options=options, stop=stop, threads=threads,
-                         **sets) for path in chosen]
-    except Stopped as stopped:
-        log.info("%s", stopped)
-        return None
+    return [evaluate(name, run=run, weights=path, world=world, options=options, stop=stop, threads=threads, **sets)
+            for path in chosen]
 
 
 def weights_of(run: RunDir, step: int | str = "last") -> Path:
     """The weights file of a step of the run. Raises ``EvalError`` naming the steps there are."""
     there = sorted(run.weights.glob("step-*.safetensors"))
+    if not str(step).isdigit() and step not in ("first", "last"):
+        raise ConfigError("--step", got=repr(step), expected="last, first or a step's number", mend="--step last")
     if step == "first":
         wanted = run.weights_at(0)
     elif step != "last":

@@ -65,7 +65,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_shards():
+def shards_of():
     return write_shards
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from hpcssl.errors import EvalError
-from hpcssl.evals import features
+from hpcssl.evals import cache
 from hpcssl.evals.features import Encoder, FeatureOptions, Features, extract
 from hpcssl.evals.together import Stopped
 from hpcssl.nets import weights
@@ -20,7 +20,7 @@ OPTIONS = FeatureOptions(batch=8)
 
 @pytest.fixture(autouse=True)
 def few_parts(monkeypatch):
-    monkeypatch.setattr(features, "PARTS", 5)  # 90 images are then parts of 24, 24, 24 and 18
+    monkeypatch.setattr(cache, "PARTS", 5)  # 90 images are then parts of 24, 24, 24 and 18
 
 
 @pytest.fixture
@@ -124,8 +124,8 @@ def test_features_that_are_not_finite_are_an_error_on_every_rank(encoder, data, 
         assert "NaN or infinity for sample" in told and "diverged" in told
 
 
-def test_a_damaged_image_is_named_and_not_replaced(encoder, data, weights_file, ranks, make_shards, tmp_path):
-    shards = make_shards(tmp_path / "s", np.zeros((20, 16, 16, 3), np.uint8), np.zeros(20, int))
+def test_a_damaged_image_is_named_and_not_replaced(encoder, data, weights_file, ranks, shards_of, tmp_path):
+    shards = shards_of(tmp_path / "s", np.zeros((20, 16, 16, 3), np.uint8), np.zeros(20, int))
     row = shards.rows[13]
     with open(shards.path(0), "r+b") as file:
         file.seek(int(row["offset"]))
@@ -146,6 +146,6 @@ def test_a_full_disk_is_one_sentence(encoder, data, tmp_path, monkeypatch):
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(features.files, "atomic_write", full)
+    monkeypatch.setattr(cache.files, "atomic_write", full)
     with pytest.raises(EvalError, match="No space left on device; expected a folder with room"):
         extract(encoder, data[0], OPTIONS, ALONE, root=tmp_path)

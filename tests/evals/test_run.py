@@ -67,6 +67,8 @@ def test_baseline_and_steps_can_be_chosen(run):
     assert len(evaluate_run("knn", run, ALONE)) == 1
     with pytest.raises(EvalError, match=r"no step-00000003\.safetensors; expected one of the steps 0, 5"):
         evaluate_run("knn", run, ALONE, step=3)
+    with pytest.raises(ConfigError, match="last, first or a step's number"):
+        evaluate_run("knn", run, ALONE, step="newest")
     run.done.unlink()
     assert weights_of(run) == run.weights_at(5)
 
@@ -83,8 +85,9 @@ def rows_of(world, run):
     return evaluate_run("knn", run, world)
 
 
-def test_a_stop_is_none_and_leaves_no_row(run):
-    assert evaluate_run("knn", run, ALONE, stop=lambda: True) is None
+def test_a_stop_has_its_exit_code_and_leaves_no_row(run):
+    with pytest.raises(Stopped, match="run the same command again"):
+        evaluate_run("knn", run, ALONE, stop=lambda: True)
     assert not run.eval_rows("knn").exists()
     assert Stopped.exit_code == EXIT_STOPPED == 75
     assert len(evaluate_run("knn", run, ALONE)) == 2
@@ -101,15 +104,15 @@ def test_features_stay_out_of_the_run_folder_where_asked(run, data):
     assert not run.features.exists() and run.eval_rows("knn").exists()
 
 
-def test_wrong_input_is_one_sentence(run, data, weights_file, make_shards, tmp_path):
+def test_wrong_input_is_one_sentence(run, data, weights_file, shards_of, tmp_path):
     def tried(**changed):
         evaluate(**({"name": "knn", "run": None, "weights": weights_file, "train": data[0], "val": data[1],
                      "world": ALONE} | changed))
 
     images = np.zeros((30, 16, 16, 3), np.uint8)
-    fewer = make_shards(tmp_path / "fewer", images, np.zeros(30, int), classes=["a", "b"])
-    without = make_shards(tmp_path / "without", images, np.full(30, -1))
-    empty = make_shards(tmp_path / "empty", images[:0], [])
+    fewer = shards_of(tmp_path / "fewer", images, np.zeros(30, int), classes=["a", "b"])
+    without = shards_of(tmp_path / "without", images, np.full(30, -1))
+    empty = shards_of(tmp_path / "empty", images[:0], [])
     for changed, kind, told in (
             ({"name": "nkn"}, ConfigError, "did you mean 'knn'"),
             ({"options": {"kk": 1}}, ConfigError, "unknown key 'kk'"),

@@ -103,9 +103,9 @@ def test_plain_csv_and_json_hold_everything(tmp_path):
     run = make_run(tmp_path / "demo")
     plain = results.show([run.root]).splitlines()
     assert len(plain) == 3 and len({line.count("\t") for line in plain}) == 1
-    rows = list(csv.DictReader(io.StringIO(results.show([run.root], form="csv"))))
+    rows = list(csv.DictReader(io.StringIO(results.show([run.root], style="csv"))))
     assert rows[1]["20-NN"] == "95.26" and rows[1]["linear, last epoch"] == "97.0" and rows[0]["linear"] == ""
-    records = json.loads(results.show([run.root], form="json"))
+    records = json.loads(results.show([run.root], style="json"))
     assert records[1]["metrics"]["20-NN top-5"] == 99.0 and records[1]["fingerprint"] == "f"
 
 
