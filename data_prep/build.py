@@ -79,7 +79,7 @@ class Job:
 
 @contextlib.contextmanager
 def claim(out: Path) -> Iterator[Path]:
-    """Hold OUT for one writer; yields its work folder. What was not even planned leaves nothing behind."""
+    """Hold OUT for one writer; yields its work folder. A run that ended before its first shard leaves nothing."""
     out = Path(out).absolute()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"OUT {out}", got="a file", expected="a folder, or a name that is free",
@@ -103,7 +103,7 @@ def claim(out: Path) -> Iterator[Path]:
             yield work
         finally:
             (work / "source.tar").unlink(missing_ok=True)
-            if not (work / "plan.json").exists():
+            if not (work / "plan.json").exists() or not any(out.glob("shard-*.tar")):
                 shutil.rmtree(work, ignore_errors=True)
                 with contextlib.suppress(OSError):  # somebody put something there meanwhile: it stays
                     for folder in created:

@@ -20,6 +20,8 @@ def run(app, argv: list[str] | None, name: str) -> int:
     command = typer.main.get_command(app)
     try:
         code = command.main(args=argv, prog_name=name, standalone_mode=False)
+        if code == 130:  # how newer Typers hand on a KeyboardInterrupt
+            return _say(name, "stopped by the keyboard", EXIT_STOPPED, debug)
         return code if isinstance(code, int) else EXIT_DONE
     except HpcsslError as error:
         return _say(name, str(error), error.exit_code, debug)

@@ -163,7 +163,7 @@ def test_two_writers_are_kept_apart(tree, tmp_path, refused):
 def test_a_full_disk_leaves_nothing_half(tree, tmp_path, refused, shard, monkeypatch, content):
     """The operating system refuses the write that exceeds the largest allowed file, as a full disk would."""
     out = tmp_path / "out"
-    command = ["images", tree, out, "--samples-per-shard", 5, "--workers", 1]
+    command = ["images", tree, out, "--samples-per-shard", 5, "--workers", 1, "--seed", 1]
     shard("images", tree, tmp_path / "quiet", *command[3:])
     sizes = [p.stat().st_size for p in sorted((tmp_path / "quiet").glob("shard-*.tar"))]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -173,6 +173,7 @@ def test_a_full_disk_leaves_nothing_half(tree, tmp_path, refused, shard, monkeyp
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     stuck = sizes.index(max(sizes))
+    assert stuck > 0  # else there is nothing to keep
     assert f"shard-{stuck:06d}.tar" in sentence and "File too large" in sentence
     assert sorted(p.name for p in out.iterdir()) == [WORK] + [f"shard-{n:06d}.tar" for n in range(stuck)]
     assert shard(*command) == 0
@@ -183,7 +184,7 @@ def test_too_little_room_is_said_before_the_first_byte(tree, tmp_path, refused, 
     usage = build.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert "0.00 GB of free space" in refused("images", tree, tmp_path / "out", "--workers", 1)
-    assert not list((tmp_path / "out").glob("*.tar"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_images_are_named_refused_and_allowed(tree, tmp_path, refused, shard, content):
@@ -235,3 +236,17 @@ def test_a_killed_worker_is_one_sentence(many, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "one that was killed" in said and "Traceback" not in said, said
+
+
+def test_the_keyboard_stops_it_cleanly(many, tmp_path, shard):
+    out = tmp_path / "out"
+    process = start("images", many, out, "--samples-per-shard", 1, "--workers", 2)
+    while not list((out / WORK).glob("0*.json")):
+        assert process.poll() is None
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and said == "hpcssl-shard: stopped by the keyboard\n", said
+    assert not list(out.glob(".*.tmp")) and not (out / "index.json").exists()
+    assert shard("images", many, out, "--samples-per-shard", 1, "--workers", 1) == 0
+    assert shard("verify", out, "--workers", 1) == 0
