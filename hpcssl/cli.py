@@ -84,7 +84,8 @@ def results(runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
 
     if as_csv and as_json:
         raise ConfigError("hpcssl results", got="--csv and --json", expected="one of them", mend="leave one out")
-    tables.show(runs, write=write, style="csv" if as_csv else "json" if as_json else "table")
+    print(tables.show(runs, write=write, style="csv" if as_csv else "json" if as_json else "table",
+                      terminal=sys.stdout.isatty()), end="")
 
 
 @app.command()

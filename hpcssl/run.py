@@ -13,11 +13,12 @@ from hpcssl import config, files
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, ResumeError
 from hpcssl.evals import run as evals
 from hpcssl.evals.options import EvalsOptions
+from hpcssl.evals.watch import watch
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import main as training
 from hpcssl.train import recipe as recipes
-from hpcssl.train.recipe import Recipe
+from hpcssl.train.recipe import MachineOptions, Recipe
 from hpcssl.train.state import another_recipe, method_of
 from hpcssl.world import World
 
@@ -74,7 +75,7 @@ def wait_for(path: Path, seconds: float = 120.0) -> None:
 def train(run: RunDir, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
           attempt: dict | None = None) -> int:
     """Train a run folder with k-NN on the way where ``evals.every_epochs`` asks for it. Returns the exit code."""
-    return training.train(run, stop=stop, requeue=requeue, attempt=attempt, watch=_watch)
+    return training.train(run, stop=stop, requeue=requeue, attempt=attempt, watch=watch)
 
 
 def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path | None, train: Path | None,
@@ -87,6 +88,7 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path
         raise ConfigError("hpcssl eval", got="both or neither of --run and --weights", expected="one of them",
                           mend="--run DIR evaluates a run's encoder, --weights FILE any exported one")
     stop = StopFlag().install()
+    training.prepare(MachineOptions(devices=devices))
     world = World.start(devices)
     try:
         if run is not None:
@@ -108,30 +110,6 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path
             scores = "\t".join(f"{k}={v:.2f}" for k, v in row["metrics"].items() if isinstance(v, float))
             sys.stdout.write(f"{name}\tstep={row['step']}\t{scores}\n")
     return EXIT_DONE
-
-
-class _Watch:
-    """k-NN of the weights during training."""
-
-    def __init__(self, recipe: Recipe, run: RunDir, world: World, every_epochs: int):
-        from hpcssl.data.shards import ShardSet
-
-        self.every_epochs, self.run, self.world = every_epochs, run, world
-        self.options = recipe.evals.get("knn") or {}
-        self.train, self.val = ShardSet.open(recipe.data.train), ShardSet.open(recipe.data.val)
-        self.threads = recipe.machine.loader_threads
-
-    def __call__(self, path: Path, step: int) -> dict[str, float]:
-        row = evals.evaluate("knn", run=self.run, weights=path, train=self.train, val=self.val, world=self.world,
-                             options=self.options, threads=self.threads, cache=False)
-        return {k: v for k, v in row["metrics"].items() if isinstance(v, float)}
-
-
-def _watch(recipe: Recipe, run: RunDir, world: World) -> _Watch | None:
-    every = int(recipe.evals.get("every_epochs", 0))
-    if not every or not recipe.data.val:
-        return None
-    return _Watch(recipe, run, world, every)
 
 
 def list_recipes() -> None:

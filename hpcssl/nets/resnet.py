@@ -126,19 +126,21 @@ def width_of(network: nn.Module) -> int:
 def initialise(network: nn.Module, seed: int, place: str = "init") -> None:
     """Draw the weights a run starts from, each by the address (seed, place, parameter name).
 
-    torchvision's rules (He et al. 2015, fan-out, for convolutions; PyTorch's uniform for linear layers; norms as
-    they were made), so that two methods with other heads start from the same backbone.
+    torchvision's rules for its ResNets (He et al. 2015, fan-out) and PyTorch's own for linear layers and the small
+    network; norms as they were made. Two methods with other heads start from the same backbone.
     """
+    fan_out = not isinstance(network, TinyResNet)
+
     def draw(name: str) -> torch.Generator:
         return rng.generator(rng.key(seed, place, name))
 
     for name, part in network.named_modules():
-        if isinstance(part, nn.Conv2d):
+        if isinstance(part, nn.Conv2d) and fan_out:
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=draw(f"{name}.weight"))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Linear):
-            bound = part.in_features**-0.5
+        elif isinstance(part, nn.Conv2d | nn.Linear):
+            bound = part.weight[0].numel() ** -0.5
             nn.init.uniform_(part.weight, -bound, bound, generator=draw(f"{name}.weight"))
             if part.bias is not None:
                 nn.init.uniform_(part.bias, -bound, bound, generator=draw(f"{name}.bias"))

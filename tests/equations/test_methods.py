@@ -117,7 +117,7 @@ def test_byol_is_the_sum_of_both_directions(small_training):
     (_, u1), (_, u2) = pair.embed([first, second])
     z1, z2 = pair.embed_target([first, second])
     literal = ((u1 - z2) ** 2).sum(1).mean() + ((u2 - z1) ** 2).sum(1).mean()
-    assert float(both.step(both.batch(0)).scalars["loss"]) == pytest.approx(float(literal), abs=1e-12)
+    assert float(both.step(both.batch(0)).scalars["loss"]) == pytest.approx(float(literal.detach()), abs=1e-12)
 
 
 def test_accumulation_is_the_whole_batch(small_training):
@@ -158,12 +158,13 @@ def test_bf16_stays_beside_fp32(small_training):
              for b in map(precise.batch, range(50))]
     assert all(p.dtype == torch.float32 for p in coarse.training.pair.parameters())
     a, b = np.array(pairs).T
-    assert np.isfinite(b).all() and np.abs(a - b).mean() < 0.05
+    assert np.isfinite(b).all() and np.abs(a - b)[:10].max() < 0.1  # later on rounding changes neighbours
+    assert b[-10:].mean() < b[0] - 0.5
     assert (a != b).any(), "autocast did nothing"
 
 
 def test_purity_counts_other_images_of_the_same_label(small_training):
-    made = small_training("digits_msf", ["method.k=3", "bank.start=empty"])
+    made = small_training("digits_msf", ["method.k=3", "bank.start=empty", "bank.size=64"])
     scalars = [made.step(made.batch(step)).scalars for step in range(4)]
     bank, t = made.training.bank, made.training
     batch = made.batch(3)
