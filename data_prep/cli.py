@@ -13,7 +13,7 @@ from hpcssl import door
 from hpcssl.errors import ConfigError, DataError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help="Write images as WebDataset shards with an index, choose parts of them, and check them.",
 )
 
@@ -167,4 +167,5 @@ def _refuse_inside(src: Path, out: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.exit(door.run(app, argv, "hpcssl-shard"))
+    argv = sys.argv[1:] if argv is None else argv
+    sys.exit(door.run(app, argv or ["--help"], "hpcssl-shard"))

@@ -18,6 +18,9 @@ from data_prep.writer import sample_sums
 from hpcssl.data.shards import ShardSet
 
 
+LOST = "(its name is lost)"
+
+
 class Problem(NamedTuple):
     """``key`` and ``index`` name the damaged sample; both are None when the shard as a whole is meant."""
 
@@ -129,8 +132,8 @@ def _contents(job: Job, edges: np.ndarray, size: int) -> list[Problem]:
 
 
 def _sample(data: bytes, row, start: int, end: int, expected: int | None) -> tuple[str, str]:
-    """What is wrong with the bytes of one sample ('' for nothing), and its key ('?' where that cannot be read)."""
-    key, members, image = "?", {}, b""
+    """What is wrong with the bytes of one sample ('' for nothing), and its key as far as that can be read."""
+    key, members, image = LOST, {}, b""
     try:
         (key, members), = tars.walk(io.BytesIO(data + ustar.END), start)
         label = int(data[members["cls"].offset - start :][: members["cls"].size]) if "cls" in members else -1
@@ -154,4 +157,4 @@ def _sample(data: bytes, row, start: int, end: int, expected: int | None) -> tup
 def _name(data: bytes) -> str:
     """The key in a first header whose checksum may be wrong: a name with a damaged letter is better than none."""
     name = data[:100].split(b"\0")[0].decode("utf-8", "replace")
-    return tars.split(name)[0] if name else "?"
+    return tars.split(name)[0] if name else LOST
