@@ -20,6 +20,8 @@ FLOORS = {
     "data_prep": 8, "slurm": 8,
 }
 PACKAGES = ("hpcssl", "slurm", "data_prep")
+# Two folders of one floor whose files use each other, without a circle: the loader cuts views, which borrow its memory.
+FLOOR_MATES = {"hpcssl.data", "hpcssl.views"}
 # The second package's files see only these of the first; slurm reaches higher inside functions, when a job runs.
 DATA_PREP_SEES = {"hpcssl", "hpcssl.data.shards", "hpcssl.errors", "hpcssl.files", "hpcssl.rng", "hpcssl.door"}
 SLURM_TOP = 1
@@ -63,12 +65,11 @@ def imports(path, *, top_only=False):
 def test_every_file_imports_downwards():
     wrong = []
     for name, path in modules():
-        for other in imports(path):
-            same_folder = name.rpartition(".")[0] == other.rpartition(".")[0] or other == name.rpartition(".")[0]
+        for other in imports(path, top_only=name == "hpcssl"):  # its lazy attribute may reach up
+            near = folder(name) == folder(other) or {folder(name), folder(other)} == FLOOR_MATES
             if name.split(".")[0] == "hpcssl" and other.split(".")[0] != "hpcssl":
                 wrong.append(f"{name} imports {other}: hpcssl knows neither slurm nor data_prep")
-            elif floor(other) > floor(name) or (floor(other) == floor(name) > 0 and not same_folder
-                                                and folder(name) != folder(other) and floor(name) < 8):
+            elif floor(other) > floor(name) or (floor(other) == floor(name) and 0 < floor(name) < 8 and not near):
                 wrong.append(f"{name} (floor {floor(name)}) imports {other} (floor {floor(other)})")
     assert not wrong, "\n".join(wrong)
 

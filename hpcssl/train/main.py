@@ -85,9 +85,9 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
         if changed:
             LOG.warning("from here on the bits may differ from a run that was never stopped: %s", ", ".join(changed))
     record.start(training.step)
-    loader = Loader(Reader(shards, limit=recipe.data.damaged_limit), order, training.view_specs, seed=recipe.seed,
-                    rank=world.rank, size=world.size, threads=machine.loader_threads,
-                    pin=world.device.type == "cuda")
+    reader = Reader(shards, limit=recipe.data.damaged_limit, seed=recipe.seed)
+    loader = Loader(reader, order, training.view_specs, seed=recipe.seed, rank=world.rank, size=world.size,
+                    threads=machine.loader_threads, pin=world.device.type == "cuda")
     journal = Journal(run, world, first_step=training.step, last_step=training.last_step, every=machine.log_steps,
                       batch=recipe.optim.batch)
     loop = Loop(training, loader.run, store, journal, run, stop, watch(recipe, run, world) if watch else None)

@@ -31,7 +31,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def rank_process(run, rank, world, port, attempt, log):
+def rank_process(run, rank, world, port, attempt, log, group):
     """Fork one rank; the parent gets its pid."""
     pid = os.fork()
     if pid:
@@ -42,7 +42,7 @@ def rank_process(run, rank, world, port, attempt, log):
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        if world > 1:
+        if world > 1 or group:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=str(port), HPCSSL_TOKEN=f"attempt-{port}")
         kill_at = attempt.get("kill_at")
@@ -62,11 +62,11 @@ def rank_process(run, rank, world, port, attempt, log):
         os._exit(code)
 
 
-def play(run, world, attempt):
+def play(run, world, attempt, group):
     """One attempt; the exit codes of its ranks (negative: killed by that signal)."""
     port = free_port()
     log = f"{run}/rank-logs.txt"
-    pids = [rank_process(run, rank, world, port, attempt, log) for rank in range(world)]
+    pids = [rank_process(run, rank, world, port, attempt, log, group) for rank in range(world)]
     for name, number in (("kill_after", signal.SIGKILL), ("stop_after", signal.SIGTERM)):
         if name in attempt:
             time.sleep(attempt[name])
@@ -93,7 +93,8 @@ def scenario(plan):
         if "machine" in attempt:  # the same science on another machinery
             overrides = plan["overrides"] + attempt["machine"]
             files.atomic_write(run.config, config.to_yaml(recipe.compose(plan["recipe"], overrides)))
-        codes.append(play(str(run.root), worlds[min(number, len(worlds) - 1)], attempt))
+        codes.append(play(str(run.root), worlds[min(number, len(worlds) - 1)], attempt,
+                          plan.get("group", False)))
         if run.done.exists():
             break
     done = run.done.exists()
