@@ -17,7 +17,6 @@ from data_prep.build import SUMS
 from data_prep.writer import sample_sums
 from hpcssl.data.shards import ShardSet
 
-
 LOST = "(its name is lost)"
 
 

@@ -160,7 +160,7 @@ def test_two_writers_are_kept_apart(tree, tmp_path, refused):
         assert "another hpcssl-shard" in refused("images", tree, tmp_path / "out", "--workers", 1)
 
 
-def test_a_full_disk_leaves_nothing_half(tree, tmp_path, refused, shard, monkeypatch, content):
+def test_a_full_disk_leaves_nothing_half(tree, tmp_path, refused, shard, content):
     """The operating system refuses the write that exceeds the largest allowed file, as a full disk would."""
     out = tmp_path / "out"
     command = ["images", tree, out, "--samples-per-shard", 5, "--workers", 1, "--seed", 1]
