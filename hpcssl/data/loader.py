@@ -129,6 +129,8 @@ class _Run:
         self.loader, self.first, self.end = loader, start, stop
         self.opened = start  # the next step to open
         self.asked = start  # the step that the consumer waits for or holds
+        for slot in loader._slots:
+            slot.step = -1  # what an earlier iterator left there is not this one's
         self.current: _Slot | None = None
         self.row = 0
         self.over = False

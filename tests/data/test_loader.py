@@ -109,6 +109,20 @@ def test_past_the_limit_the_consumer_gets_the_error(tmp_path, make_shards, pictu
     assert workers() == []
 
 
+def test_a_second_run_over_the_same_steps_is_filled_anew(shards):
+    """What an earlier iterator left in the ring must not pass for a batch of this one."""
+    reader, read = Reader(shards), []
+    with Loader(reader, order(shards), VIEWS, seed=1, threads=2) as loader:
+        first = [b.images[0].clone() for b in loader.run(0, 2)]
+        for image in loader._slots[0].images + loader._slots[1].images:
+            image.zero_()
+        real = reader.images
+        reader.images = lambda index, *a, **k: read.append(index) or real(index, *a, **k)
+        for wanted, batch in zip(first, loader.run(0, 2), strict=True):
+            assert torch.equal(batch.images[0], wanted)
+    assert len(read) == 16
+
+
 def workers():
     return [t for t in threading.enumerate() if t.name.startswith("loader-")]
 
