@@ -87,9 +87,9 @@ class Store:
 
     def begin(self, state: State) -> None:
         """Copy the state and start writing this rank's part. One save at a time: ``finish`` the one before."""
-        mine = {name: rows.local.detach().to("cpu", copy=True).contiguous()
-                for name, rows in state.tensors.items()
-                if rows.total is not None or self._writer_of(state)[name] == self.world.rank}
+        writer = self._writer_of(state)
+        mine = {name: rows.local.detach().to("cpu", copy=True).contiguous() for name, rows in state.tensors.items()
+                if writer.get(name, self.world.rank) == self.world.rank}
         self._state, self._part, self._error = state, None, None
         self._thread = threading.Thread(target=self._write, args=(state.step, mine), name="checkpoint", daemon=True)
         self._thread.start()

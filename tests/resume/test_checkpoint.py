@@ -85,7 +85,7 @@ def test_none_left_is_one_sentence(run):
     saved_steps(run, 2)
     flip(run.checkpoint(2) / "part-0.safetensors")
     assert newest_valid(run)[0] is None
-    with pytest.raises(ResumeError, match="step-00000002: part-0.safetensors has another sha256"):
+    with pytest.raises(ResumeError, match=r"step-00000002: part-0\.safetensors has another sha256"):
         digest_of(run)
 
 

@@ -141,8 +141,8 @@ def test_half_of_the_launchers_variables(refused, train, monkeypatch):
 
 def test_world_that_does_not_divide_the_batch(start_ranks, shards, tmp_path):
     """Three ranks for a batch of 16: every rank says so and leaves."""
-    command = ["-m", "hpcssl", "train", "digits_msf", "--run", str(tmp_path / "run"), f"data.train={shards.root}", *TINY]
-    for said in start_ranks(3, command, expect=1):
+    command = ["-m", "hpcssl", "train", "digits_msf", "--run", str(tmp_path / "run"), f"data.train={shards.root}"]
+    for said in start_ranks(3, command + TINY, expect=1):
         assert "a global batch of 16: got 3 processes; expected a number of processes that divides it" in said
 
 
