@@ -1,8 +1,9 @@
 """Runs that are killed, stopped and resumed, all from one process that imported torch once.
 
 ``python attempts.py PLAN.json`` reads a list of scenarios and prints a JSON line for each. A scenario names a run
-folder and its attempts one after another; each attempt forks its ranks, which join over gloo and train until the end, until
-``kill_at`` (a rank sends itself SIGKILL as it enters a step, so that the others lose it in a collective), ``kill_after`` or ``stop_after`` (seconds; to a rank drawn by address, whatever it is doing).
+folder and its attempts one after another; each attempt forks its ranks, which join over gloo and train until the end,
+until ``kill_at`` (a rank sends itself SIGKILL as it enters a step, so that the others lose it in a collective),
+``kill_after`` or ``stop_after`` (seconds; to a rank drawn by address, whatever it is doing).
 """
 
 import json
