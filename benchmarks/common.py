@@ -70,17 +70,22 @@ def _write(path: Path, body: bytes) -> None:
     path.write_bytes(body)
 
 
-def take_turns(candidates: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per unit of work, per candidate and round. A candidate does its work and returns how many units."""
+def take_turns(candidates: dict[str, Callable[[], int]], rounds: int,
+               clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """Seconds per unit of work, per candidate and round. A candidate does its work and returns how many units.
+
+    ``clock=time.process_time`` counts the CPU time of all threads, which other processes on the machine disturb least:
+    right for work of one core, wrong where several cores or processes are compared.
+    """
     for work in candidates.values():
         work()  # warm: caches, compiled kernels, worker processes
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for turn in range(rounds):
         for name in names[turn % len(names):] + names[:turn % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             units = candidates[name]()
-            seconds[name].append((time.perf_counter() - start) / units)
+            seconds[name].append((clock() - start) / units)
     return seconds
 
 

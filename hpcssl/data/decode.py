@@ -50,6 +50,16 @@ def decode(data: bytes, scratch: Scratch | None = None) -> np.ndarray:
     return _pillow(data)
 
 
+def peek(data: bytes) -> tuple[int, int]:
+    """(height, width) of a JPEG from its header, before any turn by EXIF; (0, 0) where only decoding can tell."""
+    if data[:2] == _JPEG:
+        try:
+            return simplejpeg.decode_jpeg_header(data, strict=False)[:2]
+        except (ValueError, KeyError):
+            pass
+    return 0, 0
+
+
 def _jpeg(data: bytes, scratch: Scratch | None) -> np.ndarray:
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)

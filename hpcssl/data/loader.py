@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from hpcssl import rng
-from hpcssl.data.decode import Scratch
+from hpcssl.data.decode import Scratch, peek
 from hpcssl.data.order import Order, Sequential
 from hpcssl.data.reader import Reader
 from hpcssl.errors import ConfigError
 from hpcssl.views.augment import PARAMS, ViewSpec, draw
 from hpcssl.views.crop import cut
 
+_CHUNK = 8  # rows that a thread takes at a time
 KEPT = 2  # batches that are the consumer's: the one in hand, and the one before, whose copy to a GPU may be under way
 
 
@@ -126,7 +127,11 @@ class _Run:
     """The threads of one iterator and what they share; ``_turn`` guards all of it."""
 
     def __init__(self, loader: Loader, start: int, stop: int):
-        self.loader, self.first, self.end = loader, start, stop
+        self.loader, self.begin, self.end = loader, start, stop
+        self.first = any(not view.second for view in loader.views)
+        self.second = any(view.second for view in loader.views)
+        # small batches are shared out among the threads, large ones taken in chunks
+        self.chunk = max(1, min(_CHUNK, loader.order.rows(loader.size) // loader.threads))
         self.opened = start  # the next step to open
         self.asked = start  # the step that the consumer waits for or holds
         for slot in loader._slots:
@@ -173,15 +178,16 @@ class _Run:
     def _may_open(self) -> bool:
         """Whether the slot of the next step is free: neither in the consumer's hand nor the one before."""
         held = self.opened - len(self.loader._slots)  # the step whose slot it would take
-        return self.opened < self.end and (held < self.first or held <= self.asked - KEPT)
+        return self.opened < self.end and (held < self.begin or held <= self.asked - KEPT)
 
-    def _next(self) -> tuple[_Slot, int] | None:
-        """The next row to fill; None when the run is over."""
+    def _next(self) -> tuple[_Slot, range] | None:
+        """The next rows to fill; None when the run is over."""
         with self._turn:
             while not self.over:
                 if self.current is not None and self.row < len(self.current.wanted):
-                    self.row += 1
-                    return self.current, self.row - 1
+                    rows = range(self.row, min(self.row + self.chunk, len(self.current.wanted)))
+                    self.row = rows.stop
+                    return self.current, rows
                 if self.opened >= self.end:
                     return None
                 if self._may_open():
@@ -209,26 +215,44 @@ class _Run:
         self._ready.wait()
         scratch = (Scratch(), Scratch(), Scratch())
         while (task := self._next()) is not None:
-            slot, row = task
+            slot, rows = task
             error = None
             try:
-                self._fill(slot, row, scratch)
+                self._fill(slot, rows, scratch)
             except BaseException as caught:  # noqa: BLE001 - raised again in the consumer's thread
                 error = caught
             with self._turn:
-                slot.left -= 1
+                slot.left -= len(rows)
                 slot.error = slot.error or error
                 if slot.left == 0:
                     self._turn.notify_all()
 
-    def _fill(self, slot: _Slot, row: int, scratch: tuple[Scratch, Scratch, Scratch]) -> None:
-        loader, wanted, epoch = self.loader, slot.wanted[row], slot.epoch
-        kinds = {view.second for view in loader.views}
-        index, first, second = loader.reader.images(wanted, epoch, first=False in kinds, second=True in kinds,
-                                                    scratch=scratch[:2])
-        slot.index[row], slot.label[row] = index, loader.reader.labels[index]
-        for number, view in enumerate(loader.views):
-            image = second if view.second else first
-            drawn = draw(view.augment, rng.key(loader.seed, "view", epoch, wanted, number), *image.shape[:2])
-            slot.params[number][row] = drawn
-            cut(image, drawn["box"].tolist(), view, slot.places[number][row], scratch[2])
+    def _fill(self, slot: _Slot, rows: range, scratch: tuple[Scratch, Scratch, Scratch]) -> None:
+        """Read and draw for all the rows, then decode and cut one after the other.
+
+        A decode sweeps the interpreter out of the nearest caches: drawing in between costs several times as much.
+        """
+        reader, first, second = self.loader.reader, self.first, self.second
+        ahead = []
+        for row in rows:
+            body = reader.read(slot.wanted[row]) if first else None
+            ahead.append((body, *self._drawn(slot, row, peek(body) if first and not second else (0, 0))))
+        for row, (body, size, drawn) in zip(rows, ahead, strict=True):
+            index, one, two = reader.images(slot.wanted[row], slot.epoch, first=first, second=second, body=body,
+                                            scratch=scratch[:2])
+            slot.index[row], slot.label[row] = index, reader.labels[index]
+            for number, view in enumerate(self.loader.views):
+                image = two if view.second else one
+                if image.shape[:2] != size:  # turned by EXIF, no JPEG, a replacement, or of two kinds
+                    drawn[number] = self._draw(slot, row, number, image.shape[:2])
+                slot.params[number][row] = drawn[number]
+                cut(image, drawn[number]["box"].tolist(), view, slot.places[number][row], scratch[2])
+
+    def _drawn(self, slot: _Slot, row: int, size: tuple[int, int]) -> tuple[tuple[int, int], list]:
+        count = len(self.loader.views)
+        return size, [self._draw(slot, row, n, size) for n in range(count)] if size[0] else [None] * count
+
+    def _draw(self, slot: _Slot, row: int, number: int, size: tuple[int, int]) -> np.void:
+        """View ``number`` of the sample that stands in ``row``, at its address: a replacement takes it over."""
+        key = rng.key(self.loader.seed, "view", slot.epoch, slot.wanted[row], number)
+        return draw(self.loader.views[number].augment, key, *size)

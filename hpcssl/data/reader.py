@@ -94,25 +94,27 @@ class Reader:
                     self._open[shard] = fd
             return self._open[shard]
 
-    def images(self, index: int, epoch: int, *, first: bool = True, second: bool = False,
+    def images(self, index: int, epoch: int, *, first: bool = True, second: bool = False, body: bytes | None = None,
                scratch: tuple[Scratch, Scratch] | None = None) -> tuple[int, np.ndarray | None, np.ndarray | None]:
         """Decoded image and second modality of sample ``index``, or of its replacement.
 
         A damaged sample is replaced by one drawn at (seed, "replace", epoch, index, try): the same one on every rank,
-        thread and resume. Returns (index that was really read, uint8 HWC | None, uint8 HWC | None), so that the label
-        and the augmentation travel with the image. Raises ``DataError`` past ``limit``.
+        thread and resume. ``body``: what ``read(index)`` gave, where it was read before. Returns (index that was
+        really read, uint8 HWC | None, uint8 HWC | None), so that the label travels with the image. Raises
+        ``DataError`` past ``limit``.
         """
         chosen = index
         for attempt in range(_TRIES):
             try:
                 one = two = None
                 if first:
-                    one = decode(self.read(chosen), scratch and scratch[0])
+                    one = decode(self.read(chosen) if body is None else body, scratch and scratch[0])
                 if second:
                     two = decode(self.read_second(chosen), scratch and scratch[1])
                 return chosen, one, two
             except Damaged as error:
                 self._lose(chosen, str(error))
+            body = None
             draw = rng.raw(rng.key(self.seed, "replace", epoch, index, attempt), 1)[0]
             chosen = int(draw % np.uint64(len(self)))
         raise self._too_many(f"{_TRIES} samples in a row that cannot be decoded")

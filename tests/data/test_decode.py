@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from hpcssl.data import decode as module
-from hpcssl.data.decode import Damaged, Scratch, decode
+from hpcssl.data.decode import Damaged, Scratch, decode, peek
 
 
 def by_pillow(data):
@@ -116,3 +116,10 @@ def test_a_bomb_is_refused_before_it_is_decoded(picture, encode, monkeypatch, ki
     monkeypatch.setattr(module, "MAX_PIXELS", 60 * 80 - 1)
     with pytest.raises(Damaged, match="80 x 60 pixels, more than the limit"):
         decode(encode(picture(9), kind))
+
+
+def test_peek_knows_the_size_of_a_jpeg_and_says_when_it_does_not(picture, encode):
+    data = encode(picture(1, 33, 17))
+    assert peek(data) == (33, 17)
+    for other in (encode(picture(1), "PNG"), b"", b"\xff\xd8\xff", data[:30]):
+        assert peek(other) == (0, 0)

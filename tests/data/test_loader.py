@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hpcssl import rng
 from hpcssl.data import loader as module
@@ -254,3 +255,17 @@ def test_pinned_batches_reach_the_device_whole(shards, reference):
     torch.cuda.synchronize()
     for copy, (*_, images, _) in zip(copies, reference, strict=True):
         assert torch.equal(copy.cpu(), images[0])
+
+
+def test_images_of_every_kind_draw_from_their_upright_size(tmp_path, make_shards, picture, encode):
+    """Turned by EXIF, PNG, gray and plain in one chunk: the box is drawn for the image as it is cut."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    bodies = [encode(picture(0, 40, 90)), encode(picture(1, 40, 90), exif=exif), encode(picture(2, 70, 30), "PNG"),
+              encode(Image.fromarray(picture(3, 50, 51)).convert("L"))] * 2
+    shards = make_shards(tmp_path / "kinds", [(f"{i}", body, 0) for i, body in enumerate(bodies)])
+    with Loader(Reader(shards), Sequential(8, 8), VIEWS, seed=5) as loader:
+        batch = next(loader.run(0, 1))
+        for row, shape in enumerate([(40, 90), (90, 40), (70, 30), (50, 51)] * 2):
+            for number, view in enumerate(VIEWS):
+                assert batch.params[number][row] == draw(view.augment, rng.key(5, "view", 0, row, number), *shape)
