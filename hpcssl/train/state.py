@@ -86,8 +86,10 @@ class Training:
             return None
         options = self.recipe.bank
         columns = {"key": ColumnSpec(self.recipe.model.projector.out), "index": ColumnSpec(), "label": ColumnSpec()}
+        # a GPU certifies neighbours only where bits are asked for: it has to wait for the host
         return Bank(options.size, columns, self.world, placement=options.placement, start=options.start,
-                    key=rng.key(self.recipe.seed, "bank"), dtype=self.dtype)
+                    key=rng.key(self.recipe.seed, "bank"), dtype=self.dtype,
+                    exact=True if self.recipe.machine.deterministic else None)
 
     # -- what a step asks for -------------------------------------------------------------------------------
 
