@@ -8,36 +8,51 @@ for the job's success must start only when there was success.
 from __future__ import annotations
 
 import sys
+import time
 
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
+from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from hpcssl.files import RunDir
 from slurm import attempts, job, records, sched
 
 BY_SIGNAL = (128 + 10, 128 + 12, 128 + 15)
 """Died by USR1, USR2 or TERM: stopped before it could take the signal, which is no crash."""
+GRANTED_S = 60
+"""How long to wait for the end that a granted requeue brings: who leaves first would complete the job."""
 
 
-def settle(run: RunDir, what: str, code: int) -> int:
-    """The job's exit code after its step ended with ``code``."""
-    if code in (EXIT_DONE, EXIT_STOPPED):
-        return code
+def settle(run: RunDir, what: str, code: int) -> tuple[int, bool]:
+    """The job's exit code after its step ended with ``code``, and whether another attempt was granted here.
+
+    srun gives the highest code of all tasks: one that crashed with 1 hides behind those that left with 75 because
+    of it, so 75 counts as a stop only where the attempt's own record says so.
+    """
+    if code == EXIT_DONE:
+        return code, False
     attempt = job.this_attempt(run, what)
-    if records.cancelled(run, attempt["job"]):
-        return code
-    if code in BY_SIGNAL:
-        attempts.end(run, what, attempt, "preempted", "stopped while it started")
+    mine = [a for a in attempts.history(run, what) if a.number == attempt["attempt"] and a.cause]
+    if records.cancelled(run, attempt["job"]) or (code == EXIT_STOPPED and mine and not mine[0].crashed):
+        return code, False
+    if code in BY_SIGNAL and not mine:
+        attempts.end(run, what, attempt, "stopped", "while it started")
         again = attempts.Verdict(True, "stopped while it started")
     else:
         again = attempts.settle(run, what, attempt, f"its step ended with exit code {code}")
     refused = sched.requeue(attempt["job"]) if again.again else None
     _say(again.why + ("; another attempt was asked for" if again.again and refused is None else
                       f"; no other attempt: {refused}" if again.again else "; no other attempt is asked for"))
-    return code
+    return EXIT_FAILED if code == EXIT_STOPPED else code, again.again and refused is None
 
 
 def _say(sentence: str) -> None:
     print(f"hpcssl: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the job's log
 
 
+def main(run: str, what: str, code: int) -> int:
+    code, granted = settle(RunDir(run), what, code)
+    if granted:
+        time.sleep(GRANTED_S)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(settle(RunDir(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    sys.exit(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

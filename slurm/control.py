@@ -13,7 +13,7 @@ from slurm import local, records, sched, watch
 def cancel(run: RunDir) -> list[str]:
     """End every living job of the run; their ids. The intent is noted first: no rank then asks for a requeue."""
     ended = []
-    for job in reversed(_living(run)):  # what is chained goes first, or it would be left with a dead dependency
+    for job in reversed(living(run)):  # what is chained goes first, or it would be left with a dead dependency
         records.note(run, "cancel", job.job)
         if job.local:
             local.cancel(run, job)
@@ -28,7 +28,7 @@ def cancel(run: RunDir) -> list[str]:
 
 def preempt(run: RunDir) -> str:
     """Send CONT and TERM to the tasks of the job that runs now; one sentence that says to whom."""
-    for job in _living(run):
+    for job in living(run):
         if watch.state_of(run, job).name != "RUNNING":
             continue
         if job.local:
@@ -76,7 +76,8 @@ def since(path: Path, place: int, say: Callable[[str], None]) -> int:
     return place + len(whole)
 
 
-def _living(run: RunDir) -> list[records.Job]:
+def living(run: RunDir) -> list[records.Job]:
+    """Jobs of the run that are queued or running, training first."""
     return [job for job in records.submitted(run).values() if watch.state_of(run, job).live]
 
 

@@ -41,6 +41,7 @@ WITHOUT_VALUE = {
     "consolidate-segments": "", "contiguous": "", "external": "", "hold": "H", "ignore-pbs": "", "no-requeue": "",
     "overcommit": "O", "oversubscribe": "s", "quiet": "Q", "reboot": "", "spread-job": "", "spread-segments": "",
     "stepmgr": "", "test-only": "", "usage": "", "use-min-nodes": "", "verbose": "v",
+    "version": "V",
 }
 SBATCH = WITH_VALUE | MAYBE_VALUE | WITHOUT_VALUE
 
@@ -60,6 +61,7 @@ OWNED = {  # options of sbatch that a run cannot leave to its user: why, and wha
     "no-requeue": ("a preempted run goes on by being requeued", "leave it out"),
     "test-only": ("nothing would be submitted", "use --dry-run"),
     "usage": ("this is not sbatch", "use --help"),
+    "version": ("this is not sbatch", "use `pip show hpcssl`, or `sbatch --version`"),
     "quiet": ("the job's id is all that is printed", "use --parsable for the bare id"),
 }
 

@@ -38,8 +38,10 @@ class Attempt:
         self.run, self.job, self.number, self.stop = run, job, number, stop
         self.size = shape.local_tasks(job.options)
         self.about = {"attempt": number, "job": job.job, "restart": number - 1, "host": os.uname().nodename}
-        self._seen: set[int] = set()
+        self.dead: list[int] = []
+        """Ranks that died without a word, as first seen: those that we end after them are not the cause."""
         self._bad_since = self._ended_at = None
+        self._complete = False
 
     def start(self) -> None:
         os.environ.update({ATTEMPT: str(self.number), LOCAL_JOB: self.job.job,
@@ -48,7 +50,11 @@ class Attempt:
         executor = LocalExecutor(self.run.logs, python=local.python())
         executor.update_parameters(tasks_per_node=self.size, signal_delay_s=lead,
                                    timeout_min=seconds / 60 if seconds else FOREVER_MIN)
-        self._handle = executor.submit(Work(str(self.run.root), self.job.what))
+        start.hold()  # a mask outlives fork and exec: not even the interpreter's own start is open to a signal
+        try:
+            self._handle = executor.submit(Work(str(self.run.root), self.job.what))
+        finally:
+            start.release()
         records.note(self.run, "controller", self.job.job, attempt=self.number, logs=self._handle.job_id,
                      tasks=self.size)
 
@@ -57,7 +63,6 @@ class Attempt:
         while not self._handle.done():
             time.sleep(POLL_S)
             alive = procs.tasks(os.getpid())
-            self._seen |= {p.pid for p in alive}
             self._end_if_asked(alive)
             self._end_if_crashed(alive)
         procs.clear(os.getpid())  # a controller that was killed leaves its tasks behind
@@ -74,13 +79,16 @@ class Attempt:
 
     def _end_if_crashed(self, alive: list[procs.Process]) -> None:
         if not alive or len(alive) == self.size:
+            self._complete = self._complete or len(alive) == self.size
             return
         codes = self._codes()
-        wordless = len(self._seen) - len(alive) > len(codes)
-        if not wordless and all(code in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()):
+        living = {int(procs.environment(p.pid).get("SUBMITIT_LOCAL_GLOBALID", -1)) for p in alive}
+        dead = [k for k in range(self.size) if k not in living and k not in codes] if self._complete else []
+        if not dead and all(code in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()):
             return
-        self._bad_since = self._bad_since or time.monotonic()
-        if time.monotonic() - self._bad_since > CRASH_WAIT_S:
+        if self._bad_since is None:
+            self._bad_since, self.dead = time.monotonic(), dead
+        elif time.monotonic() - self._bad_since > CRASH_WAIT_S:
             procs.send(alive, signal.SIGKILL)
 
     def _codes(self) -> dict[int, int]:
@@ -101,7 +109,7 @@ def work(run: RunDir, job: records.Job, stop: StopFlag) -> int:
             return _ended(run, job, EXIT_DONE, "")
         if all(code == EXIT_STOPPED for code in codes):
             continue  # every rank saved and left by itself
-        verdict = attempts.settle(run, job.what, attempt.about, _epitaph(codes))
+        verdict = attempts.settle(run, job.what, attempt.about, _epitaph(codes, attempt.dead))
         LOG.info("%s: %s", job.job, verdict.why)
         if not verdict.again and not records.cancelled(run, job.job):
             worst = next((c for c in codes if c not in (None, EXIT_DONE, EXIT_STOPPED)), EXIT_FAILED)
@@ -128,11 +136,11 @@ def _ended(run: RunDir, job: records.Job, code: int, why: str) -> int:
     return code
 
 
-def _epitaph(codes: list[int | None]) -> str:
-    dead = [str(rank) for rank, code in enumerate(codes) if code is None]
+def _epitaph(codes: list[int | None], first: list[int]) -> str:
+    dead = first or [rank for rank, code in enumerate(codes) if code is None]
     if not dead:
         return f"exit codes {codes}"
-    return f"rank {', '.join(dead)} died without a word: killed, perhaps for want of memory"
+    return f"rank {', '.join(map(str, dead))} died without a word: killed, perhaps for want of memory"
 
 
 if __name__ == "__main__":

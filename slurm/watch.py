@@ -96,8 +96,11 @@ def steps_of(run: RunDir) -> int | None:
         return None
 
 
-def wait(run: RunDir, say: Callable[[str], None]) -> int:
-    """Follow the run's jobs to their end; the training's exit code, or the first failed evaluation's."""
+def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = lambda: None) -> int:
+    """Follow the run's jobs to their end; the training's exit code, or the first failed evaluation's.
+
+    ``between`` is called between two looks at the training.
+    """
     jobs, bar, told, code = records.submitted(run), _Bar(run, say), None, EXIT_DONE
     for what, job in jobs.items():
         while True:
@@ -108,6 +111,7 @@ def wait(run: RunDir, say: Callable[[str], None]) -> int:
                 told = shown
             if what == records.TRAIN:
                 bar.move()
+                between()
             if not state.live and state.name != "UNKNOWN":
                 break
             time.sleep(POLL_S)

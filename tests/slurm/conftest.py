@@ -6,6 +6,7 @@ already runs is used as it is. Everything that was started is ended by pid.
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -166,3 +167,102 @@ def _free_ports(count: int) -> list[int]:
             for s in sockets:
                 s.close()
     raise OSError("no free ports")
+
+
+STAND_IN = '''
+"""Instead of the trainer: counts steps, stops, crashes and finishes as RUN/told.json says. Starts in no time."""
+
+import json, os, time
+from hpcssl.files import append_line, atomic_write
+
+def train(run, *, stop, requeue, attempt):
+    told = json.loads((run.root / "told.json").read_text())
+    rank = int(os.environ.get("RANK", "0"))
+    state = run.root / f"state-{rank}"
+    step = int(state.read_text()) if state.exists() else 0
+    place = {k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "HPCSSL_TOKEN")}
+    append_line(run.root / "places.jsonl", {"attempt": attempt["attempt"], **place})
+    if rank == 0:
+        append_line(run.attempts, {**attempt, "event": "start", "first_step": step})
+    def end(cause, **more):
+        if rank == 0:
+            append_line(run.attempts, {**attempt, "event": "end", "cause": cause, "last_step": step, **more})
+    while step < told["steps"]:
+        if stop.is_set():
+            atomic_write(state, str(step))
+            end("stopped", signals=[stop.reason])
+            if rank == 0:
+                answer = requeue()
+                append_line(run.root / "answers.jsonl", {"answer": answer})
+            return 75
+        if step == told.get("crash_at") and rank == told.get("crash_rank", 0):
+            end("error", why="the stand-in was told to crash")
+            raise RuntimeError("told to crash")
+        step += 1
+        if rank == 0:
+            append_line(run.journal, {"step": step})
+        time.sleep(told.get("step_s", 0.02))
+    end("done")
+    atomic_write(state, str(step))
+    if rank == 0:
+        atomic_write(run.done, json.dumps({"step": step, "weights": ""}))
+    return 0
+'''
+
+STAND_IN_EVALUATION = '''
+import os, time
+from hpcssl.files import append_line
+from slurm import attempts
+
+def evaluate(run, what, *, stop, requeue, attempt):
+    attempts.begin(run, what, attempt)
+    for _ in range(10):
+        if stop.is_set():
+            attempts.end(run, what, attempt, "stopped")
+            requeue()
+            return 75
+        time.sleep(0.02)
+    append_line(run.eval_rows(what), {"eval": what, "trained": run.done.exists()})
+    attempts.end(run, what, attempt, "done")
+    return 0
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A run folder whose frozen code has a trainer and an evaluation without torch: seconds become tenths."""
+    from hpcssl.files import RunDir
+    from slurm import freeze
+
+    def make(**told) -> RunDir:
+        run = RunDir(tmp_path / "run")
+        freeze.freeze(run)
+        run.logs.mkdir()
+        (run.code / "hpcssl" / "run.py").write_text(STAND_IN)
+        (run.code / "slurm" / "evaluate.py").write_text(STAND_IN_EVALUATION)
+        (run.root / "told.json").write_text(json.dumps({"steps": 30, **told}))
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def until():
+    """Wait for something to become true, and fail with its name."""
+    def wait(true, what: str, seconds: float = 30):
+        limit = time.monotonic() + seconds
+        while not (found := true()):
+            assert time.monotonic() < limit, f"no {what} within {seconds} s"
+            time.sleep(0.05)
+        return found
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """Shards of the scanned digits, made once per test session."""
+    root = tmp_path_factory.getbasetemp() / "digits"
+    if not root.exists():
+        subprocess.run([sys.executable, "-m", "data_prep", "digits", str(root)], check=True, capture_output=True)
+    return root
