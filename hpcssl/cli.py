@@ -32,11 +32,8 @@ def train(recipe: str, overrides: Overrides = None, run: Run = ...) -> int:
     stop = StopFlag().install()
     folder = RunDir(run)
     place = launch.find()
-    if place is None or place.rank == 0:
-        runs.resolve(recipe, overrides or [], folder)
-    else:
-        runs.wait_for(folder.config)
-    return runs.train(folder, stop=stop)
+    made = runs.resolve(recipe, overrides or [], folder, write=place is None or place.rank == 0)
+    return runs.train(folder, made, stop=stop)
 
 
 @app.command("eval")

@@ -68,7 +68,7 @@ class Journal:
             return
         steps = [step for step, _ in self._waiting]
         names = [list(scalars) for _, scalars in self._waiting]
-        flat = [torch.as_tensor(v, device=self.world.device).detach().double().reshape(())
+        flat = [torch.as_tensor(v, dtype=torch.float64, device=self.world.device).detach().reshape(())
                 for _, scalars in self._waiting for v in scalars.values()]
         self._waiting.clear()
         values = iter(self.world.mean(torch.stack(flat)).tolist())

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from hpcssl import config, files
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, ResumeError
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hpcssl.evals import run as evals
 from hpcssl.evals.options import EvalsOptions
 from hpcssl.evals.watch import watch
@@ -31,8 +30,8 @@ def compose(name: str, overrides: list[str]) -> Recipe:
     return recipe
 
 
-def resolve(name: str, overrides: list[str], run: RunDir) -> Recipe:
-    """Compose a recipe and store it in the run folder, or check it against the one that is there.
+def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = True) -> Recipe:
+    """Compose a recipe, check it against the one in the run folder, and store it there (``write``: one rank does).
 
     A run continues under other machinery (devices, threads, checkpoint period, evaluations, paths), which is stored
     anew, and never under other science: ``ResumeError`` names the fields. Shard folders are opened, so that a wrong
@@ -50,10 +49,11 @@ def resolve(name: str, overrides: list[str], run: RunDir) -> Recipe:
         theirs, ours = before.science(_digest(run, shards.digest), 1), recipe.science(shards.digest, 1)
         if ours != theirs:
             raise another_recipe(f"run folder {run.root}", ours, theirs)
-    text = config.to_yaml(recipes.typed(values, "recipe"))
-    if not run.config.exists() or run.config.read_text() != text:
-        files.atomic_write(run.config, text)
+    recipe = recipes.typed(values, "recipe")
+    text = config.to_yaml(recipe)
+    if write and (not run.config.exists() or run.config.read_text() != text):
         files.atomic_write(run.root / "data.json", json.dumps({"train": shards.digest}))
+        files.atomic_write(run.config, text)
     return recipe
 
 
@@ -62,20 +62,10 @@ def _digest(run: RunDir, default: str) -> str:
     return json.loads(path.read_text())["train"] if path.exists() else default
 
 
-def wait_for(path: Path, seconds: float = 120.0) -> None:
-    """Until rank 0 has written the file. Ranks of one launch share the run folder, on one file system."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ResumeError(f"{path}", got=f"no such file after {seconds:.0f} s", expected="rank 0 to write it",
-                              mend="see rank 0's message; all ranks must see the same --run folder")
-        time.sleep(0.1)
-
-
-def train(run: RunDir, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
-          attempt: dict | None = None) -> int:
+def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
+          requeue: Callable[[], str | None] | None = None, attempt: dict | None = None) -> int:
     """Train a run folder with k-NN on the way where ``evals.every_epochs`` asks for it. Returns the exit code."""
-    return training.train(run, stop=stop, requeue=requeue, attempt=attempt, watch=watch)
+    return training.train(run, recipe, stop=stop, requeue=requeue, attempt=attempt, watch=watch)
 
 
 def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path | None, train: Path | None,

@@ -55,6 +55,7 @@ class BatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self.micro_batches = 1  # forward passes that make up one batch of the step (accumulation)
         self.pending: list[Tensor] = []  # [2, C] mean and unbiased variance of each forward pass, over its groups
 
     def extra_repr(self) -> str:
@@ -144,14 +145,16 @@ def discard(norms: list[BatchNorm]) -> None:
 def commit(norms: list[BatchNorm], world: World) -> None:
     """Move the pending statistics into the running ones: one flat reduction, the same bits on every rank.
 
-    Each forward pass of the step (a view, a micro-batch) counts as one update, as it would in torch.
+    Each view counts as one update, as its forward pass would in torch; its micro-batches are averaged first.
     """
-    waiting = [(norm, found) for norm in norms for found in norm.pending]
-    if not waiting:
+    norms = [norm for norm in norms if norm.pending]
+    if not norms:
         return
-    flat = world.mean(torch.cat([found.flatten() for _, found in waiting]))
-    for (norm, found), means in zip(waiting, flat.split([found.numel() for _, found in waiting]), strict=True):
-        mean_C, var_C = means.view_as(found)
-        norm.running_mean.lerp_(mean_C, norm.momentum)
-        norm.running_var.lerp_(var_C, norm.momentum)
+    waiting = [torch.stack(norm.pending).unflatten(0, (norm.micro_batches, -1)).mean(0) for norm in norms]
+    flat = world.mean(torch.cat([found_V2C.flatten() for found_V2C in waiting]))
+    means = [part.view_as(found) for part, found in zip(flat.split([f.numel() for f in waiting]), waiting, strict=True)]
+    for view in range(max(map(len, means))):
+        seen = [(norm, *means_V2C[view]) for norm, means_V2C in zip(norms, means, strict=True) if view < len(means_V2C)]
+        running = [norm.running_mean for norm, _, _ in seen] + [norm.running_var for norm, _, _ in seen]
+        torch._foreach_lerp_(running, [m for _, m, _ in seen] + [v for _, _, v in seen], norms[0].momentum)
     discard(norms)

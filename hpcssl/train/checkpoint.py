@@ -72,6 +72,7 @@ class Store:
         self._state: State | None = None
         self._part: dict | None = None
         self._error: str | None = None
+        self.durable: int | None = None  # the step of the newest checkpoint known to be whole
 
     # -- writing --------------------------------------------------------------------------------------------
 
@@ -136,7 +137,10 @@ class Store:
                 errors.append(f"{folder / MANIFEST}: {error.strerror or error}")
             if errors:
                 shutil.rmtree(folder, ignore_errors=True)
-        return self.world.tell(errors[0] if errors else "") or None
+        failed = self.world.tell(errors[0] if errors else "") or None
+        if not failed:
+            self.durable = state.step
+        return failed
 
     def _manifest(self, state: State, every: list[dict]) -> dict:
         writer = self._writer_of(state)
@@ -153,11 +157,13 @@ class Store:
                 "tensors": tensors}
 
     def save(self, state: State) -> str | None:
-        """``begin`` and ``finish``: durable when it returns None."""
+        """``begin`` and ``finish``: durable when it returns None. A step that is durable is not written again."""
         if self.saving:
             before = self.finish()
             if before:
                 LOG.warning("checkpoint not saved: %s", before)
+        if self.durable == state.step:
+            return None
         self.begin(state)
         return self.finish()
 
@@ -179,7 +185,11 @@ class Store:
                 LOG.warning("checkpoint %s skipped: %s", folder.name, why)
             answer = str(found.folder) if found else ""
         answer = self.world.tell(answer)
-        return Saved.open(Path(answer)) if answer else None
+        if not answer:
+            return None
+        saved = Saved.open(Path(answer))
+        self.durable = saved.step
+        return saved
 
 
 class Saved:

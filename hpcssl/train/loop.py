@@ -54,10 +54,10 @@ class Loop:
     def go(self) -> bool:
         """Train to the end (True), or to the step at which a stop was agreed; then the state is durable (False)."""
         t, machine = self.training, self.training.recipe.machine
-        if t.step == 0:
-            self.export()
-        if t.world.any(self.stop.is_set()):
-            return t.step >= t.last_step
+        if t.step == 0 or (t.step < t.last_step and not self._exported()):
+            self._after_epoch()  # a kill may have come between the checkpoint and what follows an epoch
+        if t.step < t.last_step and t.world.any(self.stop.is_set()):
+            return False
         saved_at = time.monotonic()
         batches = iter(self.batches(t.step, t.last_step))
         while t.step < t.last_step:
@@ -73,7 +73,8 @@ class Loop:
             if t.step == t.last_step:
                 break
             if stop:
-                self._save_now()
+                self.journal.flush()
+                self._warn(self.store.save(t.state()))
                 return False
             if due or (machine.checkpoint_steps and t.step % machine.checkpoint_steps == 0):
                 self._begin_save()
@@ -109,10 +110,6 @@ class Loop:
             self._warn(self.store.finish())
         self.journal.flush()  # a resumed journal starts at the checkpoint: nothing before it may be missing
         self.store.begin(self.training.state())
-
-    def _save_now(self) -> None:
-        self.journal.flush()
-        self._warn(self.store.save(self.training.state()))
 
     def _warn(self, sentence: str | None) -> None:
         if sentence:
@@ -151,14 +148,21 @@ class Loop:
 
         return fingerprint(self.training.science)
 
+    def _exported(self) -> bool:
+        """Whether this step's weights are there, by rank 0's word."""
+        return not self.training.world.any(self.training.world.main
+                                           and not self.run.weights_at(self.training.step).exists())
+
     def _after_epoch(self) -> None:
+        """Export the weights of step 0 and of the epochs that are asked for, and evaluate those to be watched."""
         t = self.training
-        if t.step % t.steps_per_epoch:
-            return
-        epoch = t.step // t.steps_per_epoch
-        watched = self.watch is not None and self.watch.every_epochs > 0 and epoch % self.watch.every_epochs == 0
-        exported = t.recipe.machine.export_epochs > 0 and epoch % t.recipe.machine.export_epochs == 0
-        if watched or exported:
+        epoch, inside = divmod(t.step, t.steps_per_epoch)
+
+        def due(every: int) -> bool:
+            return every > 0 and inside == 0 and epoch % every == 0
+
+        watched = self.watch is not None and due(self.watch.every_epochs)
+        if t.step == 0 or watched or due(t.recipe.machine.export_epochs):
             path = self.export()
         if watched:
             self.journal.flush()

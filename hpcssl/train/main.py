@@ -30,24 +30,23 @@ from hpcssl.world import World
 LOG = logging.getLogger("hpcssl")
 
 
-def train(run: RunDir, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
+def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
           attempt: dict | None = None, watch: Callable[[Recipe, RunDir, World], Watch | None] | None = None) -> int:
-    """Train what ``run.config`` says, from the newest whole checkpoint on. Every rank calls it.
+    """Train ``recipe`` (by default what ``run.config`` says) from the newest whole checkpoint on. Every rank calls it.
 
     ``requeue`` asks for another attempt after a stop (rank 0, once the state is durable): None if granted, else a
     sentence. ``attempt``: what ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch`` makes the
     evaluation during training. Returns 0 when the run is finished, 75 when it was stopped. Raises ``HpcsslError``.
     """
-    recipe = recipes.read(run.config)
+    recipe = recipe or recipes.read(run.config)
     prepare(recipe.machine)
     world = World.start(recipe.machine.devices, recipe.machine.timeout_minutes * 60)
     set_up_logging(world.rank)
     record = _Attempt(run, world, attempt or {})
-    try:
-        with record:
-            return _attempt(recipe, run, world, record, stop, requeue, watch)
-    finally:
-        world.close()
+    with record:
+        code = _attempt(recipe, run, world, record, stop, requeue, watch)
+    world.close()  # not after an error: the other ranks may still be in a collective, which closing would wait for
+    return code
 
 
 def prepare(machine: MachineOptions) -> None:
@@ -60,9 +59,6 @@ def prepare(machine: MachineOptions) -> None:
         torch.use_deterministic_algorithms(True)
     elif not on_cpu:
         torch.backends.cudnn.benchmark = True
-    if not on_cpu:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
 
 
 def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch) -> int:

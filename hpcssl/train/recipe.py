@@ -91,7 +91,7 @@ class MachineOptions:
     ``loader_threads`` per process. ``accumulate``: micro-batches per step. ``checkpoint_steps`` and
     ``checkpoint_minutes``: a save after so many steps or minutes (0: never by this clock); ``keep`` the last so many,
     ``keep_every`` n-th step for good. ``nonfinite_limit``: so many non-finite losses in a row end the run.
-    ``log_samples`` writes the sample ids of every step. ``compile`` the backbone (GPU).
+    ``log_samples`` writes the sample ids of every step. ``export_epochs``: weights are exported every so many epochs.
     """
 
     devices: str = "auto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,8 @@ class Training:
         self.dtype = torch.float64 if recipe.optim.precision == "fp64" else torch.float32
         self.pair = self._pair()
         self.norms = norm.norms_of(n for n in (self.pair.online, self.pair.target) if n is not None)
+        for layer in norm.norms_of([self.pair.online]):
+            layer.micro_batches = recipe.machine.accumulate
         self.optimizer = build.build(recipe.optim, self.pair.online.named_parameters(),
                                      global_batch=recipe.optim.batch)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
@@ -119,16 +122,14 @@ class Training:
     def context(self, batch: Batch) -> Context:
         device = self.world.device
         return Context(step=batch.step, world=self.world, bank=self.bank, watch_labels=self.labelled,
-                       index_B=torch.as_tensor(batch.index, device=device),
-                       label_B=torch.as_tensor(batch.label, device=device))
+                       index_B=_sent(batch.index, device), label_B=_sent(batch.label, device))
 
     def shuffles(self, step: int) -> list[Tensor] | None:
         """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""
         if not self.recipe.model.shuffle:
             return None
         keys = [rng.key(self.recipe.seed, "shuffle", step, view) for view in self.method.plan.targets]
-        return [torch.as_tensor(rng.permutation(key, self.recipe.optim.batch), device=self.world.device)
-                for key in keys]
+        return [_sent(rng.permutation(key, self.recipe.optim.batch), self.world.device) for key in keys]
 
     # -- to and from a checkpoint ---------------------------------------------------------------------------
 
@@ -177,6 +178,12 @@ class Training:
             raise ResumeError(f"checkpoint {saved.folder}", got=f"missing {sorted(ours - theirs)[:3]}, unknown "
                               f"{sorted(theirs - ours)[:3]}", expected="the tensors of this recipe's networks",
                               mend="resume with the version of hpcssl that wrote it (RUN/code)")
+
+
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """On the device without waiting for what runs there: a copy from pageable memory would."""
+    there = torch.from_numpy(numbers)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
 
 
 def another_recipe(what: str, ours: dict, theirs: dict) -> ResumeError:
