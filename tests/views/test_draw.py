@@ -121,3 +121,11 @@ def test_nothing_global_is_consumed():
     rows(NAMED["strong"], 10)
     after = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
     assert before[0] == after[0] and torch.equal(before[1], after[1]) and before[2] == after[2]
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**64 - 1, 2**64, 2**128 - 1, rng.key(3, "view", 1, 2, 3)])
+def test_the_reused_generator_gives_philoxs_own_words(key):
+    """In any order of lengths: nothing of an earlier draw may be left in the buffer."""
+    for count in (1, 7, 4, 36, 2):
+        np.testing.assert_array_equal(rng.raw(key, count), np.random.Philox(key=key).random_raw(count))
+        rng.raw(key ^ 5, count + 1)
