@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,20 +45,22 @@ def undisturbed(submit_msf):
     return submit_msf("--time", "10")
 
 
-def goes_on_now(cluster, job):
-    """A requeued job waits two minutes for its node to be cleaned up; tests do not."""
-    cluster.until(lambda: cluster.field(job, "JobState") == "PENDING", f"requeue of {job}")
-    cluster("scontrol", "update", f"jobid={job}", "StartTime=now")
-
-
 def ends(cluster, job, state="COMPLETED"):
     """Through as many requeues as it takes."""
+    cluster.until(pushed(cluster, job, lambda: cluster.field(job, "JobState") == state), f"job {job} {state}", 180)
+
+
+def pushed(cluster, job, true):
+    """The condition, looked at while every requeue of the job is let go on without SLURM's two minutes of waiting.
+
+    A little of it must pass: a node that has just ended a job refuses to start it ("already killed").
+    """
     def look():
         if cluster.field(job, "Reason") == "BeginTime":
+            time.sleep(2)
             cluster("scontrol", "update", f"jobid={job}", "StartTime=now")
-        return cluster.field(job, "JobState") == state
-
-    cluster.until(look, f"job {job} {state}", 180)
+        return true()
+    return look
 
 
 def training(run, step):
@@ -93,7 +96,7 @@ def causes(run):
 
 def test_the_end_of_the_time_changes_nothing(cluster, submit_msf, undisturbed):
     run, jobs = submit_msf("--time", "1")
-    cluster.until(training(run, 3), "step 3", 120)
+    cluster.until(pushed(cluster, jobs["train"], training(run, 3)), "step 3", 120)
     tasks = tasks_of(jobs["train"])
     assert len(tasks) == 4
     held = [p for p in map(procs.look, tasks) if p]
@@ -113,9 +116,10 @@ def test_a_preemption_changes_nothing_and_evaluations_run_once(cluster, submit_m
     run, jobs = submit_msf("--time", "10", "--evals", "knn,linear")
     cluster.until(training(run, 5), "step 5", 120)
     cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
-    goes_on_now(cluster, jobs["train"])
+    cluster.until(lambda: cluster.field(jobs["train"], "Restarts") == "1", "requeue")
     for job in ("knn", "linear"):
         assert cluster.field(jobs[job], "JobState") == "PENDING"
+    ends(cluster, jobs["train"])
     assert watch.wait(run, lambda text: None) == 0
     assert causes(run) == ["stopped", "done"]
     assert attempts.history(run)[0].error == "SIGTERM"
@@ -144,8 +148,7 @@ def test_preempt_and_cancel_by_hand(cluster, stand_in):
         submit._refuse_living(run)
     cluster.until(training(run, 5), "step 5")
     assert job in control.preempt(run)
-    goes_on_now(cluster, job)
-    cluster.until(lambda: len(causes(run)) == 2 and training(run, 60)(), "second attempt")
+    cluster.until(pushed(cluster, job, lambda: len(causes(run)) == 2 and training(run, 60)()), "second attempt")
     places = read_lines(run.root / "places.jsonl")
     assert len({p["MASTER_PORT"] for p in places}) == len({p["HPCSSL_TOKEN"] for p in places}) == 2
     assert sorted(p["RANK"] for p in places if p["attempt"] == 2) == ["0", "1", "2", "3"]
