@@ -52,6 +52,8 @@ Run = Annotated[Path, typer.Argument(help="The run folder.")]
 def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...")],
            run: Annotated[str, typer.Option("--run", help="The run folder; what it holds is continued.")],
            evals: Annotated[str, typer.Option(help="Evaluations to chain on success, such as knn,linear.")] = "",
+           eval_every: Annotated[int | None, typer.Option(min=1, help="k-NN inside the training after every so many "
+                                                          "epochs (evals.every_epochs).")] = None,
            eval_sbatch: Annotated[list[str] | None, typer.Option(help="An option of sbatch for the evaluations only, "
                                                                  'such as "--time=30".')] = None,
            cluster: Annotated[str | None, typer.Option(help="A cluster profile: name or YAML file.")] = None,
@@ -67,6 +69,7 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
     from slurm import submit as submits
 
     recipe, overrides = _recipe_of(words)
+    overrides += [f"evals.every_epochs={eval_every}"] if eval_every else []
     further = {name: value for text in sbatch or [] for name, value in options.one(text).items()}
     request = submits.Request(
         run=run, recipe=recipe, overrides=overrides, evals=[e for e in evals.split(",") if e],

@@ -45,7 +45,7 @@ WITHOUT_VALUE = {
 }
 SBATCH = WITH_VALUE | MAYBE_VALUE | WITHOUT_VALUE
 
-OURS_WITH_VALUE = {"run": "", "evals": "", "eval-sbatch": "", "cluster": "", "sbatch": ""}
+OURS_WITH_VALUE = {"run": "", "evals": "", "eval-every": "", "eval-sbatch": "", "cluster": "", "sbatch": ""}
 OURS_WITHOUT_VALUE = {"local": "", "wait": "W", "dry-run": "", "parsable": "", "help": "h"}
 OURS = OURS_WITH_VALUE | OURS_WITHOUT_VALUE
 

@@ -153,8 +153,8 @@ def _which(program: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """``count`` ports in a row that nobody listens on."""
-    for first in range(16_817, 30_000, 17):
+    """``count`` ports in a row that nobody listens on, looked for from another place in every process."""
+    for first in range(16_817 + os.getpid() % 500 * 17, 30_000, 17):
         sockets = []
         try:
             for k in range(count):

@@ -126,6 +126,13 @@ def test_mistakes_are_one_sentence_before_anything_is_submitted(call, data, tmp_
     assert not (tmp_path / "r").exists()
 
 
+def test_eval_every_is_the_recipes_own_key(call, data, tmp_path):
+    code, _, _ = call("digits_msf", "--run=r", "--local", *data, "--eval-every=2", "schedule.steps=1")
+    assert code == 0
+    assert watch.wait(RunDir(tmp_path / "r"), lambda text: None) == 0
+    assert "every_epochs: 2" in (tmp_path / "r" / "config.yaml").read_text()
+
+
 def test_without_slurm_its_mend_is_named(call, data, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = call("digits_msf", "--run", "r", *data)
