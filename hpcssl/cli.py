@@ -25,15 +25,12 @@ def train(recipe: str, overrides: Overrides = None, run: Run = ...) -> int:
 
     One process, or one of several under torchrun or srun.
     """
-    from hpcssl import launch
     from hpcssl import run as runs
     from hpcssl.signals import StopFlag
 
-    stop = StopFlag().install()
+    stop = StopFlag().install(keyboard=True)
     folder = RunDir(run)
-    place = launch.find()
-    made = runs.resolve(recipe, overrides or [], folder, write=place is None or place.rank == 0)
-    return runs.train(folder, made, stop=stop)
+    return runs.train(folder, runs.resolve(recipe, overrides or [], folder), stop=stop)
 
 
 @app.command("eval")

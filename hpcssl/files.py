@@ -7,6 +7,7 @@ sees the old file or the new one, never half of one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -74,12 +75,17 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
 
 
 def append_line(path: Path | str, record: dict) -> None:
-    """Append one JSON line, durably. One ``write`` call, so that lines of two writers never interleave."""
+    """Append one JSON line, durably. One ``write`` call, so that lines of two writers never interleave; a torn line
+    that a kill or a full disk left behind is ended first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(fd, (json.dumps(record, sort_keys=True) + "\n").encode())
+        end = os.fstat(fd).st_size
+        torn = end > 0 and os.pread(fd, 1, end - 1) != b"\n"
+        line = b"\n" * torn + (json.dumps(record, sort_keys=True) + "\n").encode()
+        if os.write(fd, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -114,6 +120,7 @@ class RunDir:
 
     config = property(lambda self: self.root / "config.yaml")
     code = property(lambda self: self.root / "code")
+    data = property(lambda self: self.root / "data.json")
     journal = property(lambda self: self.root / "journal.jsonl")
     samples = property(lambda self: self.root / "samples.jsonl")
     events = property(lambda self: self.root / "tensorboard")

@@ -43,8 +43,10 @@ class Journal:
         self._waiting: list[tuple[int, dict]] = []
         self._last, self._bar, self._file, self._events = last_step, None, None, None
         self._clock, self._clock_step = time.monotonic(), first_step
-        if not world.main:
-            return
+        world.on_main(lambda: self._open(first_step))
+
+    def _open(self, first_step: int) -> None:
+        run = self.run
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
 
         for path in (run.journal, run.samples):
@@ -54,7 +56,7 @@ class Journal:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(total=self._last, initial=first_step, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, **scalars: torch.Tensor | float) -> None:
         """Take this rank's scalars of ``step`` (the number of steps done after it), the same names on all ranks."""
@@ -89,6 +91,19 @@ class Journal:
             self._events.add_scalar(name, float(value), step)
         shown = {k: f"{float(newest[k]):.4g}" for k in ("loss", "purity", "lr", "images_per_s") if k in newest}
         self._say(step, shown)
+
+    def sync(self) -> None:
+        """``flush``, and everything written is on the disk: before a checkpoint, after which nobody writes it again."""
+        self.flush()
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._events.flush()
+
+    def scored(self, step: int) -> bool:
+        """Whether the results of an evaluation at ``step`` stand here already. A collective."""
+        mine = self.world.main and any(r.get("eval") and r["step"] == step for r in read_lines(self.run.journal))
+        return self.world.any(mine)
 
     def score(self, step: int, **scalars: float) -> None:
         """Results of an evaluation during training, on rank 0."""

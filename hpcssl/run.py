@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcssl import config, files
+from hpcssl import config
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hpcssl.evals import run as evals
-from hpcssl.evals.options import EvalsOptions
-from hpcssl.evals.watch import watch
+from hpcssl.evals.watch import check, watch
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import main as training
@@ -26,40 +24,35 @@ def compose(name: str, overrides: list[str]) -> Recipe:
     """``recipe.compose``, and the sections that other floors understand are checked too."""
     recipe = recipes.compose(name, overrides)
     method_of(recipe)
-    config.load(EvalsOptions, recipe.evals, where=f"recipe {recipe.name}, evals")
+    check(recipe)
     return recipe
 
 
-def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = True) -> Recipe:
-    """Compose a recipe, check it against the one in the run folder, and store it there (``write``: one rank does).
+def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = False) -> Recipe:
+    """Compose a recipe with absolute paths, and check it against the data and against what the run folder holds.
 
-    A run continues under other machinery (devices, threads, checkpoint period, evaluations, paths), which is stored
-    anew, and never under other science: ``ResumeError`` names the fields. Shard folders are opened, so that a wrong
-    path is refused here and not in a job.
+    A run continues under other machinery (devices, threads, checkpoint period, evaluations, paths), and never under
+    other science: ``ResumeError`` names the fields. Shard folders are opened, so that a wrong path is refused here and
+    not in a job. ``write`` stores the recipe at once, for a caller who knows that nobody trains there; otherwise the
+    attempt does, once it holds the run's lock.
     """
     recipe = compose(name, overrides)
     shards = training.open_shards(recipe)
     values = config.as_dict(recipe)
-    for kind in ("train", "val"):
+    for kind in ("train", "val", "stage"):
         if values["data"][kind]:
             values["data"][kind] = str(Path(values["data"][kind]).absolute())
     if run.config.exists():
-        before = recipes.read(run.config)
-        # one world on both sides: whether the number of processes may change is the checkpoint's to say
-        theirs, ours = before.science(_digest(run, shards.digest), 1), recipe.science(shards.digest, 1)
+        theirs, ours = recipes.read(run.config).science(training.digest_of(run) or shards.digest, 1), \
+            recipe.science(shards.digest, 1)
+        for science in (theirs, ours):  # what a group is depends on the number of processes: the checkpoint will say
+            del science["model"]["norm_group"]
         if ours != theirs:
             raise another_recipe(f"run folder {run.root}", ours, theirs)
     recipe = recipes.typed(values, "recipe")
-    text = config.to_yaml(recipe)
-    if write and (not run.config.exists() or run.config.read_text() != text):
-        files.atomic_write(run.root / "data.json", json.dumps({"train": shards.digest}))
-        files.atomic_write(run.config, text)
+    if write:
+        training.store(run, recipe, shards)
     return recipe
-
-
-def _digest(run: RunDir, default: str) -> str:
-    path = run.root / "data.json"
-    return json.loads(path.read_text())["train"] if path.exists() else default
 
 
 def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
@@ -77,7 +70,7 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path
     if (run is None) == (weights is None):
         raise ConfigError("hpcssl eval", got="both or neither of --run and --weights", expected="one of them",
                           mend="--run DIR evaluates a run's encoder, --weights FILE any exported one")
-    stop = StopFlag().install()
+    stop = StopFlag().install(keyboard=True)
     training.prepare(MachineOptions(devices=devices))
     world = World.start(devices)
     try:
@@ -93,8 +86,7 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path
                                    options=config.read_overrides(overrides))]
     except Stopped:
         return EXIT_STOPPED
-    finally:
-        world.close()
+    world.close()
     if world.main:
         for row in rows:
             scores = "\t".join(f"{k}={v:.2f}" for k, v in row["metrics"].items() if isinstance(v, float))

@@ -7,7 +7,6 @@ collective) would meet the main thread half-way through its own, so the handler 
 from __future__ import annotations
 
 import signal
-import threading
 from types import FrameType
 
 STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
@@ -20,9 +19,12 @@ class StopFlag:
         self.reason: str | None = None
         self._before: dict[int, object] = {}
 
-    def install(self) -> StopFlag:
-        """Take over the stopping signals of this process. Only the main thread may call it."""
-        for number in STOPPING:
+    def install(self, *, keyboard: bool = False) -> StopFlag:
+        """Take over the stopping signals of this process. Only the main thread may call it.
+
+        ``keyboard``: the first Ctrl-C sets the flag as well; the second interrupts as it always did.
+        """
+        for number in (*STOPPING, *([signal.SIGINT] if keyboard else [])):
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
         return self
@@ -40,8 +42,6 @@ class StopFlag:
         return self.reason is not None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.set(signal.Signals(number).name)
-
-
-def in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -145,13 +145,17 @@ class World:
         return [bytes(row[:size].tolist()).decode() for row, size in zip(rows, sizes, strict=True)]
 
     def on_main(self, work: Callable[[], None]) -> None:
-        """Do ``work`` on rank 0 alone; an ``HpcsslError`` there is raised on every rank."""
+        """Do ``work`` on rank 0 alone; an ``HpcsslError`` or ``OSError`` there is raised on every rank."""
         error = None
         if self.main:
             try:
                 work()
             except HpcsslError as caught:
                 error = caught
+            except OSError as caught:
+                error = WorldError(str(caught.filename or "a file of rank 0"), got=caught.strerror or str(caught),
+                                   expected="a path that can be read and written",
+                                   mend="check the path, its rights and the free space, then run the command again")
         told = self.tell(json.dumps([type(error).__name__, *error.args]) if error else "")
         if error is not None:
             raise error

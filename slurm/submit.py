@@ -71,7 +71,7 @@ def submit(request: Request) -> list[records.Job]:
     run = planned.run
     with records.locked(run):
         _refuse_living(run)
-        runs.resolve(request.recipe, request.overrides, run)
+        runs.resolve(request.recipe, request.overrides, run, write=True)
         stamp = freeze.freeze(run)
         run.logs.mkdir(parents=True, exist_ok=True)
         wanted = {k: v for k, v in planned.jobs.items() if k != records.TRAIN or not run.done.exists()}

@@ -10,6 +10,7 @@ from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError
 from hpcssl.evals.options import EvalsOptions
 from hpcssl.evals.run import check_labels, evaluate
+from hpcssl.evals.together import Stop, Stopped
 from hpcssl.files import RunDir
 from hpcssl.world import World
 
@@ -24,25 +25,35 @@ class KnnWatch:
     train: ShardSet
     val: ShardSet
     every_epochs: int
+    stop: Stop
     options: dict = field(default_factory=dict)
     threads: int = 1
 
-    def __call__(self, path: Path, step: int) -> dict[str, float]:
-        """All ranks call it."""
-        return evaluate("knn", run=self.run, weights=path, train=self.train, val=self.val, world=self.world,
-                        options=self.options, threads=self.threads, cache=False)["metrics"]
+    def __call__(self, path: Path, step: int) -> dict[str, float] | None:
+        """All ranks call it; None on all of them if a stop was asked for on one."""
+        try:
+            return evaluate("knn", run=self.run, weights=path, train=self.train, val=self.val, world=self.world,
+                            options=self.options, stop=self.stop, threads=self.threads, cache=False)["metrics"]
+        except Stopped:
+            return None
 
 
-def watch(recipe, run: RunDir, world: World) -> KnnWatch | None:
-    """The watch that ``evals.every_epochs`` of a recipe asks for, or None. Raises ``ConfigError`` and ``DataError``
-    before the training starts, not at its first look."""
-    section = config.load(EvalsOptions, recipe.evals, where="recipe, section evals")
-    if section.every_epochs == 0:
-        return None
-    if not recipe.data.val:
+def check(recipe) -> EvalsOptions:
+    """The typed ``evals`` section. Raises ``ConfigError`` for what it cannot mean, before anything starts."""
+    section = config.load(EvalsOptions, recipe.evals, where=f"recipe {recipe.name}, section evals")
+    if section.every_epochs and not recipe.data.val:
         raise ConfigError("evals.every_epochs", got=f"{section.every_epochs} without data.val",
                           expected="validation shards", mend="add data.val=FOLDER, or evals.every_epochs=0")
+    return section
+
+
+def watch(recipe, run: RunDir, world: World, stop: Stop) -> KnnWatch | None:
+    """The watch that ``evals.every_epochs`` of a recipe asks for, or None. Raises ``ConfigError`` and ``DataError``
+    before the training starts, not at its first look."""
+    section = check(recipe)
+    if section.every_epochs == 0:
+        return None
     train, val = ShardSet.open(recipe.data.train), ShardSet.open(recipe.data.val)
     check_labels(train, val)
-    return KnnWatch(run, world, train, val, section.every_epochs, config.as_dict(section.knn),
+    return KnnWatch(run, world, train, val, section.every_epochs, stop, config.as_dict(section.knn),
                     recipe.machine.loader_threads)

@@ -20,7 +20,7 @@ from torch import Tensor
 from hpcssl.methods import equations
 from hpcssl.methods.base import Context, Emb
 from hpcssl.optim.schedule import EmaOptions
-from hpcssl.views.plan import View, both_ways, one_way
+from hpcssl.views.plan import ViewOptions, both_ways, one_way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Byol:
     predictor = True
     bank = None
 
-    def __init__(self, options: ByolOptions, views: tuple[View, View]):
+    def __init__(self, options: ByolOptions, views: ViewOptions):
         self.options = options
-        self.plan = both_ways(*views) if options.symmetric else one_way(*views)
+        self.plan = both_ways(*views.pair()) if options.symmetric else one_way(*views.pair())
 
     def aim(self, target: Emb, ctx: Context) -> Tensor:
         return target.z

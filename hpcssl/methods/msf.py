@@ -26,7 +26,7 @@ from hpcssl.methods import equations
 from hpcssl.methods.base import BankSpec, Context, Emb
 from hpcssl.methods.diagnostics import purity
 from hpcssl.optim.schedule import EmaOptions
-from hpcssl.views.plan import View, one_way
+from hpcssl.views.plan import ViewOptions, one_way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,11 @@ class Msf:
     target = "ema"
     predictor = True
 
-    def __init__(self, options: MsfOptions, views: tuple[View, View]):
+    def __init__(self, options: MsfOptions, views: ViewOptions):
         if options.k < 1:
             raise ConfigError("method.k", got=options.k, expected="1 or more neighbours", mend="set method.k=5")
-        query, target = views
         self.options = options
-        self.plan = one_way(query, target)
+        self.plan = one_way(*views.pair())
         self.bank = BankSpec(push="before" if options.include_self else "after", view=1)
 
     def aim(self, target: Emb, ctx: Context) -> Hits:

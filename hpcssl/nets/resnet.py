@@ -1,7 +1,7 @@
 """Backbones by name: torchvision's ResNets, with its own stem or the small-image one, and a small one for digits.
 
-timm's networks answer to ``timm:NAME`` where timm is installed. Every backbone maps [B, 3, H, W] to the pooled
-features [B, F], and takes the class of its normalisation layers as an argument.
+Every backbone maps [B, 3, H, W] to the pooled features [B, F], and takes the class of its normalisation layers as an
+argument.
 """
 
 from __future__ import annotations
@@ -80,10 +80,8 @@ def build(arch: Arch, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.M
     if arch.stem not in STEMS:
         raise ConfigError("model.stem", got=repr(arch.stem), expected=" or ".join(STEMS),
                           mend=nearest(arch.stem, STEMS))
-    if arch.arch.startswith("timm:"):
-        return _timm(arch)
     if arch.arch not in NAMES:
-        raise ConfigError("model.arch", got=repr(arch.arch), expected="a known backbone, or timm:NAME",
+        raise ConfigError("model.arch", got=repr(arch.arch), expected="a known backbone",
                           mend=nearest(arch.arch, NAMES))
     if arch.arch == "resnet_tiny":
         network = TinyResNet(norm)
@@ -101,23 +99,8 @@ def build(arch: Arch, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.M
     return network
 
 
-def _timm(arch: Arch) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError("model.arch", got=repr(arch.arch), expected="timm to be installed",
-                          mend="pip install timm, or choose one of " + ", ".join(NAMES)) from error
-    name = arch.arch.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise ConfigError("model.arch", got=repr(arch.arch), expected="a name that timm knows",
-                          mend=nearest(name, timm.list_models()))
-    return timm.create_model(name, pretrained=False, num_classes=0)
-
-
 def width_of(network: nn.Module) -> int:
     """F, the width of the pooled features, from the network itself."""
-    if hasattr(network, "num_features"):  # timm
-        return int(network.num_features)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     return max(m.out_channels for m in convolutions)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hpcssl import files
+from hpcssl.config import fingerprint
 from hpcssl.errors import ResumeError
 from hpcssl.files import RunDir
 from hpcssl.world import World
@@ -112,8 +113,8 @@ class Store:
             body = safetensors.torch.save(tensors)
             files.atomic_write(path, body)
             self._part = {"file": path.name, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
-        except OSError as error:
-            self._error = f"{path}: {error.strerror or error}"
+        except Exception as error:  # noqa: BLE001 - whatever it was, the part is not there, and `finish` must say so
+            self._error = f"{path}: {getattr(error, 'strerror', None) or error!r}"
 
     def finish(self) -> str | None:
         """Wait for all ranks' parts and seal the checkpoint. Returns a sentence if it failed, else None.
@@ -126,17 +127,18 @@ class Store:
                                                   "rows": {n: [r.first, len(r.local)] for n, r in
                                                            state.tensors.items() if r.total is not None}}))
         every = [json.loads(text) for text in told]
-        errors = [t["error"] for t in every if t["error"]]
+        errors = [t["error"] or "a part was not written" for t in every if t["error"] or not t["part"]]
         if self.world.main:
             folder = self.run.checkpoint(state.step)
             try:
                 if not errors:
-                    files.atomic_write(folder / MANIFEST, json.dumps(self._manifest(state, every), indent=1))
-                    self._tidy(state.step)
+                    files.atomic_write(folder / MANIFEST, _sealed(self._manifest(state, every)))
             except OSError as error:
                 errors.append(f"{folder / MANIFEST}: {error.strerror or error}")
             if errors:
                 shutil.rmtree(folder, ignore_errors=True)
+            else:
+                self._tidy(state.step)
         failed = self.world.tell(errors[0] if errors else "") or None
         if not failed:
             self.durable = state.step
@@ -168,11 +170,14 @@ class Store:
         return self.finish()
 
     def _tidy(self, newest: int) -> None:
-        """Delete what is neither among the last ``keep`` nor a multiple of ``keep_every``. Only after a good save."""
-        steps = sorted(step for step, _ in folders(self.run) if step <= newest)
-        for step in steps[:-self.keep]:
-            if not (self.keep_every and step % self.keep_every == 0):
-                shutil.rmtree(self.run.checkpoint(step), ignore_errors=True)
+        """After a good save: delete saves that were cut short, and what is neither among the last ``keep`` nor a
+        multiple of ``keep_every``."""
+        there = [(step, folder) for step, folder in folders(self.run) if step <= newest]
+        sealed = [step for step, folder in there if (folder / MANIFEST).exists()]
+        kept = {*sealed[-self.keep:], *(step for step in sealed if self.keep_every and step % self.keep_every == 0)}
+        for step, folder in there:
+            if step not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     # -- reading --------------------------------------------------------------------------------------------
 
@@ -234,6 +239,11 @@ class Saved:
 
     def why_invalid(self) -> str | None:
         """What is wrong with it: a missing, truncated or changed part. None if it is whole."""
+        body = {k: v for k, v in self.manifest.items() if k != "sha256"}
+        if self.manifest.get("format") != FORMAT:
+            return f"format {self.manifest.get('format')}, not {FORMAT}"
+        if fingerprint(body) != self.manifest.get("sha256"):
+            return "the manifest was changed"
         for part in self.manifest["parts"]:
             path = self.folder / part["file"]
             if not path.exists():
@@ -255,6 +265,10 @@ class Saved:
         return total.hexdigest()
 
 
+def _sealed(manifest: dict) -> str:
+    return json.dumps(manifest | {"sha256": fingerprint(manifest)}, indent=1)
+
+
 def folders(run: RunDir) -> list[tuple[int, Path]]:
     """(step, folder) of everything that looks like a checkpoint, ascending."""
     found = run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else []
@@ -270,7 +284,7 @@ def newest_valid(run: RunDir) -> tuple[Saved | None, list[tuple[Path, str]]]:
             why = saved.why_invalid()
         except FileNotFoundError:
             why = "no manifest: the save was cut short"
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             why = f"the manifest cannot be read ({type(error).__name__})"
         if why is None:
             return saved, skipped

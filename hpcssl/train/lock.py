@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -11,9 +12,12 @@ import time
 from hpcssl.errors import ResumeError
 from hpcssl.files import RunDir
 
+LOG = logging.getLogger("hpcssl")
+
 
 class RunLock:
-    """Held by rank 0 while it trains. ``take`` waits a little: a stopped attempt may still be leaving."""
+    """Held by rank 0 while it trains. ``take`` waits: a stopped attempt may still be leaving, and a network file system
+    gives back the lock of a lost node only after its lease, a minute or two."""
 
     def __init__(self, run: RunDir, job: str):
         self.run, self.job, self._file = run, job, None
@@ -34,6 +38,10 @@ class RunLock:
                                       mend="wait for it, cancel it with `hpcssl-submit cancel`, or use another --run") \
                         from None
                 time.sleep(0.5)
+            except OSError as error:
+                LOG.warning("%s: the file system has no locks (%s); a second job on this folder would not be noticed",
+                            self.run.lock, error.strerror)
+                break
         self._file.truncate(0)
         self._file.write(json.dumps({"job": self.job, "host": socket.gethostname(), "pid": os.getpid()}))
         self._file.flush()

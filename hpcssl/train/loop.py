@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from hpcssl import files
+from hpcssl import config, files
 from hpcssl.data.loader import Batch
 from hpcssl.errors import HpcsslError, ResumeError
 from hpcssl.files import RunDir
@@ -31,8 +31,8 @@ class Watch(Protocol):
 
     every_epochs: int
 
-    def __call__(self, path: Path, step: int) -> dict[str, float]:
-        """Scores of the weights at ``path``. All ranks call it."""
+    def __call__(self, path: Path, step: int) -> dict[str, float] | None:
+        """Scores of the weights at ``path``; None if a stop came first. All ranks call it."""
 
 
 class NonFinite(HpcsslError):
@@ -50,13 +50,15 @@ class Loop:
     run: RunDir
     stop: StopFlag
     watch: Watch | None = None
+    unsaved: str | None = None
 
     def go(self) -> bool:
-        """Train to the end (True), or to the step at which a stop was agreed; then the state is durable (False)."""
+        """Train to the end (True), or to the step at which a stop was agreed; then the state is saved (False), or
+        ``unsaved`` says why not."""
         t, machine = self.training, self.training.recipe.machine
-        if t.step == 0 or (t.step < t.last_step and not self._exported()):
-            self._after_epoch()  # a kill may have come between the checkpoint and what follows an epoch
         if t.step < t.last_step and t.world.any(self.stop.is_set()):
+            return False
+        if not self._after_epoch():  # of step 0; and a kill may have come between a checkpoint and what follows it
             return False
         saved_at = time.monotonic()
         batches = iter(self.batches(t.step, t.last_step))
@@ -73,15 +75,19 @@ class Loop:
             if t.step == t.last_step:
                 break
             if stop:
-                self.journal.flush()
-                self._warn(self.store.save(t.state()))
-                return False
-            if due or (machine.checkpoint_steps and t.step % machine.checkpoint_steps == 0):
+                return self._stop()
+            due = due or (machine.checkpoint_steps > 0 and t.step % machine.checkpoint_steps == 0)
+            if due and report.taken:  # a run that diverges keeps the checkpoints from before
                 self._begin_save()
                 saved_at = time.monotonic()
-            self._after_epoch()
-        self._finish()
-        return True
+            if not self._after_epoch():
+                return self._stop()
+        return self._finish()
+
+    def _stop(self) -> bool:
+        self.journal.sync()
+        self.unsaved = self.store.save(self.training.state())
+        return False
 
     def _record(self, batch: Batch, scalars: dict) -> None:
         t = self.training
@@ -100,70 +106,68 @@ class Loop:
         self.journal.flush()
         raise NonFinite(f"the loss at step {t.step}", got=f"no finite value in {limit} steps in a row; the last batch "
                         f"held the samples {index}", expected="a finite loss",
-                        mend="look at these samples, lower optim.lr, or use optim.precision=fp32; the last checkpoint "
-                             "is kept, and the same command goes on from it")
+                        mend="look at these samples; the same command tries again from the last checkpoint, and a new "
+                             "run (another --run folder) may take a lower optim.lr or optim.precision=fp32")
 
     # -- saving ---------------------------------------------------------------------------------------------
 
     def _begin_save(self) -> None:
         if self.store.saving:
             self._warn(self.store.finish())
-        self.journal.flush()  # a resumed journal starts at the checkpoint: nothing before it may be missing
+        self.journal.sync()  # a resumed journal starts at the checkpoint: nothing before it may be missing
         self.store.begin(self.training.state())
 
     def _warn(self, sentence: str | None) -> None:
         if sentence:
             LOG.warning("checkpoint not saved, the one before it stays: %s", sentence)
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
         """The last checkpoint, the exported weights, and the mark that the run is done, in this order."""
         t = self.training
-        self.journal.flush()
+        self.journal.sync()
         failed = self.store.save(t.state())
         if failed:
             raise ResumeError("the last checkpoint", got=failed, expected="room to write it",
                               mend="free room, then run the same command again: it goes on from the checkpoint before")
         path = self.export()
-        if t.world.main:
-            done = {"step": t.step, "weights": str(path.relative_to(self.run.root))}
-            files.atomic_write(self.run.done, json.dumps(done))
-        t.world.barrier()
+        if not self._after_epoch():
+            return False
+        done = {"step": t.step, "weights": str(path.relative_to(self.run.root))}
+        t.world.on_main(lambda: files.atomic_write(self.run.done, json.dumps(done)))
+        return True
 
     # -- weights --------------------------------------------------------------------------------------------
 
     def export(self) -> Path:
         """Write the online backbone at this step. All ranks return the path when it is there."""
         t = self.training
-        path = self.run.weights_at(t.step)
-        if t.world.main:
-            views = t.recipe.views
-            weights.save(path, t.pair.online.backbone, t.recipe.arch, mean=views.mean, std=views.std, size=views.size,
-                         step=t.step, method=t.recipe.method.name, fingerprint=self.fingerprint)
-        t.world.barrier()
+        path, views = self.run.weights_at(t.step), t.recipe.views
+        t.world.on_main(lambda: weights.save(
+            path, t.pair.online.backbone, t.recipe.arch, mean=views.mean, std=views.std, size=views.size, step=t.step,
+            method=t.recipe.method.name, fingerprint=config.fingerprint(t.science)))
         return path
 
-    @property
-    def fingerprint(self) -> str:
-        from hpcssl.config import fingerprint
+    def _after_epoch(self) -> bool:
+        """Export the weights of step 0 and of the epochs that are asked for, and evaluate those to be watched.
 
-        return fingerprint(self.training.science)
-
-    def _exported(self) -> bool:
-        """Whether this step's weights are there, by rank 0's word."""
-        return not self.training.world.any(self.training.world.main
-                                           and not self.run.weights_at(self.training.step).exists())
-
-    def _after_epoch(self) -> None:
-        """Export the weights of step 0 and of the epochs that are asked for, and evaluate those to be watched."""
+        False if a stop came during the evaluation, which is then made up for by the next attempt.
+        """
         t = self.training
         epoch, inside = divmod(t.step, t.steps_per_epoch)
 
         def due(every: int) -> bool:
             return every > 0 and inside == 0 and epoch % every == 0
 
-        watched = self.watch is not None and due(self.watch.every_epochs)
-        if t.step == 0 or watched or due(t.recipe.machine.export_epochs):
-            path = self.export()
+        watched = self.watch is not None and due(self.watch.every_epochs) and not self.journal.scored(t.step)
+        if not (t.step == 0 or watched or due(t.recipe.machine.export_epochs)):
+            return True
+        path = self.export()
         if watched:
+            if self.store.saving:  # sealed now: the evaluation may be the last that this attempt lives to do
+                self._warn(self.store.finish())
             self.journal.flush()
-            self.journal.score(t.step, **self.watch(path, t.step))
+            scores = self.watch(path, t.step)
+            if scores is None:
+                return False
+            self.journal.score(t.step, **scores)
+        return True

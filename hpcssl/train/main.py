@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -10,11 +11,12 @@ from collections.abc import Callable
 
 import torch
 
-from hpcssl import files
+from hpcssl import config, files
 from hpcssl.data.loader import Loader
 from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
+from hpcssl.data.stage import stage
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hpcssl.files import RunDir
 from hpcssl.journal import Journal, set_up_logging
@@ -31,12 +33,13 @@ LOG = logging.getLogger("hpcssl")
 
 
 def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
-          attempt: dict | None = None, watch: Callable[[Recipe, RunDir, World], Watch | None] | None = None) -> int:
-    """Train ``recipe`` (by default what ``run.config`` says) from the newest whole checkpoint on. Every rank calls it.
+          attempt: dict | None = None, watch: Callable[..., Watch | None] | None = None) -> int:
+    """Train ``recipe`` (by default what ``run.config`` says) from the newest whole checkpoint on. All ranks call it.
 
     ``requeue`` asks for another attempt after a stop (rank 0, once the state is durable): None if granted, else a
-    sentence. ``attempt``: what ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch`` makes the
-    evaluation during training. Returns 0 when the run is finished, 75 when it was stopped. Raises ``HpcsslError``.
+    sentence. ``attempt``: what ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run,
+    world, stop)`` makes the evaluation during training. Returns 0 when the run is finished, 75 when it was stopped.
+    Raises ``HpcsslError``.
     """
     recipe = recipe or recipes.read(run.config)
     prepare(recipe.machine)
@@ -62,31 +65,36 @@ def prepare(machine: MachineOptions) -> None:
 
 
 def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch) -> int:
-    if run.done.exists():
+    record.take_lock(patience_s=120.0 if requeue else 10.0)
+    if world.any(world.main and run.done.exists()):  # asked of rank 0, once nobody else writes here
         LOG.info("%s is finished; evaluate it, or start another run in another folder", run.root)
         return EXIT_DONE
-    record.take_lock()
     shards = open_shards(recipe)
+    world.on_main(lambda: store(run, recipe, shards))
+    if recipe.data.stage:
+        shards = stage(shards, recipe.data.stage)
     order = Order([s.samples for s in shards.shards], seed=recipe.seed, global_batch=recipe.optim.batch,
-                  window=recipe.data.window if recipe.data.window == "all" else int(recipe.data.window))
+                  window=recipe.data.window_shards)
     order.rows(world.size)  # refuse a world that does not divide before anything is built
     training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, data_digest=shards.digest,
                         labelled=bool((shards.labels >= 0).any()))
     machine = recipe.machine
-    store = Store(run, world, keep=machine.keep, keep_every=machine.keep_every)
-    saved = store.newest()
+    checkpoints = Store(run, world, keep=machine.keep, keep_every=machine.keep_every)
+    saved = checkpoints.newest()
     if saved is not None:
         changed = training.load(saved)
         LOG.info("resumed at step %d from %s", training.step, saved.folder.name)
         if changed:
             LOG.warning("from here on the bits may differ from a run that was never stopped: %s", ", ".join(changed))
+    watched = watch(recipe, run, world, stop.is_set) if watch else None
     record.start(training.step)
-    reader = Reader(shards, limit=recipe.data.damaged_limit, seed=recipe.seed)
+    # mapped only where nobody else writes: a mapped file that shrinks kills the process
+    reader = Reader(shards, limit=recipe.data.damaged_limit, seed=recipe.seed, mapped=bool(recipe.data.stage))
     loader = Loader(reader, order, training.view_specs, seed=recipe.seed, rank=world.rank, size=world.size,
                     threads=machine.loader_threads, pin=world.device.type == "cuda")
     journal = Journal(run, world, first_step=training.step, last_step=training.last_step, every=machine.log_steps,
                       batch=recipe.optim.batch)
-    loop = Loop(training, loader.run, store, journal, run, stop, watch(recipe, run, world) if watch else None)
+    loop = Loop(training, loader.run, checkpoints, journal, run, stop, watched)
     try:
         done = loop.go()
     finally:
@@ -96,11 +104,26 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     if done:
         LOG.info("finished after %d steps: %s", training.step, run.weights_at(training.step))
         return EXIT_DONE
-    record.cause = world.gather_text(stop.reason or "")
+    record.signals, record.why = world.gather_text(stop.reason or ""), loop.unsaved
     answer = world.tell((requeue() or "") if requeue and world.main else "")
-    LOG.info("stopped at step %d, saved; %s", training.step,
+    LOG.info("stopped at step %d, %s; %s", training.step,
+             "saved" if loop.unsaved is None else f"NOT saved ({loop.unsaved}): the checkpoint before it stays",
              "run the same command to go on" if requeue is None else answer or "another attempt was asked for")
     return EXIT_STOPPED
+
+
+def store(run: RunDir, recipe: Recipe, shards: ShardSet) -> None:
+    """Write the recipe of this attempt and the data's digest into the run folder, on rank 0."""
+    text = config.to_yaml(recipe)
+    if not run.data.exists():
+        files.atomic_write(run.data, json.dumps({"train": shards.digest}))
+    if not run.config.exists() or run.config.read_text() != text:
+        files.atomic_write(run.config, text)
+
+
+def digest_of(run: RunDir) -> str | None:
+    """Digest of the shards that the run was started on, or None before its first attempt."""
+    return json.loads(run.data.read_text())["train"] if run.data.exists() else None
 
 
 def open_shards(recipe: Recipe) -> ShardSet:
@@ -117,19 +140,20 @@ class _Attempt:
     def __init__(self, run: RunDir, world: World, told: dict):
         self.run, self.world = run, world
         self.last_step: int | None = None
-        self.cause: list[str] | None = None
+        self.signals: list[str] | None = None
+        self.why: str | None = None
         past = [a["attempt"] for a in files.read_lines(run.attempts) if a.get("event") == "start"]
         self.about = {"attempt": max(past, default=0) + 1, "job": f"process {os.getpid()}"} | told
         self.lock = RunLock(run, str(self.about["job"])) if world.main else None
         self.started = False
 
-    def take_lock(self) -> None:
+    def take_lock(self, patience_s: float) -> None:
         """Rank 0 takes the run's lock; if it cannot, every rank raises its reason."""
-        self.world.on_main(lambda: self.lock.take())
+        self.world.on_main(lambda: self.lock.take(patience_s))
 
     def start(self, step: int) -> None:
+        self.world.on_main(lambda: self._write(event="start", first_step=step))
         self.last_step, self.started = step, True
-        self._write(event="start", first_step=step)
 
     def _write(self, **fields) -> None:
         if self.world.main:
@@ -144,9 +168,9 @@ class _Attempt:
             if error is not None:
                 self._write(event="end", cause="error", last_step=self.last_step,
                             why=" ".join(f"{kind.__name__}: {error}".split())[:500])
-            elif self.cause is not None:
-                signals = sorted({c for c in self.cause if c})
-                self._write(event="end", cause="stopped", signals=signals, last_step=self.last_step)
+            elif self.signals is not None:
+                self._write(event="end", cause="stopped", signals=sorted({s for s in self.signals if s}),
+                            last_step=self.last_step, **({"why": self.why} if self.why else {}))
             else:
                 self._write(event="end", cause="done", last_step=self.last_step)
         if self.lock is not None:

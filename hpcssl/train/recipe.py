@@ -21,6 +21,7 @@ from hpcssl.nets.heads import HeadOptions
 from hpcssl.nets.resnet import Arch
 from hpcssl.optim.build import OptimOptions
 from hpcssl.optim.schedule import ScheduleOptions, total_steps
+from hpcssl.views.plan import ViewOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +35,24 @@ class AboutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """``train``, ``val``: shard folders. ``window``: shards shuffled together, or ``all``. ``damaged_limit``: so many
-    samples that cannot be decoded are replaced and named before the run stops."""
+    """``train``, ``val``: shard folders. ``stage``: a folder on node-local disk to which the training shards are copied
+    and checked first, once per node. ``window``: shards shuffled together, or ``all``. ``damaged_limit``: so many
+    samples that cannot be decoded are replaced and named, per process and attempt, before the run stops.
+    """
 
     train: str = ""
     val: str = ""
+    stage: str = ""
     window: str = "all"
     damaged_limit: int = 100
 
-
-@dataclass(frozen=True, kw_only=True)
-class ViewOptions:
-    """Augmentations by name: of the ``query`` view (online network) and the ``target`` view; ``size`` in pixels."""
-
-    query: str = "strong"
-    target: str = "weak"
-    size: int = 224
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    @property
+    def window_shards(self) -> int | str:
+        """``window`` as ``data/order.py`` takes it. Raises ``ConfigError``."""
+        if self.window != "all" and not (self.window.isdigit() and int(self.window) > 0):
+            raise ConfigError("data.window", got=repr(self.window), expected="a number of shards from 1, or all",
+                              mend="set data.window=all")
+        return self.window if self.window == "all" else int(self.window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +213,7 @@ def check(recipe: Recipe) -> None:
     _choice("model.norm", recipe.model.norm, norm.SCOPES)
     _choice("machine.devices", recipe.machine.devices, ("auto", "cpu", "gpu"))
     _choice("model.stem", recipe.model.stem, resnet.STEMS)
-    if not recipe.model.arch.startswith("timm:"):
-        _choice("model.arch", recipe.model.arch, resnet.NAMES)
+    _choice("model.arch", recipe.model.arch, resnet.NAMES)
     for key, value, least in (("optim.batch", recipe.optim.batch, 2), ("views.size", recipe.views.size, 8),
                               ("machine.accumulate", recipe.machine.accumulate, 1), ("bank.size", recipe.bank.size, 1),
                               ("machine.loader_threads", recipe.machine.loader_threads, 1),
@@ -226,6 +226,7 @@ def check(recipe: Recipe) -> None:
         raise ConfigError("model.norm_group", got=recipe.model.norm_group, expected="2 or more samples per ghost group",
                           mend="set model.norm_group, for example to 64")
     total_steps(recipe.schedule, 10**9)  # a length was asked for
+    _ = recipe.data.window_shards
     if recipe.optim.batch % recipe.machine.accumulate:
         raise ConfigError("machine.accumulate", got=recipe.machine.accumulate,
                           expected=f"a divisor of optim.batch={recipe.optim.batch}",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpcssl import config, rng
 from hpcssl.data.loader import Batch
-from hpcssl.errors import ConfigError, ResumeError
+from hpcssl.errors import ConfigError, ResumeError, WorldError
 from hpcssl.memory.bank import Bank, ColumnSpec
 from hpcssl.methods import METHODS
 from hpcssl.methods.base import Context, Method
@@ -18,7 +17,7 @@ from hpcssl.optim import build, schedule
 from hpcssl.train.checkpoint import Rows, Saved, State
 from hpcssl.train.recipe import Recipe
 from hpcssl.views.augment import NAMED, ViewSpec, apply
-from hpcssl.views.plan import View
+from hpcssl.views.ops import sent
 from hpcssl.world import World
 
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,13 +26,7 @@ _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def method_of(recipe: Recipe) -> Method:
     """The recipe's method with its views. No network is built."""
     _, made = METHODS[recipe.method.name]
-    for key in ("query", "target"):
-        name = getattr(recipe.views, key)
-        if name not in NAMED:
-            raise ConfigError(f"views.{key}", got=repr(name), expected="a named augmentation",
-                              mend="choose one of " + ", ".join(sorted(NAMED)))
-    size = recipe.views.size
-    return made(recipe.method, (View(recipe.views.query, size), View(recipe.views.target, size)))
+    return made(recipe.method, recipe.views)
 
 
 class Training:
@@ -66,9 +59,21 @@ class Training:
 
     def _pair(self) -> Pair:
         recipe, world, options = self.recipe, self.world, self.recipe.model
-        micro = recipe.optim.batch // recipe.machine.accumulate
+        batch, accumulate = recipe.optim.batch, recipe.machine.accumulate
         group = self.science["model"]["norm_group"]
-        norm.check_group(group, global_batch=micro, world_size=world.size)
+        if batch % (accumulate * world.size):
+            raise WorldError("machine.accumulate", got=f"{accumulate} micro-batches of {batch} images on {world.size} "
+                             "processes", expected="micro-batches that divide evenly over the processes",
+                             mend="choose machine.accumulate and the number of processes so that their product "
+                                  "divides optim.batch")
+        if accumulate > 1 and group > batch // accumulate // world.size:
+            raise WorldError("machine.accumulate", got=f"norm groups of {group} images, of which a process sees "
+                             f"{batch // accumulate // world.size} at a time", expected="groups within a micro-batch "
+                             "of one process, since others would be other images' statistics",
+                             mend="set model.norm=ghost with a model.norm_group of at most that, or "
+                                  "machine.accumulate=1")
+        norm.check_group(group, global_batch=batch, world_size=world.size)
+        norm.check_group(group, global_batch=batch // accumulate, world_size=world.size)
 
         def layer(channels: int) -> nn.Module:
             return norm.BatchNorm(channels, group=group, world=world, momentum=options.norm_momentum)
@@ -122,14 +127,14 @@ class Training:
     def context(self, batch: Batch) -> Context:
         device = self.world.device
         return Context(step=batch.step, world=self.world, bank=self.bank, watch_labels=self.labelled,
-                       index_B=_sent(batch.index, device), label_B=_sent(batch.label, device))
+                       index_B=sent(batch.index, device), label_B=sent(batch.label, device))
 
     def shuffles(self, step: int) -> list[Tensor] | None:
         """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""
         if not self.recipe.model.shuffle:
             return None
         keys = [rng.key(self.recipe.seed, "shuffle", step, view) for view in self.method.plan.targets]
-        return [_sent(rng.permutation(key, self.recipe.optim.batch), self.world.device) for key in keys]
+        return [sent(rng.permutation(key, self.recipe.optim.batch), self.world.device) for key in keys]
 
     # -- to and from a checkpoint ---------------------------------------------------------------------------
 
@@ -146,8 +151,12 @@ class Training:
         return State(self.step, tensors, numbers, config.fingerprint(self.science), self.science, self._machinery())
 
     def _machinery(self) -> dict:
+        machine, gpu = self.recipe.machine, self.world.device.type == "cuda"
         return {"threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(),
-                "torch": torch.__version__, "device": self.world.device.type, "world": self.world.size}
+                "torch": torch.__version__, "device": torch.cuda.get_device_name() if gpu else "cpu",
+                "cuda": torch.version.cuda if gpu else None, "cudnn": torch.backends.cudnn.version() if gpu else None,
+                "world": self.world.size, "deterministic": machine.deterministic if gpu else None,
+                "channels_last": machine.channels_last, "accumulate": machine.accumulate}
 
     def load(self, saved: Saved) -> list[str]:
         """Become what was saved. Returns what may change the bits from here on (another torch, thread count, world).
@@ -178,12 +187,6 @@ class Training:
             raise ResumeError(f"checkpoint {saved.folder}", got=f"missing {sorted(ours - theirs)[:3]}, unknown "
                               f"{sorted(theirs - ours)[:3]}", expected="the tensors of this recipe's networks",
                               mend="resume with the version of hpcssl that wrote it (RUN/code)")
-
-
-def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """On the device without waiting for what runs there: a copy from pageable memory would."""
-    there = torch.from_numpy(numbers)
-    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
 
 
 def another_recipe(what: str, ours: dict, theirs: dict) -> ResumeError:

@@ -28,8 +28,8 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     """Take step ``t.step + 1`` on this rank's part of the global batch, or agree with all ranks not to.
 
     ``flags`` are raised by any rank for all of them; they travel with the verdict on the loss, so that the world
-    agrees once per step. A non-finite loss on one rank leaves parameters, target, bank and statistics untouched on
-    every rank.
+    agrees once per step. A non-finite loss or target on one rank leaves parameters, target, bank and statistics
+    untouched on every rank.
     """
     plan, bank = t.method.plan, t.method.bank
     images, ctx = t.images(batch), t.context(batch)
@@ -61,7 +61,7 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
             loss = loss_B.mean() / len(micros)
             losses.append(loss.detach())
             if last:  # on its way while the backward pass runs
-                verdict = t.world.maximum(_raised(sum(losses), flags))
+                verdict = t.world.maximum(_raised(sum(losses), target, flags))
             t.scaler.scale(loss).backward()
 
     poor, *raised = verdict.result().bool().tolist()
@@ -81,6 +81,8 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
             _push(t, target, ctx)
         t.skipped_in_a_row = 0
     t.step += 1
+    if t.scaler.is_enabled():
+        ctx.notes["scale"] = torch.tensor(t.scaler.get_scale())
     scalars = {"loss": sum(losses), "lr": lr, "ema": momentum, "spread": spread(target[plan.targets[0]].z), **ctx.notes}
     return Report(not poor, tuple(raised), scalars)
 
@@ -93,7 +95,9 @@ def _pointed(z: Tensor, mode: str) -> Tensor:
     return z.detach() if mode == "stop" else z
 
 
-def _raised(loss: Tensor, flags: tuple[bool, ...]) -> Tensor:
+def _raised(loss: Tensor, target: dict[int, Emb], flags: tuple[bool, ...]) -> Tensor:
+    """[1 + flags] float32: whether something is not finite here, and this rank's flags. A row of the target that is
+    not finite has no neighbours and costs nothing, so that the loss alone would not tell of it."""
     raised = torch.tensor([False, *flags], dtype=torch.float32).to(loss.device, non_blocking=True)
-    raised[0] = ~loss.isfinite()
+    raised[0] = ~torch.stack([loss.isfinite(), *(emb.z.isfinite().all() for emb in target.values())]).all()
     return raised

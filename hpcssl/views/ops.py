@@ -67,13 +67,19 @@ def _chunk(images, params, blur_kernel, scale, shift, dtype, out) -> None:
     out.copy_(x.permute(0, 2, 3, 1))
 
 
+def sent(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device without waiting for what runs there: a copy from pageable memory would wait."""
+    there = torch.from_numpy(numbers)
+    return there.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else there
+
+
 def _flipped(images: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     if len(rows) == 0:
         return images
     planes = images.permute(0, 3, 1, 2)  # torch's fast path for mirroring knows this layout
     if len(rows) == len(images):
         return planes.flip(3).permute(0, 2, 3, 1)
-    index = torch.from_numpy(rows).to(images.device)
+    index = sent(rows, images.device)
     images = images.clone()
     images[index] = planes[index].flip(3).permute(0, 2, 3, 1)
     return images
@@ -92,13 +98,13 @@ def _on_rows(x: torch.Tensor, wants: np.ndarray, op, values: np.ndarray | None =
     elif len(rows) == 1:
         value = (float(values[rows[0]]),)
     else:
-        value = (torch.from_numpy(values[rows]).to(x.device, x.dtype).view(-1, 1, 1, 1),)
+        value = (sent(values[rows], x.device).to(x.dtype).view(-1, 1, 1, 1),)
     if len(rows) == len(x):
         op(x, *value, **options)
     elif len(rows) == 1:
         op(x[rows[0]:rows[0] + 1], *value, **options)
     else:
-        index = torch.from_numpy(rows).to(x.device)
+        index = sent(rows, x.device)
         some = x[index]
         op(some, *value, **options)
         x[index] = some
@@ -111,8 +117,8 @@ def brightness(x: torch.Tensor, factor) -> None:
 
 def contrast(x: torch.Tensor, factor) -> None:
     """Blend with the mean of the gray image. torchvision's adjust_contrast, in place."""
-    luma = torch.tensor(_GRAY, dtype=x.dtype, device=x.device)
-    mean = (x.mean((2, 3)) * luma).sum(1).view(-1, 1, 1, 1)
+    r, g, b = x.mean((2, 3)).unbind(1)
+    mean = (r * _GRAY[0] + g * _GRAY[1] + b * _GRAY[2]).view(-1, 1, 1, 1)
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
@@ -196,7 +202,7 @@ def blur_matrix(sigma: np.ndarray, size: int, kernel: str, *, dtype=torch.float3
             corner[:, i, 1:radius + 1 - i] = weight[:, i + 1:]
         else:
             corner[:, i, 0] = weight[:, i + 1:].sum(1)
-    table, corner = (torch.from_numpy(part).to(device, dtype) for part in (table, corner))
+    table, corner = (sent(part, torch.device(device)).to(dtype) for part in (table, corner))
     matrix = table.as_strided((len(sigma), size, size), (2 * size - 1, 1, 1)).flip(1)
     matrix[:, :radius, :radius + 1] += corner
     matrix[:, size - radius:, size - radius - 1:] += corner.flip(1, 2)

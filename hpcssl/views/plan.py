@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from hpcssl.errors import ConfigError
+from hpcssl.views.augment import IMAGENET_MEAN, IMAGENET_STD, NAMED
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Augmentations by name: of the ``query`` view (online network) and the ``target`` view; ``size`` in pixels."""
+
+    query: str = "strong"
+    target: str = "weak"
+    size: int = 224
+    mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+
+    def pair(self) -> tuple[View, View]:
+        """The query's view and the target's. Raises ``ConfigError`` for an augmentation of unknown name."""
+        for key in ("query", "target"):
+            if getattr(self, key) not in NAMED:
+                raise ConfigError(f"views.{key}", got=repr(getattr(self, key)), expected="a named augmentation",
+                                  mend="choose one of " + ", ".join(sorted(NAMED)))
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != 3:
+                raise ConfigError(f"views.{key}", got=getattr(self, key),
+                                  expected="three numbers, for red, green, blue", mend=f"set views.{key}=[0.5,0.5,0.5]")
+        return View(self.query, self.size), View(self.target, self.size)
 
 
 @dataclass(frozen=True)
