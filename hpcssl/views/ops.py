@@ -38,7 +38,7 @@ def _normaliser(mean, std, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(x - mean) / std as x * scale + shift, [3] each, for x in [0, 1]."""
     scale = 1 / torch.tensor(std, dtype=torch.float64)
     shift = -torch.tensor(mean, dtype=torch.float64) * scale
-    return scale.to(device, dtype), shift.to(device, dtype)
+    return sent(scale.numpy(), device).to(dtype), sent(shift.numpy(), device).to(dtype)
 
 
 def _chunk(images, params, blur_kernel, scale, shift, dtype, out) -> None:

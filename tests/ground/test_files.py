@@ -71,7 +71,8 @@ def test_the_runs_lock_dies_with_its_owner(tmp_path):
 
     run = RunDir(tmp_path / "run")
     code = ("import time; from hpcssl.files import RunDir; from hpcssl.train.lock import RunLock\n"
-            f"lock = RunLock(RunDir({str(run.root)!r}), 'job 17'); lock.take(); print('held', flush=True); time.sleep(60)")
+            f"lock = RunLock(RunDir({str(run.root)!r}), 'job 17'); lock.take()\n"
+            "print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(ResumeError, match=f"job 17, process {holder.pid} on"):

@@ -47,5 +47,5 @@ def test_a_permutation_is_one_and_uniform_numbers_are_uniform():
     order = rng.permutation(rng.key(0, "p"), 1000)
     assert sorted(order.tolist()) == list(range(1000))
     numbers = rng.uniform(rng.key(0, "u"), 20_000)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.01 and abs(numbers.var() - 1 / 12) < 0.002
