@@ -30,11 +30,12 @@ class BankSpec:
 
     The column ``key`` holds target projections; ``index`` the sample's number and ``label`` its class, or -1.
     ``push``: ``before`` the lookup, so that an image finds itself (MSF), or ``after`` the step, so that it cannot
-    (NNCLR, MoCo). ``view`` is the target view whose embeddings are kept.
+    (NNCLR, MoCo). ``views`` are the target views whose embeddings are kept, one after the other; before the lookup
+    only one can be.
     """
 
     push: Literal["before", "after"]
-    view: int
+    views: tuple[int, ...]
 
 
 @dataclass
@@ -58,11 +59,15 @@ class Method(Protocol):
 
     ``target``: the encoder that is aimed at is a moving average of the online one (``ema``), the online one without
     gradient (``stop``), or with it (``same``). ``predictor``: whether the online side has a prediction head.
+    ``in_batch``: the loss of a row looks at other rows of its batch (in-batch negatives, codes), so that a batch
+    cannot be cut into micro-batches. ``constant_lr``: prefixes of online parameters that do not follow the schedule.
     """
 
     plan: ViewPlan
     target: Literal["ema", "stop", "same"]
     predictor: bool
+    in_batch: bool
+    constant_lr: tuple[str, ...]
     bank: BankSpec | None
 
     def aim(self, target: Emb, ctx: Context) -> Any:

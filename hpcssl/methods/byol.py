@@ -37,6 +37,8 @@ class Byol:
 
     target = "ema"
     predictor = True
+    in_batch = False
+    constant_lr = ()
     bank = None
 
     def __init__(self, options: ByolOptions, views: ViewOptions):

@@ -45,13 +45,15 @@ class Msf:
 
     target = "ema"
     predictor = True
+    in_batch = False
+    constant_lr = ()
 
     def __init__(self, options: MsfOptions, views: ViewOptions):
         if options.k < 1:
             raise ConfigError("method.k", got=options.k, expected="1 or more neighbours", mend="set method.k=5")
         self.options = options
         self.plan = one_way(*views.pair())
-        self.bank = BankSpec(push="before" if options.include_self else "after", view=1)
+        self.bank = BankSpec(push="before" if options.include_self else "after", views=(1,))
 
     def aim(self, target: Emb, ctx: Context) -> Hits:
         hits = ctx.bank.nearest(target.z, self.options.k)

@@ -48,13 +48,14 @@ class Training:
         for layer in norm.norms_of([self.pair.online]):
             layer.micro_batches = recipe.machine.accumulate
         self.optimizer = build.build(recipe.optim, self.pair.online.named_parameters(),
-                                     global_batch=recipe.optim.batch)
+                                     global_batch=recipe.optim.batch, constant_lr=self.method.constant_lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
         self.bank = self._bank()
-        if recipe.machine.accumulate > 1 and self.method.target != "ema":
-            raise ConfigError("machine.accumulate", got=f"{recipe.machine.accumulate} with method {recipe.method.name}",
-                              expected="1, since this method's targets come from the same pass as its queries",
-                              mend="set machine.accumulate=1 and use more processes")
+        if recipe.machine.accumulate > 1 and (self.method.in_batch or self.method.target != "ema"):
+            raise ConfigError("machine.accumulate",
+                              got=f"{recipe.machine.accumulate} with method {recipe.method.name}",
+                              expected="1, since the rows of its batch enter each other's loss, or its targets come "
+                              "from the same pass as its queries", mend="set machine.accumulate=1 and use more processes")
         self.skipped_in_a_row = 0
 
     def _pair(self) -> Pair:
@@ -92,6 +93,9 @@ class Training:
     def _bank(self) -> Bank | None:
         if self.method.bank is None:
             return None
+        if self.recipe.bank.size < self.recipe.optim.batch:
+            raise ConfigError("bank.size", got=self.recipe.bank.size, expected=f"at least the batch, "
+                              f"{self.recipe.optim.batch}", mend=f"set bank.size={self.recipe.optim.batch} or more")
         options = self.recipe.bank
         columns = {"key": ColumnSpec(self.recipe.model.projector.out), "index": ColumnSpec(), "label": ColumnSpec()}
         # a GPU certifies neighbours only where bits are asked for: it has to wait for the host

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpcssl.data.loader import Batch
+from hpcssl.memory.bank import Ticket
 from hpcssl.methods.base import Context, Emb
 from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
@@ -87,8 +88,11 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     return Report(not poor, tuple(raised), scalars)
 
 
-def _push(t: Training, target: dict[int, Emb], ctx: Context):
-    return t.bank.push(key=target[t.method.bank.view].z.detach(), index=ctx.index_B, label=ctx.label_B)
+def _push(t: Training, target: dict[int, Emb], ctx: Context) -> Ticket:
+    """Feed the bank with the views that the method keeps; the ticket of the last one."""
+    for view in t.method.bank.views:
+        ticket = t.bank.push(key=target[view].z.detach(), index=ctx.index_B, label=ctx.label_B)
+    return ticket
 
 
 def _pointed(z: Tensor, mode: str) -> Tensor:
