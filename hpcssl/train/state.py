@@ -55,7 +55,8 @@ class Training:
             raise ConfigError("machine.accumulate",
                               got=f"{recipe.machine.accumulate} with method {recipe.method.name}",
                               expected="1, since the rows of its batch enter each other's loss, or its targets come "
-                              "from the same pass as its queries", mend="set machine.accumulate=1 and use more processes")
+                              "from the same pass as its queries",
+                              mend="set machine.accumulate=1 and use more processes")
         self.skipped_in_a_row = 0
 
     def _pair(self) -> Pair:
