@@ -42,6 +42,7 @@ class BankSpec:
 class Context:
     """What ``aim`` and ``agree`` may look at beside embeddings. ``notes`` takes diagnostics (scalar tensors).
 
+    ``partner_B``: int64 [b], whose image each row's query is mixed with; None for a query of one image.
     ``watch_labels``: the data set has labels, so that diagnostics may use them.
     """
 
@@ -50,6 +51,7 @@ class Context:
     bank: Bank | None
     index_B: Tensor
     label_B: Tensor
+    partner_B: Tensor | None = None
     watch_labels: bool = False
     notes: dict[str, Tensor] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from hpcssl.nets.heads import HeadOptions
 from hpcssl.nets.resnet import Arch
 from hpcssl.optim.build import OptimOptions
 from hpcssl.optim.schedule import ScheduleOptions, total_steps
+from hpcssl.views.mix import MixOptions
 from hpcssl.views.plan import ViewOptions
 
 
@@ -122,6 +123,7 @@ class Recipe:
     data: DataOptions = field(default_factory=DataOptions)
     views: ViewOptions = field(default_factory=ViewOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    mix: MixOptions = field(default_factory=MixOptions)
     method: Any = None
     bank: BankOptions = field(default_factory=BankOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

@@ -16,6 +16,7 @@ from hpcssl.nets.pair import Branch, Pair
 from hpcssl.optim import build, schedule
 from hpcssl.train.checkpoint import Rows, Saved, State
 from hpcssl.train.recipe import Recipe
+from hpcssl.views import mix
 from hpcssl.views.augment import NAMED, ViewSpec, apply
 from hpcssl.views.ops import sent
 from hpcssl.world import World
@@ -40,6 +41,7 @@ class Training:
         self.recipe, self.world, self.labelled = recipe, world, labelled
         self.science = recipe.science(data_digest, world.size)
         self.method = method_of(recipe)
+        self.plan = mix.rewrite(self.method.plan, recipe.mix)
         self.steps_per_epoch, self.step = steps_per_epoch, 0
         self.last_step = schedule.total_steps(recipe.schedule, steps_per_epoch)
         self.dtype = torch.float64 if recipe.optim.precision == "fp64" else torch.float32
@@ -68,6 +70,10 @@ class Training:
                              "processes", expected="micro-batches that divide evenly over the processes",
                              mend="choose machine.accumulate and the number of processes so that their product "
                                   "divides optim.batch")
+        if recipe.mix.kind != "none" and batch // accumulate // world.size % 2:
+            raise WorldError("mix.kind", got=f"{batch // accumulate // world.size} images of a process at a time",
+                             expected="an even number, since neighbours are mixed", mend="use fewer processes or "
+                             "micro-batches, or an even optim.batch per process")
         if accumulate > 1 and group > batch // accumulate // world.size:
             raise WorldError("machine.accumulate", got=f"norm groups of {group} images, of which a process sees "
                              f"{batch // accumulate // world.size} at a time", expected="groups within a micro-batch "
@@ -120,14 +126,14 @@ class Training:
     def view_specs(self) -> list[ViewSpec]:
         """The views that the loader cuts, in the plan's order."""
         return [ViewSpec(name=f"{i}-{v.augment}", augment=NAMED[v.augment], size=v.size)
-                for i, v in enumerate(self.method.plan.views)]
+                for i, v in enumerate(self.plan.views)]
 
     def images(self, batch: Batch) -> list[Tensor]:
         """The batch's views on the device, augmented and normalised, [b, 3, S, S] each."""
         views = self.recipe.views
         return [apply(image.to(self.world.device, non_blocking=True), params, NAMED[view.augment],
                       mean=views.mean, std=views.std, dtype=self.dtype)
-                for image, params, view in zip(batch.images, batch.params, self.method.plan.views, strict=True)]
+                for image, params, view in zip(batch.images, batch.params, self.plan.views, strict=True)]
 
     def context(self, batch: Batch) -> Context:
         device = self.world.device
@@ -138,7 +144,7 @@ class Training:
         """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""
         if not self.recipe.model.shuffle:
             return None
-        keys = [rng.key(self.recipe.seed, "shuffle", step, view) for view in self.method.plan.targets]
+        keys = [rng.key(self.recipe.seed, "shuffle", step, view) for view in self.plan.targets]
         return [sent(rng.permutation(key, self.recipe.optim.batch), self.world.device) for key in keys]
 
     # -- to and from a checkpoint ---------------------------------------------------------------------------

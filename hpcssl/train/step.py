@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hpcssl import rng
 from hpcssl.data.loader import Batch
 from hpcssl.memory.bank import Ticket
 from hpcssl.methods.base import Context, Emb
 from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
 from hpcssl.train.state import Training
+from hpcssl.views import mix
+from hpcssl.views.mix import Mixture
+from hpcssl.views.plan import Term
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     agrees once per step. A non-finite loss or target on one rank leaves parameters, target, bank and statistics
     untouched on every rank.
     """
-    plan, bank = t.method.plan, t.method.bank
+    plan, bank = t.plan, t.method.bank
     images, ctx = t.images(batch), t.context(batch)
+    mixtures = _mix(t, images)
     lr, momentum = t.set_rates()
 
     target: dict[int, Emb] = {}
@@ -57,8 +62,7 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
                 target = {v: Emb(_pointed(query[v].z, t.method.target)) for v in plan.targets}
                 ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
                 aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
-            loss_B = sum(term.share * t.method.agree(query[term.query], aims[term.target], pos_B, ctx)
-                         for term in plan.terms)
+            loss_B = sum(_agree(t, term, query, aims, pos_B, ctx, mixtures) for term in plan.terms)
             loss = loss_B.mean() / len(micros)
             losses.append(loss.detach())
             if last:  # on its way while the backward pass runs
@@ -86,6 +90,27 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
         ctx.notes["scale"] = torch.tensor(t.scaler.get_scale())
     scalars = {"loss": sum(losses), "lr": lr, "ema": momentum, "spread": spread(target[plan.targets[0]].z), **ctx.notes}
     return Report(not poor, tuple(raised), scalars)
+
+
+def _mix(t: Training, images: list[Tensor]) -> dict[int, Mixture]:
+    """Append the plan's mixed views to the images; what each was mixed with, by the number of the view."""
+    made = {}
+    for source in t.plan.mixed:
+        key = rng.key(t.recipe.seed, "mix", t.step, source)
+        made[len(images)] = mix.draw(t.recipe.mix, key, t.plan.views[source].size)
+        images.append(mix.apply(images[source], made[len(images)]))
+    return made
+
+
+def _agree(t: Training, term: Term, query: dict[int, Emb], aims: dict[int, object], pos_B: Tensor, ctx: Context,
+           mixtures: dict[int, Mixture]) -> Tensor:
+    """One term's loss per row [b], with its share."""
+    if term.role == "plain":
+        return term.share * t.method.agree(query[term.query], aims[term.target], pos_B, ctx)
+    lam = mixtures[term.query].lam
+    ctx = replace(ctx, partner_B=pos_B ^ 1)
+    where_B, weight = (pos_B, lam) if term.role == "own" else (pos_B ^ 1, 1 - lam)
+    return term.share * weight * t.method.agree(query[term.query], aims[term.target], where_B, ctx)
 
 
 def _push(t: Training, target: dict[int, Emb], ctx: Context) -> Ticket:

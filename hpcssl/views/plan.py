@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hpcssl.errors import ConfigError
 from hpcssl.views.augment import IMAGENET_MEAN, IMAGENET_STD, NAMED
@@ -43,20 +44,26 @@ class View:
 class Term:
     """The online embedding of view ``query`` must agree with the target embedding of view ``target``.
 
-    ``share`` weighs the term in the loss. Numbers are positions in ``ViewPlan.views``.
+    ``share`` weighs the term in the loss. Numbers are positions in ``ViewPlan.views``, and past its end in ``mixed``.
+    ``role``: a mixed query has two targets, its ``own`` image's with share λ and its ``partner``'s with 1 − λ.
     """
 
     query: int
     target: int
     share: float = 1.0
+    role: Literal["plain", "own", "partner"] = "plain"
 
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """The views that are cut from each image, and the terms of the loss between them."""
+    """The views that are cut from each image, and the terms of the loss between them.
+
+    ``mixed``: views that are made of others by mixing two images (``views/mix.py``); each is given by its source.
+    """
 
     views: tuple[View, ...]
     terms: tuple[Term, ...]
+    mixed: tuple[int, ...] = ()
 
     @property
     def queries(self) -> tuple[int, ...]:

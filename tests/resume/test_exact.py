@@ -19,7 +19,7 @@ CASES = {
                                               "views.query=small"]),
     "byol-local-fp16": ("digits_byol", ["model.norm=local", "optim.precision=fp16"]),
     "byol-whole-lars": ("digits_byol", ["model.norm=whole", "optim.name=lars", "optim.exclude_norm_and_bias=true"]),
-    "byol-ghost-accumulate": ("digits_byol", ["model.norm=ghost", "model.norm_group=4", "machine.accumulate=2"]),
+    "byol-ghost-accumulate": ("digits_byol", ["model.norm=ghost", "model.norm_group=2", "machine.accumulate=2"]),
 }
 KILLS = [{"kill_at": 3, "machine": ["machine.loader_threads=2"]},
          {"kill_at": 7, "machine": ["machine.loader_threads=4"]},
