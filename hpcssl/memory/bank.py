@@ -49,12 +49,12 @@ class Hits:
 
 @dataclass(frozen=True)
 class Ticket:
-    """What one push has overwritten on this rank. ``Bank.take_back`` restores it."""
+    """What one push has overwritten on this rank, and where. ``Bank.take_back`` restores it."""
 
     serial: int
     pointer: int
     filled: int
-    count: int
+    places: list[slice] | list[Tensor]
     replaced: dict[str, list[Tensor]]
 
 
@@ -104,9 +104,10 @@ class Bank:
 
     # -- the ring ---------------------------------------------------------------------------------------------
 
-    def push(self, **rows: Tensor) -> Ticket:
+    def push(self, slots: Tensor | None = None, /, **rows: Tensor) -> Ticket:
         """Write every rank's rows, [b, D] or [b] for each column, over the oldest slots, rank 0's first.
 
+        ``slots`` [W·b] int64 (``slots_at``): write there instead, and leave the pointer where it is.
         Raises ``ConfigError`` for other columns or shapes than the bank's, ``WorldError`` if W·b > N.
         """
         self._check(rows)
@@ -115,36 +116,48 @@ class Bank:
             raise WorldError("a push into the bank", got=f"{count} rows from {self.world.size} ranks at once",
                              expected=f"at most its {self.size} slots",
                              mend="raise bank.size to the global batch or more")
-        pieces, replaced = self._pieces(count), {}
+        pieces, replaced = self._pieces(count) if slots is None else self._scattered(slots), {}
         for name, held in self._rows.items():
             batch = self.world.gather(rows[name].to(held.dtype))
-            replaced[name] = [held[to:to + n].clone() for _, to, n in pieces]
-            for source, to, n in pieces:
-                held[to:to + n] = batch[source:source + n]
+            replaced[name] = [held[to].clone() for _, to in pieces]
+            for source, to in pieces:
+                held[to] = batch[source]
         self._serial += 1
-        ticket = Ticket(self._serial, self.pointer, self.filled, count, replaced)
-        self.pointer, self.filled = (self.pointer + count) % self.size, min(self.size, self.filled + count)
+        ticket = Ticket(self._serial, self.pointer, self.filled, [to for _, to in pieces], replaced)
+        if slots is None:
+            self.pointer, self.filled = (self.pointer + count) % self.size, min(self.size, self.filled + count)
         return ticket
+
+    def slots_at(self, key: int, count: int) -> Tensor | None:
+        """``count`` different slots drawn at the address ``key``, for ``push``; None, which means the next ones,
+        until every slot is filled. No collective."""
+        if self.filled < self.size:
+            return None
+        return torch.from_numpy(rng.permutation(key, self.size)[:count]).to(self.world.device)
 
     def take_back(self, ticket: Ticket) -> None:
         """Undo the last push, bit for bit. No collective. ``ValueError`` for the ticket of any other push."""
         if ticket.serial != self._serial:
             raise ValueError(f"ticket {ticket.serial}: only the last push can be taken back, and only once")
         self.pointer, self.filled = ticket.pointer, ticket.filled
-        pieces = self._pieces(ticket.count)
         for name, held in self._rows.items():
-            for (_, to, n), old in zip(pieces, ticket.replaced[name], strict=True):
-                held[to:to + n] = old
+            for to, old in zip(ticket.places, ticket.replaced[name], strict=True):
+                held[to] = old
         self._serial += 1
 
-    def _pieces(self, count: int) -> list[tuple[int, int, int]]:
-        """Where ``count`` rows from the pointer on land here: (row of the batch, row held here, length)."""
+    def _pieces(self, count: int) -> list[tuple[slice, slice]]:
+        """Where ``count`` rows from the pointer on land here: (rows of the batch, rows held here)."""
         straight, pieces = min(count, self.size - self.pointer), []
         for slot, source, n in ((self.pointer, 0, straight), (0, straight, count - straight)):
             low, high = max(slot, self.first), min(slot + n, self.last)
             if low < high:
-                pieces.append((source + low - slot, low - self.first, high - low))
+                pieces.append((slice(source + low - slot, source + high - slot),
+                               slice(low - self.first, high - self.first)))
         return pieces
+
+    def _scattered(self, slots: Tensor) -> list[tuple[Tensor, Tensor]]:
+        source = ((slots >= self.first) & (slots < self.last)).nonzero()[:, 0]
+        return [(source, slots[source] - self.first)]
 
     # -- lookups ----------------------------------------------------------------------------------------------
 
@@ -186,6 +199,18 @@ class Bank:
         if not self.sharded:
             return self._fetch(column, slot)
         return self.world.part(self._fetch(column, self.world.gather(slot)))
+
+    def everything(self, column: str) -> Tensor:
+        """Every filled slot's value, [filled, D] or [filled], in slot order, without gradient: for losses over the
+        whole bank, which are the same bits in either placement. A replicated bank gives a view of the living rows,
+        to be used before the next push; a sharded one gathers all N."""
+        self._column(column)
+        held = self._rows[column]
+        if self.sharded:  # every rank but the last ones holds as many rows as the first
+            padded = held.new_zeros(-(-self.size // self.world.size), *held.shape[1:])
+            padded[:len(held)] = held
+            held = self.world.gather(padded)
+        return held[:self.filled]
 
     def _best_of_ranks(self, score: Tensor, slot: Tensor, k: int) -> Tensor:
         """Second stage: the best k of every rank's k candidates, for all W·b queries, on every rank."""

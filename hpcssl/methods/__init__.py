@@ -1,10 +1,20 @@
 """The methods by name. A method is added by one file and one line here."""
 
 from hpcssl.methods.byol import Byol, ByolOptions
+from hpcssl.methods.moco import Moco, MocoOptions
 from hpcssl.methods.msf import Msf, MsfOptions
+from hpcssl.methods.nnclr import Nnclr, NnclrOptions
+from hpcssl.methods.nnsiam import Nnsiam, NnsiamOptions
+from hpcssl.methods.simclr import SimClr, SimClrOptions
+from hpcssl.methods.simsiam import SimSiam, SimSiamOptions
 
 METHODS = {
     "byol": (ByolOptions, Byol),
+    "moco": (MocoOptions, Moco),
     "msf": (MsfOptions, Msf),
+    "nnclr": (NnclrOptions, Nnclr),
+    "nnsiam": (NnsiamOptions, Nnsiam),
+    "simclr": (SimClrOptions, SimClr),
+    "simsiam": (SimSiamOptions, SimSiam),
 }
 """Name -> (its options, its class)."""

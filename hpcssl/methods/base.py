@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from hpcssl import rng
 from hpcssl.memory.bank import Bank
+from hpcssl.views.ops import sent
 from hpcssl.views.plan import ViewPlan
 from hpcssl.world import World
 
@@ -17,11 +20,12 @@ class Emb:
     """Embeddings of one view, unit length, in the precision of the loss (float32, or float64 in proofs).
 
     ``z`` [b, D] is the projection, ``u`` [b, D] the prediction: None on the target's side and for methods without
-    a predictor.
+    a predictor. ``view`` is its position in the plan.
     """
 
     z: Tensor
     u: Tensor | None = None
+    view: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,12 @@ class BankSpec:
     The column ``key`` holds target projections; ``index`` the sample's number and ``label`` its class, or -1.
     ``push``: ``before`` the lookup, so that an image finds itself (MSF), or ``after`` the step, so that it cannot
     (NNCLR, MoCo). ``views`` are the target views whose embeddings are kept, one after the other; before the lookup
-    only one can be.
+    only one can be. ``replace``: new rows take the place of the ``oldest``, or of rows drawn at ``random``.
     """
 
     push: Literal["before", "after"]
     views: tuple[int, ...]
+    replace: Literal["oldest", "random"] = "oldest"
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Context:
     """
 
     step: int
+    seed: int
     world: World
     bank: Bank | None
     index_B: Tensor
@@ -54,6 +60,21 @@ class Context:
     partner_B: Tensor | None = None
     watch_labels: bool = False
     notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def uniform(self, *address: int | str) -> Tensor:
+        """[b] float64 in [0, 1): one number for each image of this step, whichever rank it is on."""
+        whole = rng.uniform(rng.key(self.seed, *address, self.step), len(self.index_B) * self.world.size)
+        return self.world.part(sent(whole, self.index_B.device))
+
+    def everyone(self, x: Tensor) -> Tensor:
+        """[b, …] of this rank as [W·b, …] of the global batch, with gradient to the rank that each row came from."""
+        return self.world.gather_grad(x)
+
+    def rows(self, pos_B: Tensor | None = None) -> Tensor:
+        """Numbers in the global batch of this rank's rows, or of those at ``pos_B``; [b] int64."""
+        b = len(self.index_B)
+        own_B = torch.arange(b, device=self.index_B.device) if pos_B is None else pos_B
+        return own_B + self.world.rank * b
 
 
 class Method(Protocol):

@@ -1,11 +1,13 @@
 """Each formula of the documents once. Losses are per row, [B]; the mean over rows and ranks is taken by the step.
 
-Letters in shapes: B rows of this rank, D embedding width, K neighbours. All embeddings have unit length, u is a
-prediction of the online network, v and z come from the target network and carry no gradient.
+Letters in shapes: B rows of this rank, D embedding width, K neighbours, N rows of the global batch or of the bank. All
+embeddings have unit length, u is a prediction of the online network, v and z come from the target network and carry no
+gradient (but in ``nt_xent``, where both sides do).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +24,38 @@ def mean_shift(u_BD: Tensor, z_BKD: Tensor, valid_BK: Tensor) -> Tensor:
     """
     distance_BK = 2 - 2 * (z_BKD @ u_BD[:, :, None]).squeeze(2)
     return (distance_BK * valid_BK).sum(1) / valid_BK.sum(1).clamp(min=1)
+
+
+def negative_cosine(u_BD: Tensor, v_BD: Tensor) -> Tensor:
+    """−u·v for unit vectors: SimSiam eq. 1. Half of ``regression``, less the constant. [B]"""
+    return -(u_BD * v_BD).sum(1)
+
+
+def info_nce(q_BD: Tensor, key_BD: Tensor, negative_ND: Tensor, tau: float) -> Tensor:
+    """−log [ exp(q·k₊/τ) / (exp(q·k₊/τ) + Σ_n exp(q·k_n/τ)) ]: MoCo eq. 1. [B]"""
+    positive_B1 = (q_BD * key_BD).sum(1, keepdim=True)
+    logits = torch.cat((positive_B1, q_BD @ negative_ND.T), 1) / tau
+    return logits.logsumexp(1) - logits[:, 0]
+
+
+def contrast(a_BD: Tensor, b_ND: Tensor, partner_B: Tensor, tau: float) -> Tensor:
+    """−log [ exp(a_i·b_p/τ) / Σ_n exp(a_i·b_n/τ) ] with p = partner_B[i], a row of b: NNCLR eq. 3. [B]"""
+    logits_BN = a_BD @ b_ND.T / tau
+    return logits_BN.logsumexp(1) - logits_BN.gather(1, partner_B[:, None])[:, 0]
+
+
+def nt_xent(a_BD: Tensor, b_ND: Tensor, a_ND: Tensor, partner_B: Tensor, own_BM: Tensor, tau: float) -> Tensor:
+    """−log [ exp(a_i·b_p/τ) / (Σ_n exp(a_i·b_n/τ) + Σ_{n∉own} exp(a_i·a_n/τ)) ]: SimCLR eq. 1, BSIM eq. 1. [B]
+
+    ``a_ND``: all rows of the batch of the kind of a. ``own_BM``: those that are no negatives of a_i, which is a_i
+    itself, and for a mixture of two images its partner's.
+    """
+    within_BN = (a_BD @ a_ND.T).scatter(1, own_BM, -torch.inf)
+    logits = torch.cat((a_BD @ b_ND.T, within_BN), 1) / tau
+    return logits.logsumexp(1) - logits.gather(1, partner_B[:, None])[:, 0]
+
+
+def soft_neighbour(z_BD: Tensor, bank_ND: Tensor, tau: float) -> Tensor:
+    """Σ_n softmax_n(z·q_n/τ) q_n, scaled to unit length: the soft nearest neighbour of NNCLR section 4.4. [B, D]"""
+    mixed_BD = (z_BD @ bank_ND.T / tau).softmax(1) @ bank_ND
+    return mixed_BD / mixed_BD.norm(dim=1, keepdim=True)

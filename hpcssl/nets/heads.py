@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from hpcssl.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
     """Linear - BN - ReLU for each hidden width, then Linear to ``out``.
 
     ``bias``, ``norm`` are those of the hidden layers; ``last_bias``, ``last_norm`` (without ReLU) of the last one.
+    ``last_affine=False``: the last norm has no scale and shift (SimSiam).
     """
 
     hidden: list[int] = field(default_factory=lambda: [4096])
@@ -21,10 +24,16 @@ class HeadOptions:
     norm: bool = True
     last_bias: bool = True
     last_norm: bool = False
+    last_affine: bool = True
+
+    def __post_init__(self):
+        if not (self.last_affine or self.last_norm):
+            raise ConfigError("a head's last_affine", got="false without last_norm", expected="a last norm to act on",
+                              mend="set last_norm=true, or leave last_affine=true")
 
 
-def build(width: int, options: HeadOptions, norm: Callable[[int], nn.Module]) -> nn.Sequential:
-    """The head for inputs [b, width]; it gives [b, options.out]."""
+def build(width: int, options: HeadOptions, norm: Callable[..., nn.Module]) -> nn.Sequential:
+    """The head for inputs [b, width]; it gives [b, options.out]. ``norm(channels, affine=True)`` makes a layer."""
     layers: list[nn.Module] = []
     for hidden in options.hidden:
         layers.append(nn.Linear(width, hidden, bias=options.bias))
@@ -34,5 +43,5 @@ def build(width: int, options: HeadOptions, norm: Callable[[int], nn.Module]) ->
         width = hidden
     layers.append(nn.Linear(width, options.out, bias=options.last_bias))
     if options.last_norm:
-        layers.append(norm(options.out))
+        layers.append(norm(options.out, affine=options.last_affine))
     return nn.Sequential(*layers)

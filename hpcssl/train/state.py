@@ -83,8 +83,8 @@ class Training:
         norm.check_group(group, global_batch=batch, world_size=world.size)
         norm.check_group(group, global_batch=batch // accumulate, world_size=world.size)
 
-        def layer(channels: int) -> nn.Module:
-            return norm.BatchNorm(channels, group=group, world=world, momentum=options.norm_momentum)
+        def layer(channels: int, affine: bool = True) -> nn.Module:
+            return norm.BatchNorm(channels, group=group, world=world, momentum=options.norm_momentum, affine=affine)
 
         backbone = resnet.build(recipe.arch, layer)
         projector = heads.build(resnet.width_of(backbone), options.projector, layer)
@@ -137,8 +137,8 @@ class Training:
 
     def context(self, batch: Batch) -> Context:
         device = self.world.device
-        return Context(step=batch.step, world=self.world, bank=self.bank, watch_labels=self.labelled,
-                       index_B=sent(batch.index, device), label_B=sent(batch.label, device))
+        return Context(step=batch.step, seed=self.recipe.seed, world=self.world, bank=self.bank,
+                       watch_labels=self.labelled, index_B=sent(batch.index, device), label_B=sent(batch.label, device))
 
     def shuffles(self, step: int) -> list[Tensor] | None:
         """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""

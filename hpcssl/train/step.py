@@ -46,7 +46,7 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     ticket = None
     if t.method.target == "ema":
         found = t.pair.embed_target([images[v] for v in plan.targets], t.shuffles(t.step))
-        target = {v: Emb(z) for v, z in zip(plan.targets, found, strict=True)}
+        target = {v: Emb(z, view=v) for v, z in zip(plan.targets, found, strict=True)}
         ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
         aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
 
@@ -57,9 +57,9 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
         last = len(losses) == len(micros) - 1
         with contextlib.nullcontext() if last else t.pair.no_sync():
             found = t.pair.embed([images[v][pos_B] for v in seen])
-            query = {v: Emb(*emb) for v, emb in zip(seen, found, strict=True)}
+            query = {v: Emb(*emb, view=v) for v, emb in zip(seen, found, strict=True)}
             if t.method.target != "ema":  # one micro-batch: Training refuses more
-                target = {v: Emb(_pointed(query[v].z, t.method.target)) for v in plan.targets}
+                target = {v: Emb(_pointed(query[v].z, t.method.target), view=v) for v in plan.targets}
                 ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
                 aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
             loss_B = sum(_agree(t, term, query, aims, pos_B, ctx, mixtures) for term in plan.terms)
@@ -116,7 +116,10 @@ def _agree(t: Training, term: Term, query: dict[int, Emb], aims: dict[int, objec
 def _push(t: Training, target: dict[int, Emb], ctx: Context) -> Ticket:
     """Feed the bank with the views that the method keeps; the ticket of the last one."""
     for view in t.method.bank.views:
-        ticket = t.bank.push(key=target[view].z.detach(), index=ctx.index_B, label=ctx.label_B)
+        slots = None
+        if t.method.bank.replace == "random":
+            slots = t.bank.slots_at(rng.key(ctx.seed, "replace", ctx.step, view), t.recipe.optim.batch)
+        ticket = t.bank.push(slots, key=target[view].z.detach(), index=ctx.index_B, label=ctx.label_B)
     return ticket
 
 
