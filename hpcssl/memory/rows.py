@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,16 @@ class Part(NamedTuple):
     tensor: Tensor
     first_row: int
     total_rows: int
+
+
+class Memory(Protocol):
+    """State beside the networks that outlives a step, in tensors whose rows may be split over ranks."""
+
+    def state(self) -> tuple[dict[str, Part], dict[str, int]]:
+        """(this rank's part of each tensor, small numbers that are equal on all ranks). No collective."""
+
+    def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
+        """Become what any number of ranks saved: ``read(name, start, stop)`` gives rows of a tensor."""
 
 
 def rows_of(parts: Mapping[str, Sequence[Part]]) -> Callable[[str, int, int], Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hpcssl import rng
 from hpcssl.memory.bank import Bank
+from hpcssl.memory.rows import Memory
 from hpcssl.views.ops import sent
 from hpcssl.views.plan import ViewPlan
 from hpcssl.world import World
@@ -36,11 +37,15 @@ class BankSpec:
     ``push``: ``before`` the lookup, so that an image finds itself (MSF), or ``after`` the step, so that it cannot
     (NNCLR, MoCo). ``views`` are the target views whose embeddings are kept, one after the other; before the lookup
     only one can be. ``replace``: new rows take the place of the ``oldest``, or of rows drawn at ``random``.
+    ``vectors``, ``numbers``: names of further columns, as wide as ``key`` or of one integer, which the method's
+    ``columns`` fills (``Remembering``); in rows that were never pushed the integer is -1.
     """
 
     push: Literal["before", "after"]
     views: tuple[int, ...]
     replace: Literal["oldest", "random"] = "oldest"
+    vectors: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
 
 @dataclass
@@ -48,7 +53,8 @@ class Context:
     """What ``aim`` and ``agree`` may look at beside embeddings. ``notes`` takes diagnostics (scalar tensors).
 
     ``partner_B``: int64 [b], whose image each row's query is mixed with; None for a query of one image.
-    ``watch_labels``: the data set has labels, so that diagnostics may use them.
+    ``watch_labels``: the data set has labels, so that diagnostics may use them. ``memories``: what the method keeps
+    beside the bank, by name (``Remembering``).
     """
 
     step: int
@@ -60,6 +66,7 @@ class Context:
     partner_B: Tensor | None = None
     watch_labels: bool = False
     notes: dict[str, Tensor] = field(default_factory=dict)
+    memories: dict[str, Memory] = field(default_factory=dict)
 
     def uniform(self, *address: int | str) -> Tensor:
         """[b] float64 in [0, 1): one number for each image of this step, whichever rank it is on."""
@@ -98,3 +105,35 @@ class Method(Protocol):
 
     def agree(self, query: Emb, aim: Any, pos_B: Tensor, ctx: Context) -> Tensor:
         """Loss of each query row, [b]. Row i belongs to the image of row ``pos_B[i]`` of the aim."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What memories are made from: a data set of ``images``, embeddings of ``width`` entries of ``dtype``, the bank's
+    ``placement`` (replicated or sharded)."""
+
+    images: int
+    width: int
+    dtype: torch.dtype
+    placement: str
+    world: World
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What a method has besides if it remembers more than the bank does. All ranks call each function at one step.
+
+    A run's memories are saved, loaded and digested beside the bank. ``refresh`` and ``after`` alone change them.
+    """
+
+    def memories(self, scene: Scene) -> dict[str, Memory]:
+        """The memories of a new run, by name. Called once."""
+
+    def refresh(self, ctx: Context) -> None:
+        """Called in the first step of every epoch, before anything is embedded: also if the step is refused later."""
+
+    def columns(self, target: Emb, ctx: Context) -> dict[str, Tensor]:
+        """Values [b, D] or [b] of the bank's further columns, for the rows that are about to be pushed."""
+
+    def after(self, target: dict[int, Emb], ctx: Context) -> None:
+        """Called after a step that was taken, with its targets by view; a refused step leaves no trace."""

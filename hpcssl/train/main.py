@@ -76,8 +76,8 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     order = Order([s.samples for s in shards.shards], seed=recipe.seed, global_batch=recipe.optim.batch,
                   window=recipe.data.window_shards)
     order.rows(world.size)  # refuse a world that does not divide before anything is built
-    training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, data_digest=shards.digest,
-                        labelled=bool((shards.labels >= 0).any()))
+    training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, images=len(shards),
+                        data_digest=shards.digest, labelled=bool((shards.labels >= 0).any()))
     machine = recipe.machine
     checkpoints = Store(run, world, keep=machine.keep, keep_every=machine.keep_every)
     saved = checkpoints.newest()

@@ -9,8 +9,9 @@ from hpcssl import config, rng
 from hpcssl.data.loader import Batch
 from hpcssl.errors import ConfigError, ResumeError, WorldError
 from hpcssl.memory.bank import Bank, ColumnSpec
+from hpcssl.memory.rows import Memory
 from hpcssl.methods import METHODS
-from hpcssl.methods.base import Context, Method
+from hpcssl.methods.base import Context, Method, Remembering, Scene
 from hpcssl.nets import heads, norm, resnet
 from hpcssl.nets.pair import Branch, Pair
 from hpcssl.optim import build, schedule
@@ -33,11 +34,12 @@ def method_of(recipe: Recipe) -> Method:
 class Training:
     """The networks, the optimiser, the bank and the method of one run, at ``step`` finished steps.
 
-    ``steps_per_epoch`` and the recipe give the run's length ``last_step``. ``labelled``: the data set has labels,
-    which diagnostics may watch.
+    ``steps_per_epoch`` and the recipe give the run's length ``last_step``. The data set has ``images``; ``labelled``:
+    and labels, which diagnostics may watch. ``memories``: what the method keeps beside the bank.
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, steps_per_epoch: int, labelled: bool, data_digest: str):
+    def __init__(self, recipe: Recipe, world: World, *, steps_per_epoch: int, images: int, labelled: bool,
+                 data_digest: str):
         self.recipe, self.world, self.labelled = recipe, world, labelled
         self.science = recipe.science(data_digest, world.size)
         self.method = method_of(recipe)
@@ -53,6 +55,10 @@ class Training:
                                      global_batch=recipe.optim.batch, constant_lr=self.method.constant_lr)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
         self.bank = self._bank()
+        self.memories: dict[str, Memory] = {}
+        if isinstance(self.method, Remembering):
+            self.memories = self.method.memories(Scene(images, recipe.model.projector.out, self.dtype,
+                                                       recipe.bank.placement, world))
         if recipe.machine.accumulate > 1 and (self.method.in_batch or self.method.target != "ema"):
             raise ConfigError("machine.accumulate",
                               got=f"{recipe.machine.accumulate} with method {recipe.method.name}",
@@ -105,6 +111,8 @@ class Training:
                               f"{self.recipe.optim.batch}", mend=f"set bank.size={self.recipe.optim.batch} or more")
         options = self.recipe.bank
         columns = {"key": ColumnSpec(self.recipe.model.projector.out), "index": ColumnSpec(), "label": ColumnSpec()}
+        columns |= dict.fromkeys(self.method.bank.vectors, columns["key"])
+        columns |= dict.fromkeys(self.method.bank.numbers, ColumnSpec())
         # a GPU certifies neighbours only where bits are asked for: it has to wait for the host
         return Bank(options.size, columns, self.world, placement=options.placement, start=options.start,
                     key=rng.key(self.recipe.seed, "bank"), dtype=self.dtype,
@@ -138,7 +146,8 @@ class Training:
     def context(self, batch: Batch) -> Context:
         device = self.world.device
         return Context(step=batch.step, seed=self.recipe.seed, world=self.world, bank=self.bank,
-                       watch_labels=self.labelled, index_B=sent(batch.index, device), label_B=sent(batch.label, device))
+                       memories=self.memories, watch_labels=self.labelled, index_B=sent(batch.index, device),
+                       label_B=sent(batch.label, device))
 
     def shuffles(self, step: int) -> list[Tensor] | None:
         """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""
@@ -156,10 +165,13 @@ class Training:
         numbers = {"skipped_in_a_row": self.skipped_in_a_row}
         if self.scaler.is_enabled():
             numbers["scaler"] = self.scaler.state_dict()
-        if self.bank is not None:
-            parts, numbers["bank"] = self.bank.state()
-            tensors |= {f"bank.{name}": Rows(*part) for name, part in parts.items()}
+        for memory, kept in self._kept():
+            parts, numbers[memory] = kept.state()
+            tensors |= {f"{memory}.{name}": Rows(*part) for name, part in parts.items()}
         return State(self.step, tensors, numbers, config.fingerprint(self.science), self.science, self._machinery())
+
+    def _kept(self) -> list[tuple[str, Memory]]:
+        return ([("bank", self.bank)] if self.bank is not None else []) + sorted(self.memories.items())
 
     def _machinery(self) -> dict:
         machine, gpu = self.recipe.machine, self.world.device.type == "cuda"
@@ -186,9 +198,9 @@ class Training:
         numbers = saved.manifest["numbers"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
-        if self.bank is not None:
-            self.bank.load(numbers["bank"],
-                           lambda column, start, stop: saved.rows(f"bank.{column}", start, stop - start))
+        for memory, kept in self._kept():
+            kept.load(numbers[memory],
+                      lambda name, start, stop, of=memory: saved.rows(f"{of}.{name}", start, stop - start))
         self.skipped_in_a_row, self.step = numbers["skipped_in_a_row"], saved.step
         was, now = saved.manifest["machinery"], self._machinery()
         return [f"{key} {was.get(key)} → {now[key]}" for key in now if was.get(key) != now[key]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from hpcssl import rng
 from hpcssl.data.loader import Batch
 from hpcssl.memory.bank import Ticket
-from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.base import Context, Emb, Remembering
 from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
 from hpcssl.train.state import Training
@@ -38,6 +38,9 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     """
     plan, bank = t.plan, t.method.bank
     images, ctx = t.images(batch), t.context(batch)
+    remembers = isinstance(t.method, Remembering)
+    if remembers and t.step % t.steps_per_epoch == 0:
+        t.method.refresh(ctx)
     mixtures = _mix(t, images)
     lr, momentum = t.set_rates()
 
@@ -84,6 +87,8 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
         t.pair.follow(momentum)
         if bank and bank.push == "after":
             _push(t, target, ctx)
+        if remembers:
+            t.method.after(target, ctx)
         t.skipped_in_a_row = 0
     t.step += 1
     if t.scaler.is_enabled():
@@ -119,7 +124,8 @@ def _push(t: Training, target: dict[int, Emb], ctx: Context) -> Ticket:
         slots = None
         if t.method.bank.replace == "random":
             slots = t.bank.slots_at(rng.key(ctx.seed, "replace", ctx.step, view), t.recipe.optim.batch)
-        ticket = t.bank.push(slots, key=target[view].z.detach(), index=ctx.index_B, label=ctx.label_B)
+        more = t.method.columns(target[view], ctx) if isinstance(t.method, Remembering) else {}
+        ticket = t.bank.push(slots, key=target[view].z.detach(), index=ctx.index_B, label=ctx.label_B, **more)
     return ticket
 
 

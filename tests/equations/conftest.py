@@ -19,8 +19,8 @@ class Small:
                 "model.norm=whole", "optim.precision=fp64"]
         self.recipe = recipe.compose(name, [*base, *overrides])
         order = Order([s.samples for s in shards.shards], seed=0, global_batch=16, window="all")
-        self.training = Training(self.recipe, World.alone(), steps_per_epoch=order.steps_per_epoch, labelled=True,
-                                 data_digest=shards.digest)
+        self.training = Training(self.recipe, World.alone(), steps_per_epoch=order.steps_per_epoch, images=40,
+                                 labelled=True, data_digest=shards.digest)
         self.loader = Loader(Reader(shards), order, self.training.view_specs, seed=0)
 
     def batch(self, step):
