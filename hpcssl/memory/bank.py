@@ -145,6 +145,11 @@ class Bank:
                 held[to] = old
         self._serial += 1
 
+    def rewrite(self, column: str, source: str, made: Callable[[Tensor], Tensor]) -> None:
+        """Set ``column`` in every row to what ``made`` makes of the row's ``source``. No collective."""
+        self._rows[column].copy_(made(self._rows[source]))
+        self._serial += 1  # a ticket from before would bring old values back
+
     def _pieces(self, count: int) -> list[tuple[slice, slice]]:
         """Where ``count`` rows from the pointer on land here: (rows of the batch, rows held here)."""
         straight, pieces = min(count, self.size - self.pointer), []
@@ -187,11 +192,31 @@ class Bank:
         rows = self._fetch(column, slot)
         if self.sharded:
             slot, rows = self.world.part(slot), self.world.part(rows)
-        valid = slot >= 0
-        # from the rows, in float64: the same number whichever search found them
-        similarity = rows.to(torch.float64, copy=True).mul_(query.double().unsqueeze(1)).sum(-1)
-        similarity.masked_fill_(~valid, 0)
-        return Hits(slot, similarity.to(query.dtype), valid, rows)
+        return _hits(query, slot, rows)
+
+    @torch.no_grad()
+    def best(self, query: Tensor, slot: Tensor, k: int, *, column: str = "key") -> Hits:
+        """The k nearest among each query's own ``slot`` [b, m], where those below 0 do not count; k ≤ m."""
+        self._check_query(query, k, column)
+        slot, _ = slot.sort(dim=1)  # equal ones by lower slot
+        rows = self.get(column, slot)
+        score = search.scores(query, rows).masked_fill_(slot < 0, -torch.inf)
+        order = score.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return _hits(query, slot.gather(1, order), rows.gather(1, order[:, :, None].expand(-1, -1, rows.shape[2])))
+
+    @torch.no_grad()
+    def mean(self, among: tuple[str, Tensor], *, column: str = "key") -> tuple[Tensor, Tensor]:
+        """(mean [b, D] of the rows that ``nearest`` would allow each query, their count [b]); without any 0 and 0.
+
+        The same bits in either placement: rows are rounded to a grid on which their sum is exact.
+        """
+        self._column(among[0])
+        value, held = among[1].to(torch.int64), max(0, min(self.last, self.filled) - self.first)
+        value = self.world.gather(value) if self.sharded else value
+        sum_, count = search.sums(self._rows[column][:held], (self._rows[among[0]][:held], value), most=self.size)
+        if self.sharded:
+            sum_, count = self.world.part(self.world.sum(sum_)), self.world.part(self.world.sum(count))
+        return (sum_ / count.clamp(min=1).unsqueeze(1)).to(self._rows[column].dtype), count
 
     def get(self, column: str, slot: Tensor) -> Tensor:
         """The column's values at this rank's ``slot`` […]; where it is below 0: -1 (integers), 0 (vectors)."""
@@ -291,6 +316,13 @@ class Bank:
         if shapes != wanted:
             raise ConfigError("a push into the bank", got=str(shapes), expected=str(wanted),
                               mend="push every declared column, with one row per image")
+
+
+def _hits(query: Tensor, slot: Tensor, rows: Tensor) -> Hits:
+    valid = slot >= 0
+    # from the rows, in float64: the same number whichever search found them
+    similarity = rows.to(torch.float64, copy=True).mul_(query.double().unsqueeze(1)).sum(-1)
+    return Hits(slot, similarity.masked_fill_(~valid, 0).to(query.dtype), valid, rows)
 
 
 def _choice(what: str, got: str, known: Sequence[str]) -> None:

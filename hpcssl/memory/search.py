@@ -75,6 +75,29 @@ def merge(score: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return score[:, :k], slot.gather(1, best)[:, :k]
 
 
+def scores(query: Tensor, rows: Tensor) -> Tensor:
+    """Exact scores of each query's own rows: [B, D] and [B, m, D] to [B, m] float64; -inf for what is not finite."""
+    score = torch.bmm(_fix(rows), _fix(query).unsqueeze(2)).squeeze(2)
+    return score.masked_fill_(~score.isfinite(), -torch.inf)
+
+
+def sums(rows: Tensor, among: tuple[Tensor, Tensor], *, most: int) -> tuple[Tensor, Tensor]:
+    """(sum [B, D] float64 of the rows that ``among`` allows each query, their count [B] int64).
+
+    ``most`` rows of unit length can be added without rounding, whatever the order: on a grid of 2^-g with
+    g = 51 - log2(most) the sum fits the 53 bits of a float64.
+    """
+    grid, value = 2.0 ** (51 - max(1, most - 1).bit_length()), among[1]
+    total = rows.new_zeros(len(value), rows.shape[1], dtype=torch.float64)
+    count = torch.zeros_like(value)
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start:start + _CHUNK].to(torch.float64, copy=True).mul_(grid).round_().div_(grid)
+        allowed = ~_forbidden(among, start, start + len(part))
+        total += allowed.double() @ part
+        count += allowed.sum(1)
+    return total, count
+
+
 def _fix(x: Tensor) -> Tensor:
     return x.to(torch.float64, copy=True).mul_(_GRID).round_().div_(_GRID)
 
