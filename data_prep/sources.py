@@ -24,7 +24,7 @@ _EXPANDERS = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open
 def find(src: Path, under: str, scratch: Path) -> Found:
     """The files of a folder or of an archive, below ``under``; ``scratch`` is where an archive may be expanded."""
     if not src.exists():
-        raise ConfigError(f"source {src}", got="no such file or folder", expected="a folder of images or a tar of one",
+        raise DataError(f"source {src}", got="no such file or folder", expected="a folder of images or a tar of one",
                           mend="check the path")
     if src.is_dir():
         root = src / under

@@ -6,6 +6,7 @@ it, in the same order. With one process each is the identity, so that no caller 
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -174,9 +175,11 @@ class World:
         """
         if not self._group:
             return network
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False,
-                                                   find_unused_parameters=True, gradient_as_bucket_view=True)
+        ddp = nn.parallel.DistributedDataParallel
+        renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns of the old name
+        return ddp(network, device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                   find_unused_parameters=True, gradient_as_bucket_view=True,
+                   **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
 
 class Pending:

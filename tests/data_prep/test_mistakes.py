@@ -15,7 +15,7 @@ def out(tmp_path):
 
 
 def test_wrong_paths(tree, tmp_path, out, refused):
-    assert "no such file or folder" in refused("images", tmp_path / "absent", out, code=2)
+    assert "no such file or folder" in refused("images", tmp_path / "absent", out, code=1)
     (tmp_path / "notes.txt").write_text("hello " * 500)
     assert "whole tar archive" in refused("images", tmp_path / "notes.txt", out)
     assert "no such folder" in refused("images", tree, out, "--under", "trian", code=2)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch.utils.tensorboard  # noqa: F401 - imported once here instead of in every rank
 
-from hpcssl import config, files, rng
+from hpcssl import rng
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import loop, main, recipe
@@ -31,7 +31,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def rank_process(run, rank, world, port, attempt, log, group):
+def rank_process(run, made, rank, world, port, attempt, log, group):
     """Fork one rank; the parent gets its pid."""
     pid = os.fork()
     if pid:
@@ -55,18 +55,18 @@ def rank_process(run, rank, world, port, attempt, log, group):
                 return honest(training, batch, flags)
 
             loop.train_step = deadly
-        code = main.train(RunDir(run), stop=stop)
+        code = main.train(RunDir(run), made, stop=stop)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def play(run, world, attempt, group):
+def play(run, made, world, attempt, group):
     """One attempt; the exit codes of its ranks (negative: killed by that signal)."""
     port = free_port()
     log = f"{run}/rank-logs.txt"
-    pids = [rank_process(run, rank, world, port, attempt, log, group) for rank in range(world)]
+    pids = [rank_process(run, made, rank, world, port, attempt, log, group) for rank in range(world)]
     for name, number in (("kill_after", signal.SIGKILL), ("stop_after", signal.SIGTERM)):
         if name in attempt:
             time.sleep(attempt[name])
@@ -87,13 +87,11 @@ def play(run, world, attempt, group):
 def scenario(plan):
     run = RunDir(plan["run"])
     run.root.mkdir(parents=True)
-    files.atomic_write(run.config, config.to_yaml(recipe.compose(plan["recipe"], plan["overrides"])))
     codes, worlds = [], plan["worlds"]
     for number, attempt in enumerate(plan["attempts"]):
-        if "machine" in attempt:  # the same science on another machinery
-            overrides = plan["overrides"] + attempt["machine"]
-            files.atomic_write(run.config, config.to_yaml(recipe.compose(plan["recipe"], overrides)))
-        codes.append(play(str(run.root), worlds[min(number, len(worlds) - 1)], attempt,
+        # composed once for all ranks; an attempt may change the machinery, never the science
+        made = recipe.compose(plan["recipe"], plan["overrides"] + attempt.get("machine", []))
+        codes.append(play(str(run.root), made, worlds[min(number, len(worlds) - 1)], attempt,
                           plan.get("group", False)))
         if run.done.exists():
             break

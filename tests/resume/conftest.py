@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-BASE = ["machine.devices=cpu", "views.size=16", "optim.batch=16", "schedule.steps=8", "bank.size=24",
+BASE = ["machine.devices=cpu", "views.size=16", "optim.batch=16", "schedule.steps=6", "bank.size=24",
         "machine.checkpoint_steps=2", "machine.checkpoint_minutes=0", "machine.log_samples=true", "machine.log_steps=3"]
 
 

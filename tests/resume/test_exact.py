@@ -22,7 +22,7 @@ CASES = {
     "byol-ghost-accumulate": ("digits_byol", ["model.norm=ghost", "model.norm_group=2", "machine.accumulate=2"]),
 }
 KILLS = [{"kill_at": 3, "machine": ["machine.loader_threads=2"]},
-         {"kill_at": 7, "machine": ["machine.loader_threads=4"]},
+         {"kill_at": 5, "machine": ["machine.loader_threads=4"]},
          {"machine": ["machine.loader_threads=1"]}]
 
 
@@ -45,7 +45,7 @@ def test_killed_runs_end_in_the_same_bits(runs, case):
     assert killed["digest"] == whole["digest"]
     assert read_lines(RunDir(torn).samples) == read_lines(RunDir(folder).samples)
     steps = [line["step"] for line in read_lines(RunDir(torn).journal)]
-    assert steps == list(range(1, 9)), "each step stands once in the journal"
+    assert steps == list(range(1, 7)), "each step stands once in the journal"
     losses = [[line["loss"] for line in read_lines(RunDir(f).journal)] for f in (folder, torn)]
     assert losses[0] == losses[1]
 
