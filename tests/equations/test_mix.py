@@ -107,3 +107,41 @@ def test_the_control_asks_for_the_own_image_alone(small_training):
     bsim, control = (small_training("digits_msf", [*BSIM, f"mix.loss={loss}"]) for loss in ("bsim", "augment"))
     batch = bsim.batch(0)
     assert abs(float(bsim.step(batch).scalars["loss"]) - float(control.step(batch).scalars["loss"])) > 1e-4
+
+
+def test_simclr_against_equations_1_and_2(small_training):
+    """Both parents positive over one denominator; the other mixtures are negatives, but for the one of the same two."""
+    made = small_training("digits_simclr", [*BSIM, "method.reduction=mean", "method.tau=0.2"])
+    mixtures = [mix.draw(made.training.recipe.mix, rng.key(0, "mix", 0, view), 16) for view in (0, 1)]
+    x = made.training.images(made.batch(0))
+    n = len(x[0])
+    z = [z.detach().numpy() for z, _ in made.training.pair.embed(x)]
+    m = [z.detach().numpy() for z, _ in made.training.pair.embed(
+        [mix.apply(view, mixture) for view, mixture in zip(x, mixtures, strict=True)])]
+    total = 0.0
+    for view, lam in ((0, mixtures[0].lam), (1, mixtures[1].lam)):
+        anchor, clean = m[view], z[1 - view]
+        for i in range(n):
+            j = i ^ 1
+            close = [np.exp(anchor[i] @ clean[k] / 0.2) for k in range(n)]
+            den = sum(close) + sum(np.exp(anchor[i] @ anchor[k] / 0.2) for k in range(n) if k not in (i, j))
+            total -= lam * np.log(close[i] / den) + (1 - lam) * np.log(close[j] / den)
+    assert float(made.step(made.batch(0)).scalars["loss"]) == pytest.approx(total / (2 * n), abs=1e-11)
+
+
+def test_moco_against_equation_3(small_training):
+    """λ times the own key's InfoNCE and 1 − λ times the partner's, each beside the bank as it was before the step."""
+    made = small_training("digits_moco_v2", [*BSIM, "method.tau=0.2"])
+    t = made.training
+    mixture = mix.draw(t.recipe.mix, rng.key(0, "mix", 0, 0), 16)
+    query, key = t.images(made.batch(0))
+    bank = t.bank.everything("key").clone()
+    (q, _), = t.pair.embed([mix.apply(query, mixture)])
+    k, = t.pair.embed_target([key])
+    q, k, total = q.detach(), k.detach(), 0.0
+    for i in range(len(q)):
+        queue = np.exp((q[i] @ bank.T).numpy() / 0.2).sum()
+        for weight, j in ((mixture.lam, i), (1 - mixture.lam, i ^ 1)):
+            positive = np.exp(float(q[i] @ k[j]) / 0.2)
+            total -= weight * np.log(positive / (positive + queue))
+    assert float(made.step(made.batch(0)).scalars["loss"]) == pytest.approx(total / len(q), abs=1e-11)
