@@ -112,6 +112,7 @@ class Journal:
             for name, value in scalars.items():
                 self._events.add_scalar(f"eval/{name}", value, step)
             self._say(step, {k: f"{v:.4g}" for k, v in scalars.items()})
+        self._clock = time.monotonic()  # the rate is the training's, not the evaluation's
 
     def _say(self, step: int, words: dict[str, str]) -> None:
         if self._bar is not None:
