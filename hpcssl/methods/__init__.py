@@ -1,6 +1,7 @@
 """The methods by name. A method is added by one file and one line here."""
 
 from hpcssl.methods.byol import Byol, ByolOptions
+from hpcssl.methods.cmsf import Cmsf, CmsfOptions
 from hpcssl.methods.moco import Moco, MocoOptions
 from hpcssl.methods.msf import Msf, MsfOptions
 from hpcssl.methods.nnclr import Nnclr, NnclrOptions
@@ -10,6 +11,7 @@ from hpcssl.methods.simsiam import SimSiam, SimSiamOptions
 
 METHODS = {
     "byol": (ByolOptions, Byol),
+    "cmsf": (CmsfOptions, Cmsf),
     "moco": (MocoOptions, Moco),
     "msf": (MsfOptions, Msf),
     "nnclr": (NnclrOptions, Nnclr),
