@@ -90,9 +90,9 @@ def sums(rows: Tensor, among: tuple[Tensor, Tensor], *, most: int) -> tuple[Tens
     grid, value = 2.0 ** (51 - max(1, most - 1).bit_length()), among[1]
     total = rows.new_zeros(len(value), rows.shape[1], dtype=torch.float64)
     count = torch.zeros_like(value)
-    for start in range(0, len(rows), _CHUNK):
-        part = rows[start:start + _CHUNK].to(torch.float64, copy=True).mul_(grid).round_().div_(grid)
-        allowed = ~_forbidden(among, start, start + len(part))
+    for some in torch.isin(among[0], value[value >= 0]).nonzero().squeeze(1).split(_CHUNK):  # most rows are nobody's
+        part = rows[some].to(torch.float64, copy=True).mul_(grid).round_().div_(grid)
+        allowed = ~_forbidden((among[0][some], value), 0, len(some))
         total += allowed.double() @ part
         count += allowed.sum(1)
     return total, count

@@ -53,6 +53,7 @@ def play(world, size, placement, dtype=torch.float32):
         for hits in (bank.nearest(query, K), bank.nearest(query, K, column="twin"),
                      bank.nearest(query, K, among=("label", value))):
             answers += [hits.slot, hits.similarity, hits.valid, hits.rows, bank.get("label", hits.slot)]
+        answers += [*bank.mean(("label", value)), bank.best(query, bank.nearest(query, K, column="twin").slot, 3).slot]
     return answers, bank
 
 

@@ -258,3 +258,39 @@ def test_a_gpu_agrees_with_the_cpu(alone, case):
         theirs = there.nearest(query.cuda(), 5, among=("label", value.cuda()))
         assert torch.equal(ours.slot, theirs.slot.cpu()) and torch.equal(ours.rows, theirs.rows.cpu())
         assert torch.allclose(ours.similarity, theirs.similarity.cpu(), atol=1e-7)
+
+
+# -- best and mean ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("placement", ranks.PLACEMENTS)
+def test_best_is_the_nearest_among_some_slots(placement):
+    bank = bank_of(50, start="empty", placement=placement)
+    for step in range(2):
+        bank.push(**ranks.batch(step))
+    query, _ = ranks.question(1)
+    slots = torch.arange(ranks.BATCH)[:, None] + torch.tensor([7, 0, 1, 12, -ranks.BATCH])  # the last is no slot
+    hits = bank.best(query, slots, 4)
+    rows = bank.get("key", torch.arange(50)).double()
+    for i, found in enumerate(hits.slot.tolist()):
+        allowed = [s for s in slots[i].tolist() if s >= 0]
+        assert found == sorted(allowed, key=lambda s, q=query[i]: (-float(q.double() @ rows[s]), s))[:4]
+    assert hits.valid.all() and torch.equal(hits.rows, bank.get("key", hits.slot))
+    assert bank.best(query, torch.full((ranks.BATCH, 4), -1), 4).valid.sum() == 0
+
+
+def test_mean_is_the_mean_of_the_allowed_rows_whatever_their_order():
+    bank = bank_of(64)
+    for step in range(4):
+        bank.push(**ranks.batch(step))
+    _, value = ranks.question(0)
+    mean, count = bank.mean(("label", value))
+    key, label = bank.get("key", torch.arange(64)).double(), bank.get("label", torch.arange(64))
+    for i, v in enumerate(value.tolist()):
+        rows = key[label == v] if v >= 0 else key[:0]
+        assert int(count[i]) == len(rows)
+        torch.testing.assert_close(mean[i].double(), rows.mean(0) if len(rows) else torch.zeros(ranks.D).double(),
+                                   rtol=0, atol=1e-7)
+    turned = bank_of(64)
+    for name, held in turned._rows.items():
+        held.copy_(bank.get(name, torch.arange(64)).flip(0))
+    assert torch.equal(turned.mean(("label", value))[0], mean) and count.max() > 0 and count.min() == 0
