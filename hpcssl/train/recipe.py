@@ -227,7 +227,8 @@ def check(recipe: Recipe) -> None:
     if recipe.model.norm == "ghost" and recipe.model.norm_group < 2:
         raise ConfigError("model.norm_group", got=recipe.model.norm_group, expected="2 or more samples per ghost group",
                           mend="set model.norm_group, for example to 64")
-    total_steps(recipe.schedule, 10**9)  # a length was asked for
+    # a length was asked for, and is longer than its warm-up for some data set
+    total_steps(recipe.schedule, 1 if recipe.schedule.steps else 10**9)
     _ = recipe.data.window_shards
     if recipe.optim.batch % recipe.machine.accumulate:
         raise ConfigError("machine.accumulate", got=recipe.machine.accumulate,

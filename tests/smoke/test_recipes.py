@@ -13,7 +13,7 @@ from hpcssl.world import World
 
 SMALL = ["machine.devices=cpu", "machine.threads=1", "machine.checkpoint_minutes=0", "evals.every_epochs=0",
          "model.arch=resnet_tiny", "model.stem=small", "views.size=16", "optim.batch=16", "schedule.steps=2",
-         "bank.size=32"]
+         "schedule.warmup_epochs=0", "bank.size=32"]
 
 
 @pytest.mark.parametrize("name", recipe.names())
