@@ -19,8 +19,8 @@ from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
 from hpcssl.world import World
 
-STEPS, BATCH = 4, 16
-BASE = ["views.size=16", f"optim.batch={BATCH}", f"schedule.steps={STEPS}", "bank.size=37", "model.norm=whole",
+STEPS, BATCH = 2, 8
+BASE = ["views.size=8", f"optim.batch={BATCH}", f"schedule.steps={STEPS}", "bank.size=19", "model.norm=whole",
         "optim.precision=fp64", "machine.devices=cpu"]
 
 
