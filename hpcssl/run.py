@@ -101,7 +101,8 @@ def list_recipes() -> None:
         r = recipes.compose(name)
         length = f"{r.schedule.epochs:g} epochs" if not r.schedule.steps else f"{r.schedule.steps} steps"
         scores = " ".join(f"{k} {v:g}" for k, v in r.about.published.items()) or "-"
-        rows.append((name, r.model.arch, str(r.optim.batch), length, str(r.bank.size), scores, r.about.title))
+        bank = str(r.bank.size) if method_of(r).bank else "-"
+        rows.append((name, r.model.arch, str(r.optim.batch), length, bank, scores, r.about.title))
     head = ("recipe", "backbone", "batch", "length", "bank", "published", "what")
     if not sys.stdout.isatty():
         sys.stdout.writelines("\t".join(row) + "\n" for row in [head, *rows])
