@@ -12,7 +12,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	expected Python 3.11 or newer; to mend: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -e '.[cpu,test]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q -e '.[cpu,test]'
 	@touch $@
 
 demo: install

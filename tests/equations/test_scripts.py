@@ -199,3 +199,14 @@ def test_the_mean_over_views_is_half_their_sum(small_training):
 def test_moco_in_micro_batches_is_the_whole_batch(small_training):
     ghost = ["model.norm=ghost", "model.norm_group=4"]
     same(small_training, ("digits_moco_v2", ghost), ("digits_moco_v2", [*ghost, "machine.accumulate=2"]), steps=5)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in SCRIPTS.values()}))
+def test_bf16_stays_beside_fp32(small_training, name):
+    runs = [small_training(name, ["views.size=8", f"optim.precision={p}"]) for p in ("fp32", "bf16")]
+    precise, coarse = torch.tensor([[float(made.step(made.batch(step)).scalars["loss"]) for step in range(20)]
+                                    for made in runs])
+    assert (precise[1] - coarse[1]).abs() < 0.05  # the first step of MoCo, with an empty bank, costs nothing in either
+    assert (precise[-5:].mean() - coarse[-5:].mean()).abs() < 0.2 * precise.abs().max()
+    assert (precise != coarse).any(), "autocast did nothing"
+    assert all(p.dtype == torch.float32 for p in runs[1].training.pair.online.parameters())
