@@ -203,10 +203,11 @@ def test_moco_in_micro_batches_is_the_whole_batch(small_training):
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in SCRIPTS.values()}))
 def test_bf16_stays_beside_fp32(small_training, name):
-    runs = [small_training(name, ["views.size=8", f"optim.precision={p}"]) for p in ("fp32", "bf16")]
+    """At a small rate, so that rounding is not amplified: what is compared is the arithmetic, not two trajectories."""
+    runs = [small_training(name, ["views.size=8", "optim.lr=0.001", f"optim.precision={p}"]) for p in ("fp32", "bf16")]
     precise, coarse = torch.tensor([[float(made.step(made.batch(step)).scalars["loss"]) for step in range(20)]
                                     for made in runs])
-    assert (precise[1] - coarse[1]).abs() < 0.05  # the first step of MoCo, with an empty bank, costs nothing in either
-    assert (precise[-5:].mean() - coarse[-5:].mean()).abs() < 0.2 * precise.abs().max()
-    assert (precise != coarse).any(), "autocast did nothing"
+    difference = precise - coarse
+    assert difference[0].abs() < 0.03 and difference.abs().max() < 0.4 and difference[-10:].mean().abs() < 0.05
+    assert (difference != 0).any(), "autocast did nothing"
     assert all(p.dtype == torch.float32 for p in runs[1].training.pair.online.parameters())
