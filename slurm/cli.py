@@ -88,7 +88,7 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
     for job in jobs[:1] if parsable else jobs:
         chained = "" if job is jobs[0] else f" ({job.what}, after {jobs[0].job})"
         print(job.job if parsable else f"Submitted batch job {job.job}{chained}", flush=True)
-    return _wait(folder) if wait else EXIT_DONE
+    return _wait(folder, jobs) if wait else EXIT_DONE
 
 
 @app.command()
@@ -163,11 +163,11 @@ def _say_left_out(sbatch: dict, cluster: str | None) -> None:
         _say(f"{said.strip()} mean nothing without SLURM and are left out")
 
 
-def _wait(folder: RunDir) -> int:
+def _wait(folder: RunDir, jobs: list) -> int:
     from slurm import watch
 
     try:
-        return watch.wait(folder, _say)
+        return watch.wait(folder, _say, jobs=jobs)
     except KeyboardInterrupt:
         _say(f"the job goes on; see hpcssl-submit status {folder.root}")
         return EXIT_STOPPED

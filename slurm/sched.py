@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 
 from hpcssl.errors import ConfigError, SubmitError
@@ -102,8 +103,13 @@ def requeue(job: str) -> str | None:
     now = ask_quietly(job)
     if now.name not in ("RUNNING", "UNKNOWN", "SUSPENDED") and not now.out_of_time:
         return f"SLURM is already ending the job ({now.name}): it requeues it by itself, unless it was cancelled"
-    answer = call("scontrol", "requeue", job)
-    return None if answer.returncode == 0 else _line(answer.stderr) or "scontrol refused without a reason"
+    for patience_s in (1, 3, None):  # a controller that is busy for a moment must not cost the run its next attempt
+        answer = call("scontrol", "requeue", job)
+        if answer.returncode == 0:
+            return None
+        if patience_s is not None:
+            time.sleep(patience_s)
+    return _line(answer.stderr) or "scontrol refused without a reason"
 
 
 def ask_quietly(job: str, cluster: str | None = None) -> State:

@@ -41,7 +41,7 @@ class Attempt:
         self.dead: list[int] = []
         """Ranks that died without a word, as first seen: those that we end after them are not the cause."""
         self._bad_since = self._ended_at = None
-        self._complete = False
+        self._seen: set[int] = set()
 
     def start(self) -> None:
         os.environ.update({ATTEMPT: str(self.number), LOCAL_JOB: self.job.job,
@@ -78,12 +78,12 @@ class Attempt:
             procs.send(alive, signal.SIGKILL)
 
     def _end_if_crashed(self, alive: list[procs.Process]) -> None:
-        if not alive or len(alive) == self.size:
-            self._complete = self._complete or len(alive) == self.size
-            return
-        codes = self._codes()
+        codes = self._codes()  # after ``alive`` was read: who is missing there has written its code, or never will
         living = {int(procs.environment(p.pid).get("SUBMITIT_LOCAL_GLOBALID", -1)) for p in alive}
-        dead = [k for k in range(self.size) if k not in living and k not in codes] if self._complete else []
+        self._seen |= living
+        if not alive or len(alive) == self.size:
+            return
+        dead = [k for k in range(self.size) if k in self._seen and k not in living and k not in codes]
         if not dead and all(code in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()):
             return
         if self._bad_since is None:

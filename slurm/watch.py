@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hpcssl.files import RunDir
 from slurm import attempts, local, records, sched
 
 POLL_S = 0.5
+SLURM_POLL_S = 5.0  # the controller answers everybody's questions
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ def steps_of(run: RunDir) -> int | None:
         return None
 
 
-def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = lambda: None) -> int:
-    """Follow the run's jobs to their end; the training's exit code, or the first failed evaluation's.
-
-    ``between`` is called between two looks at the training.
+def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = lambda: None,
+         jobs: Collection[records.Job] | None = None) -> int:
+    """Follow jobs to their end, by default the run's newest of each kind; the training's exit code, or the first
+    failed evaluation's. ``between`` is called between two looks at the training.
     """
-    jobs, bar, told, code = records.submitted(run), _Bar(run, say), None, EXIT_DONE
-    for what, job in jobs.items():
+    bar, told, code = _Bar(run, say), None, EXIT_DONE
+    for job in records.submitted(run).values() if jobs is None else jobs:
+        what = job.what
         while True:
             state = state_of(run, job)
             shown = f"{what} {job.job}: {state.name}" + (f" ({state.reason})" if state.reason else "")
@@ -114,7 +116,7 @@ def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = 
                 between()
             if not state.live and state.name != "UNKNOWN":
                 break
-            time.sleep(POLL_S)
+            time.sleep(POLL_S if job.local else SLURM_POLL_S)
         if what == records.TRAIN:
             bar.close()
         code = code or _code(run, job, state)

@@ -48,6 +48,7 @@ def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag, requeue:
     record = _Attempt(run, world, attempt or {})
     with record:
         code = _attempt(recipe, run, world, record, stop, requeue, watch)
+    world.barrier()  # rank 0 has written its end: whoever leaves first may bring KILL to the others
     world.close()  # not after an error: the other ranks may still be in a collective, which closing would wait for
     return code
 
@@ -106,6 +107,7 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
         return EXIT_DONE
     record.signals, record.why = world.gather_text(stop.reason or ""), loop.unsaved
     answer = world.tell((requeue() or "") if requeue and world.main else "")
+    record.why = record.why or answer
     LOG.info("stopped at step %d, %s; %s", training.step,
              "saved" if loop.unsaved is None else f"NOT saved ({loop.unsaved}): the checkpoint before it stays",
              "run the same command to go on" if requeue is None else answer or "another attempt was asked for")
