@@ -30,7 +30,7 @@ except ImportError:  # an extra; without it the chunks below find the same, some
     faiss = None
 
 PREFILTERS = ("fp32", "bf16")
-SPARE = {"fp32": 11, "bf16": 59}
+SPARE = {"fp32": 3, "bf16": 59}
 """Proposals beyond k: the further out they reach, the more they certify; a coarse product needs more of them."""
 SMALL = 4096
 """Up to this many rows the exact product is as quick as the detour."""
