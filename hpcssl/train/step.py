@@ -113,8 +113,8 @@ def _agree(t: Training, term: Term, query: dict[int, Emb], aims: dict[int, objec
     if term.role == "plain":
         return term.share * t.method.agree(query[term.query], aims[term.target], pos_B, ctx)
     lam = mixtures[term.query].lam
-    ctx = replace(ctx, partner_B=pos_B ^ 1)
-    where_B, weight = (pos_B, lam) if term.role == "own" else (pos_B ^ 1, 1 - lam)
+    ctx = replace(ctx, partner_B=mix.partner_of(pos_B))
+    where_B, weight = (pos_B, lam) if term.role == "own" else (ctx.partner_B, 1 - lam)
     return term.share * weight * t.method.agree(query[term.query], aims[term.target], where_B, ctx)
 
 

@@ -87,7 +87,7 @@ def draw(options: MixOptions, key: int, size: int) -> Mixture:
 
 def apply(images: Tensor, mixture: Mixture) -> Tensor:
     """Each image of [b, 3, S, S] mixed with its neighbour's. b is even."""
-    partner = images[partners(len(images), images.device)]
+    partner = images[partner_of(torch.arange(len(images), device=images.device))]
     if mixture.box is None:
         return torch.lerp(partner, images, mixture.lam)
     top, bottom, left, right = mixture.box
@@ -96,6 +96,6 @@ def apply(images: Tensor, mixture: Mixture) -> Tensor:
     return made
 
 
-def partners(rows: int, device: torch.device) -> Tensor:
-    """Whose image each row is mixed with: 1, 0, 3, 2, … int64 [rows]."""
-    return torch.arange(rows, device=device) ^ 1
+def partner_of(pos_B: Tensor) -> Tensor:
+    """Whose image the rows at these positions are mixed with: 1, 0, 3, 2, … for 0, 1, 2, 3, … int64 [b]."""
+    return pos_B ^ 1
