@@ -62,15 +62,9 @@ def save(path: Path | str, backbone: nn.Module, arch: Arch, *, mean: Sequence[fl
     return files.digest(path)
 
 
-def read_meta(path: Path | str) -> dict:
-    """The header alone: ``arch`` (Arch), ``mean`` and ``std`` (lists), ``size`` and ``step`` (ints),
-    ``fingerprint``, ``method``, ``format``. Raises ``EvalError``."""
-    with _open(path) as file:
-        return _meta(path, file.metadata() or {})
-
-
 def load(path: Path | str) -> tuple[nn.Module, dict]:
-    """The backbone on the CPU, in eval mode and frozen, and its header as ``read_meta`` gives it. Strict.
+    """The backbone on the CPU, in eval mode and frozen, and its header: ``arch`` (Arch), ``mean`` and ``std`` (lists),
+    ``size`` and ``step`` (ints), ``fingerprint``, ``method``, ``format``. Strict.
 
     Raises ``EvalError`` for a file that is not ours, or whose keys or shapes are not the architecture's.
     """

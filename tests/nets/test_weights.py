@@ -35,7 +35,6 @@ def test_round_trip_gives_the_same_features_and_header(tmp_path):
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     assert meta == {"format": weights.FORMAT, "arch": TINY, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1],
                     "size": 16, "fingerprint": "f" * 64, "step": 7, "method": "msf"}
-    assert weights.read_meta(tmp_path / "w.safetensors") == meta
     assert digest == files.digest(tmp_path / "w.safetensors")
 
 
