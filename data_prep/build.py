@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import pool, tars, writer
+from data_prep import pool, second, tars, writer
 from data_prep.catalogue import Catalogue, Sample, digest_lines, some
 from hpcssl import files
 from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS
-from hpcssl.errors import ConfigError, DataError
+from hpcssl.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger("hpcssl")
 WORK, SUMS = ".hpcssl-shard", "sums.npy"
@@ -35,10 +35,11 @@ WORK, SUMS = ".hpcssl-shard", "sums.npy"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to write. Only the first two change what is written."""
+    """How to write. Only the first three change what is written."""
 
     samples_per_shard: int = 1000
     seed: int = 0
+    second: str = second.NONE  # a second modality to compute: one of second.CHOICES
     workers: int | None = None
     skip_bad: int = 0
 
@@ -49,6 +50,9 @@ class Options:
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(option, got=value, expected=f"{least} or more",
                                   mend=f"leave {option} out, or raise it")
+        if self.second not in second.CHOICES:
+            raise ConfigError("--second", got=self.second, expected=f"one of {', '.join(second.CHOICES)}",
+                              mend=nearest(self.second, second.CHOICES))
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ def write(work: Path, catalogue: Catalogue, options: Options) -> Summary:
     that holds another plan's shards, and where the disk refuses.
     """
     out = work.parent
+    if options.second != second.NONE:
+        catalogue = Catalogue(catalogue.classes, [s._replace(second=second.EDGES) for s in catalogue.samples],
+                              {**catalogue.made, "second": second.NAMES[options.second]})
     made = {**catalogue.made, "seed": options.seed, "samples_per_shard": options.samples_per_shard}
     plan = {"made": made, "names": catalogue.names_digest(), "classes": len(catalogue.classes),
             "samples": len(catalogue.samples)}

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     offset: int
     size: int
     stamp: int  # modification time in ns: tells on resume whether the bytes may have changed
-    second: tuple[int, int] | None = None  # offset and size of the second modality in ``path``
+    second: tuple[int, int] | bytes | None = None  # offset and size of the second modality in ``path``, or itself
     original_label: int | None = None  # the label before it was corrupted
 
 

@@ -21,6 +21,8 @@ PerShard = Annotated[int, typer.Option(help="Samples in each shard; the last one
 Workers = Annotated[int | None, typer.Option(help="Processes; by default one per usable core. Changes no byte.")]
 Seed = Annotated[int, typer.Option(help="Of the order of the samples, and of what a subset draws.")]
 SkipBad = Annotated[int, typer.Option(help="Leave out up to this many images that cannot be decoded, and list them.")]
+Second = Annotated[str, typer.Option(metavar="edges|none", help="Second modality to compute for each image: edges, a "
+                                     "surrogate that adds a byte per pixel.")]
 Labels = Annotated[Path | None, typer.Option(help="Lines `name class`, for images without class folders.")]
 Classes = Annotated[Path | None, typer.Option(help="Class names, one per line: their order gives the class numbers.")]
 
@@ -31,13 +33,14 @@ def images(
     out: Annotated[Path, typer.Argument(help="Folder to write; the same command continues an unfinished one.")],
     under: Annotated[str, typer.Option(help="Sub-folder of SRC that holds the class folders, such as train.")] = "",
     samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, classes: Classes = None,
-    labels: Labels = None, skip_bad: SkipBad = 0,
+    labels: Labels = None, skip_bad: SkipBad = 0, second: Second = "none",
 ) -> None:
     """Write a folder (or a tar) of images: one folder per class, or any tree with --labels."""
     from data_prep import build, catalogue, sources
     from data_prep.labels import read_labels
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
+    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad,
+                            second=second)
     _refuse_inside(src, out)
     named = read_labels(labels) if labels else None
     with build.claim(out) as work:
@@ -58,12 +61,14 @@ def imagenet(
     labels: Labels = None,
     devkit: Annotated[Path | None, typer.Option(help="ILSVRC2012_devkit_t12.tar.gz, instead of --labels.")] = None,
     samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, skip_bad: SkipBad = 0,
+    second: Second = "none",
 ) -> None:
     """Write the two official archives of ImageNet, read without unpacking. --skip-bad counts for each of them."""
     from data_prep import build, sources
     from data_prep.labels import read_devkit, read_labels
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
+    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad,
+                            second=second)
     if (labels is None) == (devkit is None):
         raise ConfigError("labels of the validation images", got="both --labels and --devkit" if labels else "none",
                           expected="one of --labels FILE (`name class` lines) and --devkit FILE",
@@ -82,13 +87,13 @@ def imagenet(
 @app.command()
 def digits(
     out: Annotated[Path, typer.Argument(help="Writes OUT/train (1,438 samples) and OUT/val (359).")],
-    samples_per_shard: PerShard = 200, workers: Workers = 1, seed: Seed = 0,
+    samples_per_shard: PerShard = 200, workers: Workers = 1, seed: Seed = 0, second: Second = "edges",
 ) -> None:
-    """Write scikit-learn's 1,797 scanned digits at 16x16: real images that need no download."""
+    """Write scikit-learn's 1,797 scanned digits at 16x16, with their edges: real images that need no download."""
     from data_prep import build
     from data_prep import digits as scans
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed)
+    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, second=second)
     with ExitStack() as stack:
         parts = scans.split()
         works = {part: stack.enter_context(build.claim(out / part)) for part in parts}

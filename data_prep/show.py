@@ -21,7 +21,7 @@ def records(root: Path) -> Iterator[tuple[str, ...]]:
     yield "bytes", str(sum(shard.bytes for shard in found.shards))
     if len(found):
         yield "image bytes", f"min {sizes.min()}", f"median {int(np.median(sizes))}", f"max {sizes.max()}"
-    yield "second modality", "yes" if found.has_second else "no"
+    yield "second modality", (found.second or "yes") if found.has_second else "no"
     yield "digest", found.digest
     for name, value in sorted(found.meta.get("plan", {}).get("made", {}).items()):
         yield "made", name, str(value)

@@ -39,6 +39,8 @@ def choose(src: ShardSet, choice: Choice, seed: int) -> Catalogue:
     """The catalogue of the new folder. Classes keep their numbers, also those that lose every sample."""
     samples = _samples(src)
     made = {"verb": "subset", "of": src.digest}
+    if src.second:
+        made["second"] = src.second
     if choice.list is not None:
         samples = _listed(samples, read_names(choice.list, "--list"), choice.list)
         made["list"] = len(samples)

@@ -71,6 +71,9 @@ def _folder(found: ShardSet) -> list[Problem]:
     counts = np.bincount(found.rows["shard"], minlength=len(found.shards))
     if len(counts) > len(found.shards) or (np.diff(found.rows["shard"].astype(int)) < 0).any():
         problems.append(Problem("index.npy", "its rows do not follow the list of shards"))
+    with_second = int((found.rows["size_b"] > 0).sum())
+    if 0 < with_second < len(found) or (found.second and with_second < len(found)):
+        problems.append(Problem("index.npy", f"{len(found) - with_second} samples have no second modality"))
     problems += [Problem(s.name, f"the index says {s.samples} samples and lists {n}")
                  for s, n in zip(found.shards, counts, strict=False) if s.samples != n]
     return problems
@@ -132,12 +135,13 @@ def _contents(job: Job, edges: np.ndarray, size: int) -> list[Problem]:
 
 def _sample(data: bytes, row, start: int, end: int, expected: int | None) -> tuple[str, str]:
     """What is wrong with the bytes of one sample ('' for nothing), and its key as far as that can be read."""
-    key, members, image = LOST, {}, b""
+    key, members, image, second = LOST, {}, b"", b""
     try:
         (key, members), = tars.walk(io.BytesIO(data + ustar.END), start)
         label = int(data[members["cls"].offset - start :][: members["cls"].size]) if "cls" in members else -1
         found = tars.row_of(int(row["shard"]), members, label)
         image = data[found[2] - start :][: found[3]]
+        second = data[found[5] - start :][: found[6]] if found[6] else b""
         wrong = "" if found == tuple(row.item()) else "its headers or label are not those of the index"
         for _, offset, size in (members[suffix] for suffix in ("json",) if suffix in members):
             if "source" not in tars.note(data[offset - start :][:size]):
@@ -148,6 +152,8 @@ def _sample(data: bytes, row, start: int, end: int, expected: int | None) -> tup
         return "cut off", key
     if not wrong and (reason := images.damage(image)):
         wrong = reason
+    if not wrong and len(second) and (reason := images.damage(second)):
+        wrong = f"its second modality: {reason}"
     if not wrong and expected is not None and int(sample_sums(memoryview(data), [0])[0]) != expected:
         wrong = "its bytes have changed (it still decodes)"
     return wrong, key

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep import images, ustar
+from data_prep import images, second, ustar
 from data_prep.catalogue import WHOLE, Sample, key_of
 from hpcssl import files
+from hpcssl.data.decode import Damaged
 from hpcssl.data.shards import ROW
 from hpcssl.errors import DataError, HpcsslError
 
@@ -58,6 +59,13 @@ class Reader:
 
     def __init__(self):
         self._open: dict[str, int] = {}
+
+    def image(self, view: memoryview, sample: Sample) -> None:
+        """Fill ``view``, of ``sample.size`` bytes, with the sample's image. Raises OSError, DataError."""
+        if sample.offset == WHOLE:
+            self.fill_whole(view, f"{sample.path}/{sample.source}")
+        else:
+            self.fill(view, sample.path, sample.offset)
 
     def fill(self, view: memoryview, path: str, offset: int) -> None:
         """Fill ``view`` from ``path`` at ``offset``. Raises OSError, and DataError when bytes are missing."""
@@ -107,6 +115,8 @@ def pack(samples: list[Sample], bad: list[Bad], check: Callable = images.damage)
     starts: list[int] = []
     try:
         for sample in samples:
+            if sample.second == second.EDGES and (sample := _with_edges(sample, reader, bad)) is None:
+                continue
             key, tail = key_of(sample.source), _tail(sample)
             need = _room(key, sample, tail)
             if at and at + need > len(buffer):
@@ -125,6 +135,20 @@ def pack(samples: list[Sample], bad: list[Bad], check: Callable = images.damage)
         reader.close()
 
 
+def _with_edges(sample: Sample, reader: Reader, bad: list[Bad]) -> Sample | None:
+    """The sample with its edges as bytes: how many they are must be known before it is placed. None goes to ``bad``."""
+    image = bytearray(sample.size)
+    try:
+        reader.image(memoryview(image), sample)
+        return sample._replace(second=second.edges(bytes(image)))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+    except Damaged as error:
+        reason = images.damage(image) or str(error)
+    bad.append(Bad(sample.source, reason))
+    return None
+
+
 def _tail(sample: Sample) -> list[tuple[str, bytes]]:
     """The small members after the images: label and origin."""
     note = {"source": sample.source}
@@ -137,8 +161,12 @@ def _tail(sample: Sample) -> list[tuple[str, bytes]]:
 def _room(key: str, sample: Sample, tail: list[tuple[str, bytes]]) -> int:
     """Upper bound of the bytes that a sample takes, the end mark of the shard included."""
     head = ustar.header_size(f"{key}.json.")  # longer than any of its members' names
-    sizes = [sample.size, sample.second[1] if sample.second else 0, *(len(body) for _, body in tail)]
+    sizes = [sample.size, _size_b(sample), *(len(body) for _, body in tail)]
     return sum(head + ustar.padded(size) for size in sizes) + len(ustar.END)
+
+
+def _size_b(sample: Sample) -> int:
+    return len(sample.second) if isinstance(sample.second, bytes) else sample.second[1] if sample.second else 0
 
 
 def _place(buffer, at, base, key, sample, tail, reader, check, bad) -> tuple[tuple | None, int]:
@@ -147,18 +175,19 @@ def _place(buffer, at, base, key, sample, tail, reader, check, bad) -> tuple[tup
     at += ustar.header_size(f"{key}.jpg")
     spots = []
     try:
-        for extra, place in (("", (sample.offset, sample.size)), (".b", sample.second)):
-            if place is None:
+        for extra, size in (("", sample.size), (".b", _size_b(sample))):
+            if extra and sample.second is None:
                 spots.append((0, 0))
                 continue
-            offset, size = place
             if extra:
                 at += ustar.header_size(f"{key}.b.jpg")
             view = buffer[at : at + min(size, LARGEST)]
-            if offset == WHOLE:
-                reader.fill_whole(view, f"{sample.path}/{sample.source}")
+            if not extra:
+                reader.image(view, sample)
+            elif isinstance(sample.second, bytes):
+                view[:] = sample.second
             else:
-                reader.fill(view, sample.path, offset)
+                reader.fill(view, sample.path, sample.second[0])
             reason = check(view) if size <= LARGEST else "larger than 4 GiB"
             if reason:
                 bad.append(Bad(sample.source, reason))

@@ -23,7 +23,9 @@ PACKAGES = ("hpcssl", "slurm", "data_prep")
 # Two folders of one floor whose files use each other, without a circle: the loader cuts views, which borrow its memory.
 FLOOR_MATES = {"hpcssl.data", "hpcssl.views"}
 # The second package's files see only these of the first; slurm reaches higher inside functions, when a job runs.
-DATA_PREP_SEES = {"hpcssl", "hpcssl.data.shards", "hpcssl.errors", "hpcssl.files", "hpcssl.rng", "hpcssl.door"}
+# The decoder is among these, so that what is computed from an image is turned upright as the image will be.
+DATA_PREP_SEES = {"hpcssl", "hpcssl.data.shards", "hpcssl.data.decode", "hpcssl.errors", "hpcssl.files", "hpcssl.rng",
+                  "hpcssl.door"}
 SLURM_TOP = 1
 
 

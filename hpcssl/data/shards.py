@@ -120,6 +120,11 @@ class ShardSet:
         """Whether every sample carries a second modality (``KEY.b.*``)."""
         return len(self.rows) > 0 and bool((self.rows["size_b"] > 0).all())
 
+    @property
+    def second(self) -> str:
+        """What the second modality is, as reports must call it, such as ``edges (surrogate)``; '' where none said."""
+        return self.meta.get("plan", {}).get("made", {}).get("second", "")
+
     @cached_property
     def digest(self) -> str:
         """sha256 of the set: the same for the same shards in the same order, wherever they lie."""
