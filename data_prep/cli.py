@@ -110,15 +110,18 @@ def subset(
     list_: Annotated[Path | None, typer.Option("--list", help="Source names, keys or file names, by line.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of every class, drawn by --seed.")] = None,
     corrupt: Annotated[float | None, typer.Option(help="All samples, this share of labels wrong by --seed.")] = None,
+    rest: Annotated[str, typer.Option(metavar="dropped|unlabelled", help="What becomes of the samples that --list or "
+                                      "--fraction leave out.")] = "dropped",
     samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0,
 ) -> None:
-    """Write new shards out of old ones: a list, a share of every class, or corrupted labels."""
+    """Write new shards out of old ones: a list or a share of every class (the rest dropped, or kept without its label,
+    for semi-supervised training), or all with corrupted labels."""
     from data_prep import build
     from data_prep import subset as parts
     from hpcssl.data.shards import ShardSet
 
     options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed)
-    choice = parts.Choice(list=list_, fraction=fraction, corrupt=corrupt)
+    choice = parts.Choice(list=list_, fraction=fraction, corrupt=corrupt, rest=rest)
     _refuse_inside(src, out)
     found = ShardSet.open(src)
     with build.claim(out) as work:

@@ -1,4 +1,7 @@
-"""New shards out of old ones: a list of images, a share of every class, or corrupted labels."""
+"""New shards out of old ones: a list of images, a share of every class, or corrupted labels.
+
+What a list or a share leaves out is dropped, or it stays without its label, for semi-supervised training.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ import numpy as np
 from data_prep import tars
 from data_prep.catalogue import Catalogue, Sample, drop_suffix, key_of, read_names, some, source_stem
 from hpcssl.data.shards import ShardSet
-from hpcssl.errors import ConfigError, DataError
+from hpcssl.errors import ConfigError, DataError, nearest
+
+RESTS = ("dropped", "unlabelled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which samples: exactly one of the three is given."""
+    """Which samples: exactly one of the first three is given. ``rest``: what becomes of the others, one of RESTS."""
 
     list: Path | None = None
     fraction: float | None = None
     corrupt: float | None = None
+    rest: str = RESTS[0]
 
     def __post_init__(self):
         given = [f"--{name}" for name in ("list", "fraction", "corrupt") if getattr(self, name) is not None]
@@ -33,11 +39,18 @@ class Choice:
             if share is not None and not 0 < share <= 1:
                 raise ConfigError(f"--{name}", got=share, expected="a share above 0 and up to 1",
                                   mend="0.01 means one in a hundred")
+        if self.rest not in RESTS:
+            raise ConfigError("--rest", got=self.rest, expected=f"one of {', '.join(RESTS)}",
+                              mend=nearest(self.rest, RESTS))
+        if self.rest != RESTS[0] and self.corrupt is not None:
+            raise ConfigError("--rest", got="it with --corrupt, which leaves no sample out",
+                              expected="--rest with --list or --fraction",
+                              mend="corrupt first, then take the subset of what that wrote")
 
 
 def choose(src: ShardSet, choice: Choice, seed: int) -> Catalogue:
     """The catalogue of the new folder. Classes keep their numbers, also those that lose every sample."""
-    samples = _samples(src)
+    every = samples = _samples(src)
     made = {"verb": "subset", "of": src.digest}
     if src.second:
         made["second"] = src.second
@@ -50,6 +63,9 @@ def choose(src: ShardSet, choice: Choice, seed: int) -> Catalogue:
     else:
         samples = _corrupted(samples, choice.corrupt, len(src.classes), seed)
         made["corrupt"] = choice.corrupt
+    if choice.rest == "unlabelled":
+        made["rest"] = choice.rest
+        samples = _unlabelled(every, {sample.source for sample in samples})
     return Catalogue(src.classes, samples, made)
 
 
@@ -113,6 +129,11 @@ def _share(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
         order = rng.permutation(rng.key(seed, "subset", "fraction", int(label)), len(members))
         chosen += members[order[: max(1, round(fraction * len(members)))]].tolist()
     return [samples[i] for i in sorted(chosen)]
+
+
+def _unlabelled(samples: list[Sample], labelled: set[str]) -> list[Sample]:
+    """All samples; those not named in ``labelled`` lose their label, and what a corruption had noted of it."""
+    return [s if s.source in labelled else s._replace(label=-1, original_label=None) for s in samples]
 
 
 def _corrupted(samples: list[Sample], share: float, classes: int, seed: int) -> list[Sample]:

@@ -154,6 +154,8 @@ def test_subset_options(tree, tmp_path, out, refused, shard):
     assert "--fraction and --corrupt" in refused("subset", out, part, "--fraction", 0.5, "--corrupt", 0.5, code=2)
     for value in (0, -1, 1.5):
         assert "--fraction" in refused("subset", out, part, "--fraction", value, code=2)
+    assert "did you mean 'unlabelled'" in refused("subset", out, part, "--fraction", 0.5, "--rest", "unlabeled", code=2)
+    assert "leaves no sample out" in refused("subset", out, part, "--corrupt", 0.5, "--rest", "unlabelled", code=2)
     assert "no such folder" in refused("subset", tmp_path / "none", part, "--fraction", 0.5)
     assert not part.exists()
 

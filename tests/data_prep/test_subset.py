@@ -152,3 +152,43 @@ def test_digits_split_does_not_depend_on_the_seed(tmp_path, shard):
     a, b = (ShardSet.open(tmp_path / run / "val") for run in "ab")
     keys = [[s.key(i) for i in range(len(s))] for s in (a, b)]
     assert keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1])
+
+
+def test_the_rest_stays_without_its_label(out, tmp_path, shard, content):
+    """Listed by file name, in the form of the SimCLR lists: every image stays, and only the listed keep a class."""
+    listed = {"ant/ant_3", "cow/cow_0", "cow/cow_9"}
+    (tmp_path / "list.txt").write_text("".join(f"{key.partition('/')[2]}.JPEG\n" for key in sorted(listed)))
+    for run in ("a", "b"):
+        assert shard("subset", out, tmp_path / run, "--list", tmp_path / "list.txt", "--rest", "unlabelled",
+                     "--workers", 1) == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b") and shard("verify", tmp_path / "a", "--workers", 1) == 0
+    found, before = ShardSet.open(tmp_path / "a"), ShardSet.open(out)
+    truth = {before.key(i): int(before.labels[i]) for i in range(len(before))}
+    assert {found.key(i): int(found.labels[i]) for i in range(len(found))} == {
+        key: label if key in listed else -1 for key, label in truth.items()}
+    assert found.classes == before.classes
+    with tarfile.open(tmp_path / "a" / "shard-000000.tar") as tar:
+        names = tar.getnames()
+    assert {name.removesuffix(".cls") for name in names if name.endswith(".cls")} == listed
+    assert sum(name.endswith(".jpg") for name in names) == 70
+
+    # a share keeps the labels of the samples that it would have kept alone
+    assert shard("subset", out, tmp_path / "share", "--fraction", 0.1, "--workers", 1) == 0
+    assert shard("subset", out, tmp_path / "semi", "--fraction", 0.1, "--rest", "unlabelled", "--workers", 1) == 0
+    semi = ShardSet.open(tmp_path / "semi")
+    assert len(semi) == 70 and {semi.key(i) for i in np.flatnonzero(semi.labels >= 0)} == set(samples(
+        tmp_path / "share"))
+
+
+def test_a_label_that_is_dropped_leaves_no_trace(out, tmp_path, shard):
+    shard("subset", out, tmp_path / "noisy", "--corrupt", 1.0, "--workers", 1)
+    shard("subset", tmp_path / "noisy", tmp_path / "semi", "--fraction", 0.1, "--rest", "unlabelled", "--workers", 1)
+    notes = {}
+    for path in (tmp_path / "semi").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            labelled = {name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")}
+            notes |= {m.name.removesuffix(".json"): json.load(tar.extractfile(m)) for m in tar
+                      if m.name.endswith(".json")}
+            for key in [k for k in notes if k not in labelled]:
+                assert "original_label" not in notes.pop(key)
+    assert len(notes) == 7 and all("original_label" in note for note in notes.values())
