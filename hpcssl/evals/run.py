@@ -83,8 +83,7 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     check_labels(train, val)
     began = time.monotonic()
     encoder = Encoder.open(weights, world)
-    identity = config.fingerprint({"eval": name, "options": config.as_dict(resolved), "train": train.digest,
-                                   "val": val.digest, "weights": encoder.sha256})
+    identity = identity_of(name, resolved, train, val, encoder.sha256)
     found = next((row for row in _rows(run, name) if row.get("identity") == identity), None)
     found = json.loads(world.tell(json.dumps(found) if world.main else None))
     if found is not None:
@@ -118,24 +117,54 @@ def evaluate_run(name: str, run: RunDir, world: World, *, train: Path | str | No
     ``step``: ``last`` (of the finished training, else the newest there is), ``first``, or a number. Options: the
     recipe's ``evals.NAME``, then ``overrides`` as ``key=value``. Shards: the recipe's, unless given.
     """
+    recipe = config.read_yaml(run.config) if run.config.exists() else {}
+    options, sets = question(name, recipe, train=train, val=val, overrides=overrides)
+    return [evaluate(name, run=run, weights=path, world=world, options=options, stop=stop, threads=threads, **sets)
+            for path in _chosen(run, recipe, step)]
+
+
+def missing(name: str, run: RunDir, *, train: Path | str | None = None, val: Path | str | None = None,
+            overrides: Sequence[str] = (), step: int | str = "last") -> list[Path]:
+    """The weights files for which ``evaluate_run``, asked the same, would find no row."""
+    recipe = config.read_yaml(run.config)
+    options, sets = question(name, recipe, train=train, val=val, overrides=overrides)
+    resolved = config.load(EVALS[name].options, options, where=f"options of {name}")
+    known = {row.get("identity") for row in _rows(run, name)}
+    return [path for path in _chosen(run, recipe, step)
+            if identity_of(name, resolved, sets["train"], sets["val"], files.digest(path)) not in known]
+
+
+def question(name: str, recipe: dict, *, train: Path | str | None = None, val: Path | str | None = None,
+             overrides: Sequence[str] = ()) -> tuple[dict, dict[str, ShardSet]]:
+    """Option values and shard sets of an evaluation under a recipe (nested plain values).
+
+    Raises ``ConfigError`` (name, options, no shards named) and ``DataError`` (shards that cannot be read).
+    """
     if name not in EVALS:
         raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
-    recipe = config.read_yaml(run.config) if run.config.exists() else {}
     data, evals = recipe.get("data") or {}, recipe.get("evals") or {}
+    options = config.merge(evals.get(name) or {}, config.read_overrides(list(overrides)))
+    config.load(EVALS[name].options, options, where=f"options of {name}")
     folders = {"train": train or data.get("train"), "val": val or data.get("val")}
     for kind, folder in folders.items():
         if not folder:
             raise ConfigError(f"evaluation {name}, {kind} shards", got="none named and none in the recipe",
                               expected=f"a folder that hpcssl-shard wrote, by --{kind} or data.{kind}",
                               mend=f"add --{kind} SHARDS")
-    sets = {kind: ShardSet.open(folder) for kind, folder in folders.items()}
-    options = config.merge(evals.get(name) or {}, config.read_overrides(list(overrides)))
-    chosen = [weights_of(run, step)]
-    first = run.weights_at(0)
-    if step == "last" and evals.get("baseline", True) and first.exists() and first != chosen[0]:
-        chosen.insert(0, first)
-    return [evaluate(name, run=run, weights=path, world=world, options=options, stop=stop, threads=threads, **sets)
-            for path in chosen]
+    return options, {kind: ShardSet.open(folder) for kind, folder in folders.items()}
+
+
+def identity_of(name: str, options: object, train: ShardSet, val: ShardSet, weights_sha256: str) -> str:
+    """sha256 of everything that decides the scores."""
+    return config.fingerprint({"eval": name, "options": config.as_dict(options), "train": train.digest,
+                               "val": val.digest, "weights": weights_sha256})
+
+
+def _chosen(run: RunDir, recipe: dict, step: int | str) -> list[Path]:
+    """The weights of a step; for the last one, those of step 0 before it, unless the recipe wants no baseline."""
+    chosen, first = weights_of(run, step), run.weights_at(0)
+    baseline = (recipe.get("evals") or {}).get("baseline", True)
+    return [first, chosen] if step == "last" and baseline and first.exists() and first != chosen else [chosen]
 
 
 def weights_of(run: RunDir, step: int | str = "last") -> Path:
