@@ -126,6 +126,7 @@ class RunDir:
     events = property(lambda self: self.root / "tensorboard")
     attempts = property(lambda self: self.root / "attempts.jsonl")
     jobs = property(lambda self: self.root / "jobs.jsonl")
+    chain = property(lambda self: self.root / "chain.json")
     checkpoints = property(lambda self: self.root / "checkpoints")
     weights = property(lambda self: self.root / "weights")
     evals = property(lambda self: self.root / "evals")
