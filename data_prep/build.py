@@ -218,8 +218,8 @@ def _jobs(out: Path, catalogue: Catalogue, options: Options, finished: dict | No
     jobs = []
     for number, start in enumerate(range(0, len(order), step)):
         samples = [catalogue.samples[i] for i in order[start : start + step]]
-        inputs = digest_lines(json.dumps((s.source, s.label, s.size, s.stamp, s.second, s.original_label))
-                              for s in samples)
+        inputs = digest_lines(json.dumps((s.source, s.label, s.size, s.stamp, s.second, s.original_label,
+                                          *(() if s.more is None else (s.more,)))) for s in samples)
         job = Job(out, number, samples, inputs, None)
         known = before.get(job.name)
         if job.note.exists():

@@ -31,6 +31,7 @@ class Sample(NamedTuple):
     stamp: int  # modification time in ns: tells on resume whether the bytes may have changed
     second: tuple[int, int] | bytes | None = None  # offset and size of the second modality in ``path``, or itself
     original_label: int | None = None  # the label before it was corrupted
+    more: str | None = None  # what else KEY.json says of it, such as boxes: a JSON object as text
 
 
 @dataclass
@@ -42,8 +43,9 @@ class Catalogue:
     made: dict = field(default_factory=dict)
 
     def names_digest(self) -> str:
-        """sha256 over the names, labels and classes."""
-        rows = (json.dumps((s.source, s.label, s.original_label)) for s in self.samples)
+        """sha256 over the names, labels, notes and classes."""
+        rows = (json.dumps((s.source, s.label, s.original_label, *(() if s.more is None else (s.more,))))
+                for s in self.samples)
         return digest_lines([json.dumps(self.classes), *rows])
 
     def sizes_digest(self) -> str:

@@ -85,6 +85,25 @@ def imagenet(
 
 
 @app.command()
+def detection(
+    name: Annotated[str, typer.Argument(metavar="voc|coco", help="voc: 07+12 trainval and 07 test; coco: 2017.")],
+    src: Annotated[Path, typer.Argument(help="VOCdevkit, or the folder of train2017, val2017 and annotations.")],
+    out: Annotated[Path, typer.Argument(help="Writes OUT/train and OUT/val.")],
+    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, skip_bad: SkipBad = 0,
+) -> None:
+    """Write pictures with their boxes (and COCO's masks) for `hpcssl eval detect`. --skip-bad counts for each part."""
+    from data_prep import boxes, build
+
+    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
+    _refuse_inside(src, out)
+    with ExitStack() as stack:
+        works = {part: stack.enter_context(build.claim(out / part)) for part in ("train", "val")}
+        for part, todo in boxes.read(name, src).items():
+            todo.made["part"] = part
+            print(build.describe(build.write(works[part], todo, options)))
+
+
+@app.command()
 def digits(
     out: Annotated[Path, typer.Argument(help="Writes OUT/train (1,438 samples) and OUT/val (359).")],
     samples_per_shard: PerShard = 200, workers: Workers = 1, seed: Seed = 0, second: Second = "edges",

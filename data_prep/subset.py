@@ -5,6 +5,7 @@ What a list or a share leaves out is dropped, or it stays without its label, for
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,16 @@ def _samples(src: ShardSet) -> list[Sample]:
                 second = (row[5], row[6]) if row[6] else None
                 # shards never change once written, so their name, not their time, stands for the content
                 samples.append(Sample(source, label, os.fspath(path), row[2], row[3], 0, second,
-                                      note.get("original_label")))
+                                      note.get("original_label"), _more(note)))
     if not samples:
         raise DataError(f"shard folder {src.root}", got="no sample", expected="at least one", mend="check the path")
     return sorted(samples)
+
+
+def _more(note: dict) -> str | None:
+    """What KEY.json says beyond what the sample itself says (boxes, for detection): it travels with the image."""
+    rest = {name: value for name, value in note.items() if name not in ("source", "original_label")}
+    return json.dumps(rest, separators=(",", ":")) if rest else None
 
 
 def _listed(samples: list[Sample], names: list[str], path: Path) -> list[Sample]:

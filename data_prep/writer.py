@@ -151,7 +151,7 @@ def _with_edges(sample: Sample, reader: Reader, bad: list[Bad]) -> Sample | None
 
 def _tail(sample: Sample) -> list[tuple[str, bytes]]:
     """The small members after the images: label and origin."""
-    note = {"source": sample.source}
+    note = {"source": sample.source} | json.loads(sample.more or "{}")
     if sample.original_label is not None:
         note["original_label"] = sample.original_label
     label = [("cls", b"%d" % sample.label)] if sample.label >= 0 else []
