@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcssl import config, files
-from hpcssl.data.loader import Loader
-from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
-from hpcssl.errors import ConfigError, DataError, EvalError, HpcsslError, nearest
+from hpcssl.errors import ConfigError, EvalError, HpcsslError, nearest
 from hpcssl.evals import cache
+from hpcssl.evals.images import Batches, Images
 from hpcssl.evals.together import Stop, agree, as_error, never
 from hpcssl.nets import resnet, weights
 from hpcssl.views import augment
@@ -36,29 +35,52 @@ from hpcssl.world import World
 log = logging.getLogger("hpcssl")
 
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STORES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureOptions:
-    """How features are made; the base of the options of every evaluation on frozen features.
+class ViewOptions:
+    """How an image is shown to the network; the base of the options of every evaluation.
 
     ``view``: the centre crop, ``auto`` being ``eval`` (short side to 256/224 of the size) for images above 64 pixels
-    and ``eval_whole`` up to 64, where the whole image is the view. ``precision`` of the forward pass; features are
-    stored as fp32. ``batch``: images per forward pass.
+    and ``eval_whole`` up to 64, where the whole image is the view. ``interpolation`` of its resize: ``auto`` is the
+    protocol's, which is bilinear where it does not say otherwise. ``batch``: images per forward pass.
     """
 
     view: str = "auto"
-    precision: str = "fp32"
+    interpolation: str = "auto"
     batch: int = 128
 
     def __post_init__(self):
-        views = ("auto", *(name for name, a in NAMED.items() if a.crop == "center"))
-        for field, known in (("view", views), ("precision", tuple(_PRECISIONS))):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"evaluation option {field}", got=repr(getattr(self, field)),
-                                  expected=" or ".join(known), mend=nearest(str(getattr(self, field)), known))
+        one_of("view", self.view, ("auto", *(name for name, a in NAMED.items() if a.crop == "center")))
+        one_of("interpolation", self.interpolation, ("auto", "bilinear", "bicubic"))
         if self.batch < 1:
             raise ConfigError("evaluation option batch", got=self.batch, expected="at least 1", mend="batch=128")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ViewOptions):
+    """How features are made; the base of the options of every evaluation on frozen features.
+
+    ``precision`` of the forward pass. ``store``: what finished features are kept as; ``fp16`` takes half the room
+    and rounds them to 11 bits, as MSF's k-NN does (eval_knn.py: faiss with useFloat16).
+    """
+
+    precision: str = "fp32"
+    store: str = "fp32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("precision", self.precision, _PRECISIONS)
+        one_of("store", self.store, _STORES)
+
+
+def one_of(field: str, value: object, known: Iterable[str]) -> None:
+    """Raise ``ConfigError`` unless an option's value is a known one."""
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"evaluation option {field}", got=repr(value), expected=" or ".join(known),
+                          mend=nearest(str(value), known))
 
 
 @dataclass(frozen=True)
@@ -81,11 +103,12 @@ class Encoder:
     def width(self) -> int:
         return resnet.width_of(self.backbone)
 
-    def view(self, options: FeatureOptions) -> ViewSpec:
-        size, name = self.meta["size"], options.view
+    def view(self, options: ViewOptions) -> ViewSpec:
+        size, name, kind = self.meta["size"], options.view, options.interpolation
         if name == "auto":
             name = "eval" if size > weights.WHOLE_UP_TO else "eval_whole"
-        return ViewSpec(name=name, augment=NAMED[name], size=size)
+        augment = NAMED[name] if kind == "auto" else replace(NAMED[name], interpolation=kind)
+        return ViewSpec(name=name, augment=augment, size=size)
 
     @torch.no_grad()
     def encode(self, images: Tensor, params: np.ndarray, view: ViewSpec, precision: str) -> Tensor:
@@ -99,7 +122,10 @@ class Encoder:
 
 
 class Features:
-    """Raw features [N, D] as parts in index order, fp32 on the CPU (of the page cache, where parts are files)."""
+    """Raw features [N, D] as parts in index order on the CPU (of the page cache, where parts are files).
+
+    ``parts`` hold what ``FeatureOptions.store`` says; what is read from them by ``unit`` and ``rows`` is fp32.
+    """
 
     def __init__(self, parts: Sequence[Tensor], labels: np.ndarray, classes: Sequence[str] = ()):
         self.parts = list(parts)
@@ -117,18 +143,18 @@ class Features:
     def unit(self) -> Iterator[tuple[int, Tensor]]:
         """(index of its first row, rows of unit length) of each part."""
         for start, part in zip(self.starts, self.parts, strict=False):
-            yield int(start), F.normalize(part, dim=1)
+            yield int(start), F.normalize(part.float(), dim=1)
 
     def rows(self, index: Tensor) -> Tensor:
         """Raw rows [len(index), D] of any global indices, int64."""
         index = index.cpu()
         if len(self.parts) == 1:
-            return self.parts[0][index]
+            return self.parts[0][index].float()
         part = torch.as_tensor(np.searchsorted(self.starts, index.numpy(), side="right") - 1)
         found = torch.empty(len(index), self.width)
         for i in part.unique().tolist():
             here = part == i
-            found[here] = self.parts[i][index[here] - int(self.starts[i])]
+            found[here] = self.parts[i][index[here] - int(self.starts[i])].float()
         return found
 
     @cached_property
@@ -137,31 +163,6 @@ class Features:
         mean = sum(rows.double().sum(0) for _, rows in self.unit()) / len(self)
         var = sum((rows.double() - mean).square().sum(0) for _, rows in self.unit()) / (len(self) - 1)
         return mean.float(), var.float()
-
-
-class Batches:
-    """An order for the loader: whole batches of global indices of which this process takes all.
-
-    ``steps``: the steps, as ``batch_of`` (step -> int64 indices) and ``epoch_of`` number them, that the loader is
-    to count 0, 1, 2, …; ``most``: the largest batch.
-    """
-
-    def __init__(self, steps: Sequence[int], batch_of: Callable[[int], np.ndarray],
-                 epoch_of: Callable[[int], int], most: int):
-        self.steps, self.global_batch = steps, most
-        self._batch_of, self._epoch_of = batch_of, epoch_of
-
-    def epoch_of(self, step: int) -> int:
-        return self._epoch_of(self.steps[step])
-
-    def batch(self, step: int) -> np.ndarray:
-        return self._batch_of(self.steps[step])
-
-    def rows(self, size: int) -> int:
-        return self.global_batch
-
-    def part(self, step: int, rank: int, size: int) -> np.ndarray:
-        return self.batch(step)
 
 
 def extract(encoder: Encoder, data: ShardSet, options: FeatureOptions, world: World, *, root: Path | None = None,
@@ -178,7 +179,7 @@ def extract(encoder: Encoder, data: ShardSet, options: FeatureOptions, world: Wo
     folder = None
     if root is not None:
         settings = config.fingerprint({"view": asdict(view), "precision": options.precision,
-                                       "batch": options.batch})
+                                       "batch": options.batch, "store": options.store})
         folder = root / f"{encoder.sha256[:16]}-{data.digest[:16]}-{settings[:8]}"
     parts = cache.plan(len(data), options.batch)
     have = [folder is not None and cache.read(cache.name(folder, i), last - first, encoder.width) is not None
@@ -208,7 +209,7 @@ def _compute(encoder, data, view, options, world, todo, parts, folder, threads, 
             try:
                 if world.rank < len(here):
                     first, last = parts[here[world.rank]]
-                    rows = _part(stream, -(-(last - first) // options.batch), stop)
+                    rows = _part(stream, -(-(last - first) // options.batch), _STORES[options.store], stop)
                     if rows is not None and folder is not None:
                         cache.write(cache.name(folder, here[world.rank]), rows)
             except (HpcsslError, OSError) as caught:
@@ -216,24 +217,28 @@ def _compute(encoder, data, view, options, world, todo, parts, folder, threads, 
             agree(world, f"features of {data.root.name}", stop=stop() or (rows is None and world.rank < len(here)),
                   error=error)
             if folder is None:
-                made |= _exchange(rows, here, parts, most, encoder.width, world)
+                made |= _exchange(rows, here, parts, most, encoder.width, _STORES[options.store], world)
             if time.monotonic() - began > 10:
                 began = time.monotonic()
                 log.info("features of %s: %d of %d parts", data.root.name, turn * world.size + len(here), len(todo))
     return made
 
 
-def _part(stream: Stream, batches: int, stop: Stop) -> Tensor | None:
+def _part(stream: Stream, batches: int, dtype: torch.dtype, stop: Stop) -> Tensor | None:
     rows = []
     for _ in range(batches):
         if stop():
             return None
-        rows.append(next(stream)[0].cpu())
-    return torch.cat(rows)
+        rows.append(next(stream)[0].to(dtype).cpu())
+    whole = torch.cat(rows)
+    if not torch.isfinite(whole).all():  # they were before they were rounded
+        raise EvalError(f"features by {stream.encoder.path}", got=f"values above {torch.finfo(dtype).max:g}",
+                        expected="numbers that fp16 can hold", mend="store=fp32")
+    return whole
 
 
-def _exchange(rows, here, parts, most, width, world) -> dict[int, Tensor]:
-    padded = torch.zeros(most, width, device=world.device)
+def _exchange(rows, here, parts, most, width, dtype, world) -> dict[int, Tensor]:
+    padded = torch.zeros(most, width, dtype=dtype, device=world.device)
     if rows is not None:
         padded[:len(rows)] = rows.to(world.device)
     every = world.gather(padded).cpu().split(most)
@@ -245,24 +250,15 @@ class Stream:
 
     def __init__(self, encoder: Encoder, data: ShardSet, view: ViewSpec, order: Batches, precision: str, *,
                  seed: int = 0, threads: int = 1):
-        self.encoder, self.view, self.precision, self.data = encoder, view, precision, data
-        device = next(encoder.backbone.parameters()).device
-        self.reader = Reader(data, limit=0)
-        self.loader = Loader(self.reader, order, [view], seed=seed, threads=threads, pin=device.type == "cuda")
-        self.batches = self.loader.run(0, len(order.steps))
+        self.encoder, self.view, self.precision = encoder, view, precision
+        pin = next(encoder.backbone.parameters()).device.type == "cuda"
+        self.images = Images(data, view, order, range(len(order.steps)), seed=seed, threads=threads, pin=pin)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> tuple[Tensor, np.ndarray]:
-        try:
-            batch = next(self.batches)
-        except DataError as error:
-            if not self.reader.damaged:
-                raise
-            # training replaces a few damaged images; a score would then be of other images than its name says
-            raise EvalError(error.what, got=error.got, expected="whole images, since the score is of each of them",
-                            mend="`hpcssl-shard verify` lists the damaged; write the shards again") from error
+        batch = next(self.images)
         features = self.encoder.encode(batch.images[0], batch.params[0], self.view, self.precision)
         finite = torch.isfinite(features).all(1)
         if not finite.all():
@@ -275,6 +271,5 @@ class Stream:
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.loader.close()
-        self.reader.close()
+    def __exit__(self, *exc: object) -> None:
+        self.images.__exit__(*exc)

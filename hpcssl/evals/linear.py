@@ -31,7 +31,8 @@ from torch import Tensor
 from hpcssl import files, rng
 from hpcssl.data.order import Order
 from hpcssl.errors import ConfigError, EvalError, HpcsslError, nearest
-from hpcssl.evals.features import Batches, FeatureOptions, Features, Stream
+from hpcssl.evals.features import FeatureOptions, Features, Stream
+from hpcssl.evals.images import Batches
 from hpcssl.evals.together import agree, as_error
 from hpcssl.nets import weights
 from hpcssl.views.augment import Augment, ViewSpec

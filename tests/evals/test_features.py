@@ -108,6 +108,35 @@ def test_the_view_follows_the_size_and_can_be_named(encoder):
     assert large.view(OPTIONS).name == "eval" and large.view(OPTIONS).size == 224
 
 
+def test_half_precision_parts_are_the_rounded_features_wherever_they_are_made(encoder, data, ranks, tmp_path):
+    full = extract(encoder, data[0], OPTIONS, ALONE)
+    half = FeatureOptions(batch=8, store="fp16")
+    for found in (extract(encoder, data[0], half, ALONE), extract(encoder, data[0], half, ALONE, root=tmp_path)):
+        assert all(torch.equal(a, b.half()) for a, b in zip(found.parts, full.parts, strict=True))
+    assert next(tmp_path.rglob("part-00000*")).stat().st_size < 2 * full.parts[0].numel() + 300
+    for parts in ranks(2, half_parts, encoder.path, data[0]):
+        assert all(torch.equal(a, b.half()) for a, b in zip(parts, full.parts, strict=True))
+    with pytest.raises(EvalError, match="store=fp32"):
+        extract(Large(encoder), data[0], half, ALONE)
+
+
+def half_parts(world, path, shards):
+    return extract(Encoder.open(path, world), shards, FeatureOptions(batch=8, store="fp16"), world).parts
+
+
+class Large:
+    """An encoder whose features fp16 cannot hold."""
+
+    def __init__(self, encoder):
+        self._encoder = encoder
+
+    def __getattr__(self, name):
+        return getattr(self._encoder, name)
+
+    def encode(self, *args):
+        return self._encoder.encode(*args) * 1e6
+
+
 def test_low_precision_comes_close(encoder, data):
     exact, low = (F.normalize(torch.cat(extract(encoder, data[1], FeatureOptions(precision=p), ALONE).parts))
                   for p in ("fp32", "bf16"))

@@ -91,6 +91,37 @@ def test_weighted_vote_and_top5_by_loops_over_everything():
         assert ours[f"knn{k}_weighted_top5"] == pytest.approx(100 * five / 80)
 
 
+@pytest.mark.parametrize("name, names", [
+    ("cmsf_semi", ["knn1", "knn5", "knn5_top5", "knn10", "knn10_top5", "knn20", "knn20_top5"]),
+    ("dino", [f"knn{k}_weighted{top}" for k in (10, 20, 100, 200) for top in ("", "_top5")]),
+    ("lightly", ["knn200_weighted", "knn200_weighted_top5"])])
+def test_protocols_by_name_and_their_values_can_be_replaced(name, names):
+    bank, queries = drawn(300, 16, 12, 2), drawn(80, 16, 12, 3)
+    ours = knn.classify(bank, queries, KnnOptions(protocol=name, one_label=0), ALONE)
+    assert list(ours) == names
+    named = knn.PROTOCOLS[name]
+    spelt = KnnOptions(k=list(named.k), weighted_k=list(named.weighted_k), tau=named.tau, one_label=0)
+    assert knn.classify(bank, queries, spelt, ALONE) == ours
+
+
+def test_half_precision_features_are_kept_as_such_and_vote_nearly_the_same():
+    bank, queries = drawn(500, 24, 6, 0, 3), drawn(200, 24, 6, 1)
+    half = Features([part.half() for part in bank.parts], bank.labels.numpy())
+    assert half.rows(torch.tensor([400, 3])).dtype == torch.float32
+    assert torch.equal(half.rows(torch.tensor([400, 3])), bank.rows(torch.tensor([400, 3])).half().float())
+    full, ours = (knn.classify(b, queries, KnnOptions(one_label=0), ALONE) for b in (bank, half))
+    assert all(abs(ours[name] - full[name]) <= 1.0 for name in full)  # two of 200 queries
+
+
+def test_the_bank_passes_through_one_block_of_memory(monkeypatch):
+    monkeypatch.setattr(knn, "BYTES", 4 * 8 * 250)
+    rows, places = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)), set()
+    for start, block in knn._large_blocks(Features(list(rows.split(70)), np.zeros(1000))):
+        assert torch.equal(block, F.normalize(rows[start:start + len(block)], dim=1)) and len(block) <= 250
+        places.add(block.data_ptr())
+    assert len(places) == 1 and start + len(block) == 1000
+
+
 def test_neighbours_do_not_depend_on_parts_or_blocks(monkeypatch):
     """Half of the bank stands in it twice and a third is one and the same row: only indices tell equals apart."""
     rows = torch.cat(drawn(200, 32, 4, 4).parts)
@@ -146,7 +177,9 @@ def test_a_world_with_more_ranks_than_blocks(ranks):
 def test_wrong_options_are_refused():
     with pytest.raises(EvalError, match="k = 20 with 10 training images"):
         knn.classify(drawn(10, 8, 3, 0), drawn(5, 8, 3, 1), KnnOptions(), ALONE)
-    for wrong, told in (({"k": [0]}, "evals.knn.k"), ({"tau": 0}, "evals.knn.tau"), ({"taw": 1}, "did you mean 'tau'"),
+    for wrong, told in (({"protocol": "dyno"}, "did you mean 'dino'"), ({"store": "fp8"}, "store"),
+                        ({"interpolation": "cubic"}, "interpolation"),
+                        ({"k": [0]}, "evals.knn.k"), ({"tau": 0}, "evals.knn.tau"), ({"taw": 1}, "did you mean 'tau'"),
                         ({"precision": "fp8"}, "precision"), ({"view": "weak"}, "view"), ({"batch": 0}, "batch")):
         with pytest.raises(ConfigError, match=told):
             load(KnnOptions, wrong, where="options of knn")
