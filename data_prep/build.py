@@ -26,7 +26,7 @@ import numpy as np
 from data_prep import pool, second, tars, writer
 from data_prep.catalogue import Catalogue, Sample, digest_lines, some
 from hpcssl import files
-from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS
+from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS, TARGETS
 from hpcssl.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger("hpcssl")
@@ -129,7 +129,7 @@ def write(work: Path, catalogue: Catalogue, options: Options) -> Summary:
             "samples": len(catalogue.samples)}
     finished = _finished(out)
     _refuse_other(out, work, plan, finished, catalogue)
-    for left in [*out.glob(".shard-*.tmp"), *out.glob(".index.*.tmp"), *out.glob(".sums.*.tmp")]:
+    for left in (path for name in ("shard-*", "index.*", "sums.*", "targets.*") for path in out.glob(f".{name}.tmp")):
         left.unlink(missing_ok=True)
     files.atomic_write(work / "plan.json", json.dumps(plan, sort_keys=True))
     jobs = _jobs(out, catalogue, options, finished)
@@ -145,7 +145,11 @@ def write(work: Path, catalogue: Catalogue, options: Options) -> Summary:
     meta = {"format": FORMAT, "shards": shards, "classes": catalogue.classes, "plan": plan,
             "sizes": catalogue.sizes_digest(),
             "skipped": [{"shard": shard, "source": source, "reason": reason} for shard, source, reason in bad]}
-    _write_index(out, meta, [done[n][0] for n in range(len(jobs))], finished)
+    if "dataset" in made:
+        meta["dataset"] = made["dataset"]
+    left_out = {source for _, source, _ in bad}
+    targets = _targets([s for job in jobs for s in job.samples if s.source not in left_out])
+    _write_index(out, meta, [done[n][0] for n in range(len(jobs))], targets, finished)
     shutil.rmtree(work, ignore_errors=True)
     return Summary(out, meta["samples"], len(catalogue.classes), len(jobs), sum(kept for _, kept in done.values()),
                    sum(s["bytes"] for s in shards), len(bad))
@@ -250,12 +254,23 @@ def _refuse_bad(bad: list[tuple[str, str, str]], allowed: int) -> None:
                          "only the shards that hold them are written again")
 
 
-def _write_index(out: Path, meta: dict, written: list[writer.Written], finished: dict | None) -> None:
+def _targets(samples: list[Sample]) -> np.ndarray | None:
+    """The targets that the samples' notes hold, int8 [N, C] in the order of writing; None for single labels."""
+    if not samples or "targets" not in json.loads(samples[0].more or "{}"):
+        return None
+    return np.array([json.loads(sample.more)["targets"] for sample in samples], np.int8)
+
+
+def _write_index(out: Path, meta: dict, written: list[writer.Written], targets: np.ndarray | None,
+                 finished: dict | None) -> None:
     rows = np.concatenate([w.rows for w in written]) if written else np.zeros(0, ROW)
-    for name, array in ((ROWS, rows), (SUMS, np.concatenate([w.sums for w in written]).astype("<u8"))):
+    arrays = {ROWS: ("rows", rows), SUMS: ("sums", np.concatenate([w.sums for w in written]).astype("<u8"))}
+    if targets is not None:
+        arrays[TARGETS] = "targets", targets
+    for name, (what, array) in arrays.items():
         body = io.BytesIO()
         np.save(body, array, allow_pickle=False)
-        meta["rows_sha256" if name == ROWS else "sums_sha256"] = hashlib.sha256(body.getvalue()).hexdigest()
+        meta[f"{what}_sha256"] = hashlib.sha256(body.getvalue()).hexdigest()
         _write_small(out / name, body.getvalue())
     meta["samples"] = len(rows)
     if finished and finished["shards"] != meta["shards"]:

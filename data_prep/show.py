@@ -16,18 +16,22 @@ def records(root: Path) -> Iterator[tuple[str, ...]]:
     sizes = found.rows["size"].astype(np.int64)
     yield "samples", str(len(found))
     yield "classes", str(len(found.classes))
-    yield "unlabelled", str(int((found.labels < 0).sum()))
+    labelled = found.labels >= 0 if found.targets is None else found.targets.any(1)
+    yield "unlabelled", str(int((~labelled).sum()))
     yield "shards", str(len(found.shards))
     yield "bytes", str(sum(shard.bytes for shard in found.shards))
     if len(found):
         yield "image bytes", f"min {sizes.min()}", f"median {int(np.median(sizes))}", f"max {sizes.max()}"
     yield "second modality", (found.second or "yes") if found.has_second else "no"
     yield "digest", found.digest
-    for name, value in sorted(found.meta.get("plan", {}).get("made", {}).items()):
+    for name, value in sorted(found.made.items()):
         yield "made", name, str(value)
     for entry in found.meta.get("skipped", []):
         yield "skipped", entry["source"], entry["reason"]
-    counts = np.bincount(found.labels[found.labels >= 0], minlength=len(found.classes))
+    if found.targets is None:
+        counts = np.bincount(found.labels[labelled], minlength=len(found.classes))
+    else:
+        counts = (found.targets == 1).sum(0)
     for number, (name, count) in enumerate(zip(found.classes, counts, strict=True)):
         yield "class", str(number), name, str(count)
     for shard in found.shards:

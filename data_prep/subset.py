@@ -52,9 +52,8 @@ class Choice:
 def choose(src: ShardSet, choice: Choice, seed: int) -> Catalogue:
     """The catalogue of the new folder. Classes keep their numbers, also those that lose every sample."""
     every = samples = _samples(src)
-    made = {"verb": "subset", "of": src.digest}
-    if src.second:
-        made["second"] = src.second
+    inherited = {name: value for name, value in src.made.items() if name in ("dataset", "second")}
+    made = {"verb": "subset", "of": src.digest, **inherited}
     if choice.list is not None:
         samples = _listed(samples, read_names(choice.list, "--list"), choice.list)
         made["list"] = len(samples)
@@ -139,8 +138,13 @@ def _share(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
 
 
 def _unlabelled(samples: list[Sample], labelled: set[str]) -> list[Sample]:
-    """All samples; those not named in ``labelled`` lose their label, and what a corruption had noted of it."""
-    return [s if s.source in labelled else s._replace(label=-1, original_label=None) for s in samples]
+    """All samples; those not named in ``labelled`` lose their label and every note of it. Targets become zeros."""
+    def bare(sample: Sample) -> Sample:
+        targets = json.loads(sample.more or "{}").get("targets")
+        more = None if targets is None else json.dumps({"targets": [0] * len(targets)})
+        return sample._replace(label=-1, original_label=None, more=more)
+
+    return [sample if sample.source in labelled else bare(sample) for sample in samples]
 
 
 def _corrupted(samples: list[Sample], share: float, classes: int, seed: int) -> list[Sample]:

@@ -41,6 +41,7 @@ class Job:
     first: int  # global index of its first sample
     rows: np.ndarray
     sums: np.ndarray | None
+    targets: np.ndarray | None
     classes: int
     quick: bool
 
@@ -56,7 +57,8 @@ def verify(root: Path, *, quick: bool = False, workers: int | None = None) -> tu
     sums = _sums(found, problems)
     first = np.searchsorted(found.rows["shard"], np.arange(len(found.shards) + 1))
     jobs = [Job(found.path(n), shard.bytes, shard.sha256, int(first[n]), found.rows[first[n] : first[n + 1]],
-                None if sums is None else sums[first[n] : first[n + 1]], len(found.classes), quick)
+                None if sums is None else sums[first[n] : first[n + 1]],
+                None if found.targets is None else found.targets[first[n] : first[n + 1]], len(found.classes), quick)
             for n, shard in enumerate(found.shards)]
     sizes = [len(job.rows) for job in jobs]
     done = dict(pool.run(check, jobs, 1 if quick else workers, sizes, "verifying"))
@@ -74,6 +76,9 @@ def _folder(found: ShardSet) -> list[Problem]:
     with_second = int((found.rows["size_b"] > 0).sum())
     if 0 < with_second < len(found) or (found.second and with_second < len(found)):
         problems.append(Problem("index.npy", f"{len(found) - with_second} samples have no second modality"))
+    if found.targets is not None and (found.targets.shape != (len(found), len(found.classes))
+                                      or np.abs(found.targets).max(initial=0) > 1):
+        problems.append(Problem("targets.npy", "not a -1, 0 or 1 for every sample and class"))
     problems += [Problem(s.name, f"the index says {s.samples} samples and lists {n}")
                  for s, n in zip(found.shards, counts, strict=False) if s.samples != n]
     return problems
@@ -121,7 +126,8 @@ def _contents(job: Job, edges: np.ndarray, size: int) -> list[Problem]:
                 continue
             data = os.pread(file.fileno(), end - start, start)
             whole.update(data)
-            text, key = _sample(data, row, start, end, None if job.sums is None else int(job.sums[i]))
+            text, key = _sample(data, row, start, end, None if job.sums is None else int(job.sums[i]),
+                                None if job.targets is None else job.targets[i].tolist())
             if text:
                 problems.append(Problem(name, text, job.first + i, key))
         tail = os.pread(file.fileno(), max(size - int(edges[-1]), 0), int(edges[-1]))
@@ -133,7 +139,8 @@ def _contents(job: Job, edges: np.ndarray, size: int) -> list[Problem]:
     return problems
 
 
-def _sample(data: bytes, row, start: int, end: int, expected: int | None) -> tuple[str, str]:
+def _sample(data: bytes, row, start: int, end: int, expected: int | None,
+            targets: list[int] | None) -> tuple[str, str]:
     """What is wrong with the bytes of one sample ('' for nothing), and its key as far as that can be read."""
     key, members, image, second = LOST, {}, b"", b""
     try:
@@ -144,8 +151,11 @@ def _sample(data: bytes, row, start: int, end: int, expected: int | None) -> tup
         second = data[found[5] - start :][: found[6]] if found[6] else b""
         wrong = "" if found == tuple(row.item()) else "its headers or label are not those of the index"
         for _, offset, size in (members[suffix] for suffix in ("json",) if suffix in members):
-            if "source" not in tars.note(data[offset - start :][:size]):
+            note = tars.note(data[offset - start :][:size])
+            if "source" not in note:
                 wrong = "its .json is damaged"
+            elif note.get("targets") != targets:
+                wrong = "its .json has other targets than the index"
     except (tarfile.TarError, ValueError, StopIteration):
         key, wrong = _name(data), "its headers are damaged"
     if len(data) < end - start:

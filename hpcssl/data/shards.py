@@ -8,8 +8,10 @@ A shard folder holds plain WebDataset tars, which any webdataset reader takes::
                        KEY.b.jpg | KEY.b.png     optional: a second modality of the same sample
     index.json         what the folder should hold: shards with bytes, samples and sha256; classes; totals
     index.npy          one record per sample: where its bytes lie (the ROW type below)
+    targets.npy        optional, for images of several classes at once: int8 [samples, classes] (``ShardSet.targets``)
 
-A sample's *global index* is its row in ``index.npy``: stable for ever, since shards never change once written.
+KEY.json then holds the sample's row of it too, as "targets". A sample's *global index* is its row in ``index.npy``:
+stable for ever, since shards never change once written.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 from hpcssl.errors import DataError
 
 FORMAT = 1
-INDEX, ROWS = "index.json", "index.npy"
+INDEX, ROWS, TARGETS = "index.json", "index.npy", "targets.npy"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 ROW = np.dtype(
@@ -56,10 +58,12 @@ class Shard:
 class ShardSet:
     """A shard folder, opened by its index. Holds no file handles; ``data/reader.py`` does."""
 
-    def __init__(self, root: Path, meta: dict, rows: np.ndarray):
+    def __init__(self, root: Path, meta: dict, rows: np.ndarray, targets: np.ndarray | None = None):
         self.root = root
         self.meta = meta
         self.rows = rows
+        self.targets = targets
+        """Of a multi-label set: int8 [N, C], 1 present, -1 absent, 0 difficult or not known; None for other sets."""
         self.shards = [Shard(**shard) for shard in meta["shards"]]
         self.classes: list[str] = meta["classes"]
 
@@ -83,20 +87,23 @@ class ShardSet:
                             mend=f"write one with `hpcssl-shard images SRC OUT`{train}")
         try:
             meta = json.loads((root / INDEX).read_text())
-            body = (root / ROWS).read_bytes()
+            bodies = {ROWS: ((root / ROWS).read_bytes(), meta["rows_sha256"])}
+            if "targets_sha256" in meta:
+                bodies[TARGETS] = (root / TARGETS).read_bytes(), meta["targets_sha256"]
             shards = [Shard(**s) for s in meta["shards"]]
-            wanted = meta["rows_sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(what, got=f"an index that cannot be read ({type(error).__name__}: {error})",
-                            expected=f"{INDEX} and {ROWS} as hpcssl-shard wrote them",
+                            expected=f"{INDEX} and the .npy files beside it as hpcssl-shard wrote them",
                             mend="write the shards again with the same command: finished shards are kept") from error
         if meta.get("format") != FORMAT:
             raise DataError(what, got=f"index format {meta.get('format')}", expected=f"format {FORMAT}",
                             mend="write the shards again with this version's hpcssl-shard")
-        if hashlib.sha256(body).hexdigest() != wanted:
-            raise DataError(what, got=f"{ROWS} with another sha256 than {INDEX} records", expected=wanted[:12] + "…",
-                            mend="write the shards again with the same command: finished shards are kept")
-        rows = np.load(io.BytesIO(body), allow_pickle=False)
+        for name, (body, wanted) in bodies.items():
+            if hashlib.sha256(body).hexdigest() != wanted:
+                raise DataError(what, got=f"{name} with another sha256 than {INDEX} records",
+                                expected=wanted[:12] + "…",
+                                mend="write the shards again with the same command: finished shards are kept")
+        arrays = [np.load(io.BytesIO(body), allow_pickle=False) for body, _ in bodies.values()]
         if check_sizes:
             for shard in shards:
                 path = root / shard.name
@@ -105,7 +112,7 @@ class ShardSet:
                     raise DataError(f"shard {path}", got="no such file" if size is None else f"{size} bytes",
                                     expected=f"{shard.bytes} bytes",
                                     mend="copy it again, or write the shards again with the same command")
-        return cls(root, meta, rows)
+        return cls(root, meta, *arrays)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,9 +128,14 @@ class ShardSet:
         return len(self.rows) > 0 and bool((self.rows["size_b"] > 0).all())
 
     @property
+    def made(self) -> dict:
+        """By what ``hpcssl-shard`` chose these samples: verb, seed and the like; empty where the index has none."""
+        return self.meta.get("plan", {}).get("made", {})
+
+    @property
     def second(self) -> str:
         """What the second modality is, as reports must call it, such as ``edges (surrogate)``; '' where none said."""
-        return self.meta.get("plan", {}).get("made", {}).get("second", "")
+        return self.made.get("second", "")
 
     @cached_property
     def digest(self) -> str:
