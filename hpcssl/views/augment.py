@@ -43,9 +43,10 @@ class Augment:
     """One augmentation as numbers. Probabilities in [0, 1]; areas as shares of the image's.
 
     ``crop``: ``random`` is torchvision's RandomResizedCrop; ``center`` resizes the short side to ``zoom`` times the
-    view's size and takes the centre. ``jitter``: strengths of brightness, contrast, saturation, hue, as ColorJitter
-    takes them. ``blur_kernel``: ``pil`` for a Gaussian of this sigma with the edge pixels repeated, ``tenth`` for a
-    kernel of a tenth of the view's side, made odd, with the edges mirrored; see ``ops.blur_matrix``.
+    view's size and takes the centre; ``squash`` resizes to the same size, and from there the whole image into the
+    square, its aspect lost (with ``zoom`` 1 at once). ``jitter``: strengths of brightness, contrast, saturation, hue,
+    as ColorJitter takes them. ``blur_kernel``: ``pil`` for a Gaussian of this sigma with the edge pixels repeated,
+    ``tenth`` for a kernel of a tenth of the view's side, made odd, with the edges mirrored; see ``ops.blur_matrix``.
     """
 
     crop: str = "random"
@@ -64,7 +65,7 @@ class Augment:
     solarize: float = 0.0
 
     def __post_init__(self):
-        for field, allowed in (("crop", ("random", "center")), ("interpolation", ("bilinear", "bicubic")),
+        for field, allowed in (("crop", ("random", "center", "squash")), ("interpolation", ("bilinear", "bicubic")),
                                ("order", ("random", "fixed")), ("blur_kernel", ("pil", "tenth"))):
             if getattr(self, field) not in allowed:
                 raise ConfigError(f"augmentation {field}", got=repr(getattr(self, field)),
@@ -107,6 +108,9 @@ NAMED: dict[str, Augment] = {
     "digits": Augment(scale=(0.3, 1.0), flip=0.0, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0),
     "eval": Augment(crop="center", flip=0.0),
     "eval_whole": Augment(crop="center", zoom=1.0, flip=0.0),  # square images that already have the view's size
+    # VISSL's and OpenSelfSup's SVMs: Resize(256), Resize((224, 224)); VISSL's low-shot SVMs: the latter alone
+    "eval_squash": Augment(crop="squash", flip=0.0),
+    "eval_squash_once": Augment(crop="squash", zoom=1.0, flip=0.0),
 }
 
 

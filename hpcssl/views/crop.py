@@ -25,6 +25,9 @@ def cut(image: np.ndarray, box, spec: ViewSpec, out: torch.Tensor, scratch: Scra
         top, left, height, width = box
         resize(_whole(image[top:top + height, left:left + width], scratch), out, kind)
         return
+    if spec.augment.crop == "squash" and spec.augment.zoom == 1:
+        resize(image, out, kind)
+        return
     height, width = image.shape[:2]
     short, zoomed = min(height, width), round(size * spec.augment.zoom)
     tall, wide = (zoomed if side == short else int(zoomed * side / short) for side in (height, width))
@@ -35,7 +38,10 @@ def cut(image: np.ndarray, box, spec: ViewSpec, out: torch.Tensor, scratch: Scra
     flat = torch.from_numpy(scratch.take(tall * wide * 3)[:tall * wide * 3])
     whole = flat.view(1, tall, wide, 3).permute(0, 3, 1, 2)
     resize(image, whole, kind)
-    out.copy_(whole[:, :, top:top + size, left:left + size])
+    if spec.augment.crop == "squash":
+        resize(flat.view(tall, wide, 3).numpy(), out, kind)
+    else:
+        out.copy_(whole[:, :, top:top + size, left:left + size])
 
 
 def _whole(crop: np.ndarray, scratch: Scratch) -> np.ndarray:

@@ -96,6 +96,18 @@ def test_the_centre_crop_is_torchvisions_resize_and_center_crop(picture, shape, 
         assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name, steps", [("eval_squash", [256, (224, 224)]), ("eval_squash_once", [(224, 224)])])
+def test_the_squashed_view_is_torchvisions_resizes(picture, shape, name, steps):
+    """VISSL's and OpenSelfSup's Resize(256), Resize((224, 224))."""
+    for image in pictures(picture, shape):
+        ours = cut_one(image, ViewSpec(name="e", augment=NAMED[name], size=224), (0, 0, *shape))
+        theirs = Image.fromarray(image)
+        for step in steps:
+            theirs = F.resize(theirs, step)
+        assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= len(steps)
+
+
 def test_images_of_the_views_size_are_copied(picture):
     image = picture(0, 48, 48)
     spec = ViewSpec(name="e", augment=NAMED["eval_whole"], size=48)
