@@ -24,7 +24,7 @@ _refuse_two_faiss()
 
 def __getattr__(name: str):
     if name == "load_backbone":  # imported when asked for: status, cancel and logs never pay for torch
-        from hpcssl.nets.weights import load_backbone
+        from hpcssl.nets.importers import load_backbone
 
         return load_backbone
     raise AttributeError(f"module 'hpcssl' has no attribute {name!r}")

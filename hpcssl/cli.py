@@ -17,6 +17,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 
 Run = Annotated[Path, typer.Option("--run", help="The run folder.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe values to change.")]
+# how to read a --weights file where its keys do not say it
+Weights = Annotated[Path | None, typer.Option("--weights", help="A weights file: ours or another project's.")]
+Which = Annotated[str | None, typer.Option("--encoder", help="online or target; with --weights.")]
+Mean = Annotated[str | None, typer.Option("--mean", metavar="R,G,B", help="Of the images, 0-1; with --weights.")]
+Std = Annotated[str | None, typer.Option("--std", metavar="R,G,B", help="Of the images, 0-1; with --weights.")]
+Size = Annotated[int | None, typer.Option("--size", help="Pixels a side; with --weights.")]
 
 
 @app.command()
@@ -35,28 +41,38 @@ def train(recipe: str, overrides: Overrides = None, run: Run = ...) -> int:
 
 @app.command("eval")
 def evaluate(name: str, overrides: Overrides = None, run: Annotated[Path | None, typer.Option("--run")] = None,
-             weights: Annotated[Path | None, typer.Option(help="An exported weights file.")] = None,
+             weights: Weights = None,
              train: Annotated[Path | None, typer.Option(help="Shards to learn from.")] = None,
              val: Annotated[Path | None, typer.Option(help="Shards to score on.")] = None,
              devices: Annotated[str, typer.Option(help="cpu, gpu or auto.")] = "auto",
-             step: Annotated[str, typer.Option(help="last, first or a number; with --run.")] = "last") -> int:
+             step: Annotated[str, typer.Option(help="last, first or a number; with --run.")] = "last",
+             layout: Annotated[str | None, typer.Option(help="Of the --weights file, where its keys do not tell.")]
+             = None, encoder: Which = None, mean: Mean = None, std: Std = None, size: Size = None) -> int:
     """Evaluate a run's encoder, or a weights file, by NAME (knn, linear). Asking again gives the row that is there."""
     from hpcssl import run as runs
 
-    return runs.evaluate(name, overrides or [], run=run, weights=weights, train=train, val=val, devices=devices,
+    source = _source(weights, layout=layout, encoder=encoder, mean=mean, std=std, size=size)
+    return runs.evaluate(name, overrides or [], run=run, weights=source, train=train, val=val, devices=devices,
                          step=step)
 
 
 @app.command()
-def export(run: Run, to: Annotated[Path, typer.Option("--to", help="The file to write.")],
-           layout: Annotated[str, typer.Option(help="hpcssl or torchvision.")] = "hpcssl",
-           step: Annotated[str, typer.Option(help="last, first or a number.")] = "last") -> None:
-    """Write a run's encoder as one file for others to read."""
+def export(to: Annotated[Path, typer.Option("--to", help="The file to write.")],
+           run: Annotated[Path | None, typer.Option("--run", help="The run folder.")] = None, weights: Weights = None,
+           layout: Annotated[str, typer.Option(help="hpcssl, torchvision, timm or detectron2.")] = "hpcssl",
+           step: Annotated[str, typer.Option(help="last, first or a number; with --run.")] = "last",
+           read_as: Annotated[str | None, typer.Option("--from", help="The layout of the --weights file.")] = None,
+           encoder: Which = None, mean: Mean = None, std: Std = None, size: Size = None) -> None:
+    """Write the encoder of a run, or of a weights file of ours or of another project, as one file for others to read.
+    """
     from hpcssl.evals.run import weights_of
-    from hpcssl.nets import weights
+    from hpcssl.nets import exporters
 
-    source = weights_of(_existing(run), step)
-    weights.export(source, to, layout)
+    source = _source(weights, layout=read_as, encoder=encoder, mean=mean, std=std, size=size)
+    if (run is None) == (source is None):
+        raise ConfigError("hpcssl export", got="both or neither of --run and --weights", expected="one of them",
+                          mend="--run DIR writes a run's encoder, --weights FILE any other one")
+    exporters.export(source or weights_of(_existing(run), step), to, layout)
     print(to)
 
 
@@ -104,6 +120,25 @@ def show(what: Annotated[str, typer.Argument(metavar="RECIPE|RUN")], overrides: 
         print(path.read_text(), end="")
     else:
         print(config.to_yaml(recipes_.compose(what, overrides)), end="")
+
+
+def _source(path: Path | None, **choices):
+    """The ``Source`` that the options describe, or None without a file. Raises ``ConfigError``."""
+    given = {name: value for name, value in choices.items() if value is not None}
+    if path is None and given:
+        raise ConfigError("hpcssl", got=", ".join(given) + " without --weights", expected="a file to read so",
+                          mend="add --weights FILE; a run's own files say how they are read")
+    if path is None:
+        return None
+    from hpcssl.nets.importers import Source
+
+    for name in given.keys() & {"mean", "std"}:
+        try:
+            given[name] = tuple(float(number) for number in given[name].split(","))
+        except ValueError as error:
+            raise ConfigError(f"--{name}", got=repr(given[name]), expected="three numbers with commas",
+                              mend=f"--{name} 0.5,0.5,0.5") from error
+    return Source(path, **given)
 
 
 def _existing(path: Path) -> RunDir:

@@ -12,6 +12,7 @@ from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hpcssl.evals import run as evals
 from hpcssl.evals.watch import check, watch
 from hpcssl.files import RunDir
+from hpcssl.nets.importers import Source
 from hpcssl.signals import StopFlag
 from hpcssl.train import main as training
 from hpcssl.train import recipe as recipes
@@ -61,7 +62,7 @@ def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
     return training.train(run, recipe, stop=stop, requeue=requeue, attempt=attempt, watch=watch)
 
 
-def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path | None, train: Path | None,
+def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Source | Path | None, train: Path | None,
              val: Path | None, devices: str, step: str) -> int:
     """The door's ``eval``: a run's encoder, or a weights file between two shard folders. Prints the scores."""
     from hpcssl.data.shards import ShardSet
@@ -90,7 +91,8 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Path
     if world.main:
         for row in rows:
             scores = "\t".join(f"{k}={v:.2f}" for k, v in row["metrics"].items() if isinstance(v, float))
-            sys.stdout.write(f"{name}\tstep={row['step']}\t{scores}\n")
+            which = row["weights"] if row["step"] is None else f"step={row['step']}"
+            sys.stdout.write(f"{name}\t{which}\t{scores}\n")
     return EXIT_DONE
 
 

@@ -13,7 +13,7 @@ FORBIDDEN = {
     r"torch\.manual_seed|np\.random\.seed|random\.seed\(": (),  # randomness is addressed: hpcssl/rng.py
     r"import random\b|from random import": (),
     r"builtins\.": (),
-    r"ArgumentParser|argparse": (),
+    r"ArgumentParser|argparse": ("hpcssl/nets/unpack.py",),  # names a class that stands in others' files
     r"weights_only=False|pickle\.load": (),
     r"shell=True|os\.system\(": (),
     r"torch\.distributed|import distributed": ("hpcssl/world.py",),

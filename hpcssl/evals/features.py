@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcssl import config, files
+from hpcssl import config
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, EvalError, HpcsslError, nearest
 from hpcssl.evals import cache
 from hpcssl.evals.images import Batches, Images
 from hpcssl.evals.together import Stop, agree, as_error, never
-from hpcssl.nets import resnet, weights
+from hpcssl.nets import importers, resnet, weights
+from hpcssl.nets.importers import Source
 from hpcssl.views import augment
 from hpcssl.views.augment import NAMED, ViewSpec
 from hpcssl.world import World
@@ -52,7 +53,7 @@ class ViewOptions:
     batch: int = 128
 
     def __post_init__(self):
-        one_of("view", self.view, ("auto", *(name for name, a in NAMED.items() if a.crop == "center")))
+        one_of("view", self.view, ("auto", *(name for name, a in NAMED.items() if a.crop != "random")))
         one_of("interpolation", self.interpolation, ("auto", "bilinear", "bicubic"))
         if self.batch < 1:
             raise ConfigError("evaluation option batch", got=self.batch, expected="at least 1", mend="batch=128")
@@ -93,11 +94,12 @@ class Encoder:
     path: Path
 
     @classmethod
-    def open(cls, path: Path | str, world: World) -> Encoder:
-        """Load strictly, onto the world's device. Raises ``EvalError``."""
-        backbone, meta = weights.load(path)
+    def open(cls, path: Source | Path | str, world: World) -> Encoder:
+        """Load strictly, ours or another project's, onto the world's device. Raises ``EvalError``."""
+        source = Source.of(path)
+        backbone, meta = importers.load(source)
         backbone = backbone.to(world.device, memory_format=torch.channels_last)
-        return cls(backbone, meta, files.digest(path), Path(path))
+        return cls(backbone, meta, source.sha256, Path(source.path))
 
     @property
     def width(self) -> int:

@@ -12,27 +12,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hpcssl import rng
 from hpcssl.errors import ConfigError, nearest
 
-_RESNETS = {
+RESNETS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
-NAMES = (*_RESNETS, "resnet_tiny")
+NAMES = (*RESNETS, "resnet_tiny")
 STEMS = ("imagenet", "small")
+READ_STEMS = ("small_pad2", "imagenet_same")
+"""Stems of others' encoders. They are read and evaluated, and not offered for training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
     """What a backbone is. Stored in every exported weights file, so that nobody guesses it from key names.
 
-    ``stem``: ``imagenet`` (7×7 stride 2, max-pool) or ``small`` (3×3 stride 1, no pool; CIFAR-sized images).
+    ``stem``: ``imagenet`` (7×7 stride 2, max-pool) or ``small`` (3×3 stride 1, no pool; CIFAR-sized images); of others'
+    encoders also ``small_pad2`` (solo-learn's, which pads by 2) and ``imagenet_same`` (Haiku's padding throughout).
     ``zero_init_residual``: the last norm of each residual branch starts at 0 (SimSiam; not MSF).
     """
 
@@ -77,7 +81,7 @@ def build(arch: Arch, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.M
 
     Its weights are torch's defaults: ``initialise`` draws the ones a run starts from.
     """
-    if arch.stem not in STEMS:
+    if arch.stem not in STEMS + READ_STEMS:
         raise ConfigError("model.stem", got=repr(arch.stem), expected=" or ".join(STEMS),
                           mend=nearest(arch.stem, STEMS))
     if arch.arch not in NAMES:
@@ -86,17 +90,41 @@ def build(arch: Arch, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.M
     if arch.arch == "resnet_tiny":
         network = TinyResNet(norm)
     else:
-        block, layers = _RESNETS[arch.arch]
+        block, layers = RESNETS[arch.arch]
         network = ResNet(block, list(layers), norm_layer=norm)
         network.fc = nn.Identity()
-        if arch.stem == "small":
-            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        if arch.stem.startswith("small"):
+            network.conv1 = nn.Conv2d(3, 64, 3, padding=2 if arch.stem == "small_pad2" else 1, bias=False)
             network.maxpool = nn.Identity()
+        elif arch.stem == "imagenet_same":
+            _pad_same(network)
     if arch.zero_init_residual:
         for part in network.modules():
             if isinstance(part, BasicBlock | Bottleneck):
                 nn.init.zeros_((part.bn3 if isinstance(part, Bottleneck) else part.bn2).weight)
     return network
+
+
+def _pad_same(network: nn.Module) -> None:
+    """TensorFlow's and Haiku's SAME padding, in place: with stride 2 on an even side, the odd pixel goes to the right
+    and below. Keys stay as they are."""
+    for part in network.modules():
+        # with stride 1 both paddings are the same
+        if isinstance(part, nn.Conv2d | nn.MaxPool2d) and _side(part.stride) > 1:
+            part.padding = (0, 0)
+            part.register_forward_pre_hook(_same)
+
+
+def _same(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    kernel, stride, sides = _side(layer.kernel_size), _side(layer.stride), []
+    for length in reversed(inputs[0].shape[2:]):  # F.pad counts from the last side
+        total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+        sides += [total // 2, total - total // 2]
+    return F.pad(inputs[0], sides)  # zeros are right for the max-pool too: it follows a ReLU
+
+
+def _side(value: int | tuple[int, int]) -> int:
+    return value if isinstance(value, int) else value[0]
 
 
 def width_of(network: nn.Module) -> int:

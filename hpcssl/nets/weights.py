@@ -8,18 +8,16 @@ rest: its linear evaluation ran on a silently random backbone.)
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hpcssl import files
-from hpcssl.errors import ConfigError, EvalError, nearest
+from hpcssl.errors import EvalError
 from hpcssl.nets import resnet
 from hpcssl.nets.resnet import Arch
 
@@ -28,8 +26,6 @@ PREFIX = "backbone."
 FIELDS = ("format", "arch", "mean", "std", "size", "fingerprint", "step", "method")
 WHOLE_UP_TO = 64
 """Pixels a side up to which an evaluation looks at the whole image, and not at its centre."""
-LAYOUTS = ("hpcssl", "torchvision")
-TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -48,23 +44,24 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def save(path: Path | str, backbone: nn.Module, arch: Arch, *, mean: Sequence[float], std: Sequence[float],
-         size: int, fingerprint: str, step: int, method: str) -> str:
+         size: int, fingerprint: str, step: int | None, method: str) -> str:
     """Write the backbone atomically; the same weights give the same bytes. Returns the file's sha256.
 
-    ``mean`` and ``std`` are per RGB channel on the scale 0-1, ``size`` the side of the views in pixels.
+    ``mean`` and ``std`` are per RGB channel on the scale 0-1, ``size`` the side of the views in pixels; ``step`` is
+    None where another project trained.
     """
-    tensors = {PREFIX + name: value for name, value in _state(backbone).items()}
+    tensors = {PREFIX + name: value for name, value in state_of(backbone).items()}
     body = pack(tensors, {
         "format": FORMAT, "arch": arch.to_json(), "mean": json.dumps([float(x) for x in mean]),
         "std": json.dumps([float(x) for x in std]), "size": str(int(size)), "fingerprint": fingerprint,
-        "step": str(int(step)), "method": method})
+        "step": "" if step is None else str(int(step)), "method": method})
     files.atomic_write(path, body)
     return files.digest(path)
 
 
 def load(path: Path | str) -> tuple[nn.Module, dict]:
     """The backbone on the CPU, in eval mode and frozen, and its header: ``arch`` (Arch), ``mean`` and ``std`` (lists),
-    ``size`` and ``step`` (ints), ``fingerprint``, ``method``, ``format``. Strict.
+    ``size`` and ``step`` (ints; no step in others' encoders), ``fingerprint``, ``method``, ``format``. Strict.
 
     Raises ``EvalError`` for a file that is not ours, or whose keys or shapes are not the architecture's.
     """
@@ -72,69 +69,24 @@ def load(path: Path | str) -> tuple[nn.Module, dict]:
         meta = _meta(path, file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     backbone = resnet.build(meta["arch"])
-    wanted = {PREFIX + name: value for name, value in _state(backbone).items()}
+    wanted = {PREFIX + name: value for name, value in state_of(backbone).items()}
     missing, unused = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or unused:
         raise EvalError(f"weights {path}",
-                        got=f"missing keys {_some(missing)} and unused keys {_some(unused)}",
+                        got=f"missing keys {some(missing)} and unused keys {some(unused)}",
                         expected=f"exactly the {len(wanted)} keys of {meta['arch'].arch}",
                         mend="name a file that `hpcssl export` wrote")
     wrong = [f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}"
              for name in sorted(wanted) if tensors[name].shape != wanted[name].shape]
     if wrong:
-        raise EvalError(f"weights {path}", got=_some(wrong), expected=f"the shapes of {meta['arch'].arch}",
+        raise EvalError(f"weights {path}", got=some(wrong), expected=f"the shapes of {meta['arch'].arch}",
                         mend="name a file of this architecture")
     # buffers that count training batches are not stored; load_state_dict would ask for them
     backbone.load_state_dict(backbone.state_dict() | {n.removeprefix(PREFIX): t for n, t in tensors.items()})
     return backbone.eval().requires_grad_(False), meta
 
 
-def load_backbone(path: Path | str) -> tuple[nn.Module, Callable]:
-    """A frozen backbone in eval mode, and the transform that turns a PIL image into its input [3, S, S].
-
-    The transform is the evaluations' centre crop: the short side to 256/224 of the size, for images of up to 64
-    pixels to the size itself, with the file's own normalisation. Raises ``EvalError``.
-    """
-    from torchvision.transforms import v2
-
-    backbone, meta = load(path)
-    size = meta["size"]
-    transform = v2.Compose([
-        v2.RGB(), v2.Resize(round(size * 256 / 224) if size > WHOLE_UP_TO else size), v2.CenterCrop(size),
-        v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(meta["mean"], meta["std"])])
-    return backbone, transform
-
-
-def export(source: Path | str, target: Path | str, layout: str = "hpcssl") -> str:
-    """Write the weights file ``source`` in another layout. Returns the sha256 of ``target``.
-
-    ``hpcssl``: a copy. ``torchvision``: torchvision's own key names without ``fc``, as safetensors, or for a
-    target that ends in .pth or .pt as a state dict for ``torch.load``. A layout that cannot hold the
-    architecture is an ``EvalError``.
-    """
-    if layout not in LAYOUTS:
-        raise ConfigError("--layout", got=repr(layout), expected="a known layout",
-                          mend=nearest(layout, LAYOUTS))
-    backbone, meta = load(source)
-    if layout == "hpcssl":
-        files.atomic_write(target, Path(source).read_bytes())
-        return files.digest(target)
-    arch = meta["arch"]
-    if arch.stem != "imagenet" or arch.arch not in TORCHVISION:
-        raise EvalError(f"layout {layout}", got=f"{arch.arch} with the {arch.stem} stem",
-                        expected="a ResNet that torchvision itself builds",
-                        mend="take --layout hpcssl, which `hpcssl.load_backbone` reads")
-    tensors = {name: value.contiguous() for name, value in _state(backbone).items()}
-    if Path(target).suffix in (".pth", ".pt"):
-        body = io.BytesIO()
-        torch.save(tensors, body)
-        files.atomic_write(target, body.getvalue())
-    else:
-        files.atomic_write(target, pack(tensors, {"format": "pt"}))
-    return files.digest(target)
-
-
-def _state(backbone: nn.Module) -> dict[str, Tensor]:
+def state_of(backbone: nn.Module) -> dict[str, Tensor]:
     """The backbone's tensors without the counters of training batches, which nothing reads."""
     return {n: t for n, t in backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
 
@@ -159,14 +111,15 @@ def _meta(path: Path | str, raw: Mapping[str, str]) -> dict:
                         mend="export the weights with `hpcssl export`")
     try:
         return {"format": FORMAT, "arch": Arch.from_json(raw["arch"]), "mean": json.loads(raw["mean"]),
-                "std": json.loads(raw["std"]), "size": int(raw["size"]), "step": int(raw["step"]),
-                "fingerprint": raw["fingerprint"], "method": raw["method"]}
+                "std": json.loads(raw["std"]), "size": int(raw["size"]),
+                "step": int(raw["step"]) if raw["step"] else None, "fingerprint": raw["fingerprint"],
+                "method": raw["method"]}
     except (ValueError, TypeError) as error:
         raise EvalError(f"weights {path}", got=f"a header that cannot be read ({error})",
                         expected="the header that `hpcssl export` writes",
                         mend="export the weights again with this version of hpcssl") from error
 
 
-def _some(words: list[str], most: int = 8) -> str:
+def some(words: list[str], most: int = 8) -> str:
     rest = f" and {len(words) - most} more" if len(words) > most else ""
     return "[" + ", ".join(words[:most]) + "]" + rest

@@ -1,14 +1,11 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-import torchvision
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hpcssl import files
-from hpcssl.errors import ConfigError, EvalError
+from hpcssl.errors import EvalError
 from hpcssl.nets import resnet, weights
 from hpcssl.nets.resnet import Arch
 
@@ -79,45 +76,7 @@ def test_other_files_are_refused(tmp_path):
             weights.load(tmp_path / name)
 
 
-def test_torchvision_loads_the_torchvision_layout(tmp_path):
-    arch = Arch(arch="resnet18")
-    backbone = made(arch)
-    weights.save(tmp_path / "w", backbone, arch, **META)
-    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    for name, read in (("t.safetensors", load_file), ("t.pth", lambda p: torch.load(p, weights_only=True))):
-        weights.export(tmp_path / "w", tmp_path / name, "torchvision")
-        theirs = torchvision.models.resnet18()
-        lost = theirs.load_state_dict(read(tmp_path / name), strict=False)
-        assert lost.unexpected_keys == [] and sorted(lost.missing_keys) == ["fc.bias", "fc.weight"]
-        theirs.fc = torch.nn.Identity()
-        torch.testing.assert_close(theirs.eval()(x), backbone(x), rtol=0, atol=0)
-    assert weights.export(tmp_path / "w", tmp_path / "copy") == files.digest(tmp_path / "w")
-
-
-def test_a_layout_that_cannot_hold_the_architecture_is_refused(tmp_path):
-    weights.save(tmp_path / "w", made(), TINY, **META)
-    with pytest.raises(EvalError, match="resnet_tiny with the small stem"):
-        weights.export(tmp_path / "w", tmp_path / "t", "torchvision")
-    with pytest.raises(ConfigError, match="did you mean 'torchvision'"):
-        weights.export(tmp_path / "w", tmp_path / "t", "torch_vision")
-    assert not (tmp_path / "t").exists()
-
-
 def header(path):
     body = path.read_bytes()
     size = int.from_bytes(body[:8], "little")
     return json.loads(body[8:8 + size])["__metadata__"]
-
-
-@pytest.mark.parametrize("size, resized", [(16, 16), (224, 256)])
-def test_load_backbone_brings_the_evaluations_transform(tmp_path, size, resized):
-    weights.save(tmp_path / "w", made(), TINY, **(META | {"size": size}))
-    backbone, transform = weights.load_backbone(tmp_path / "w")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3)).astype(np.uint8))
-    small = np.asarray(image.resize((resized, resized), Image.Resampling.BILINEAR))
-    first = (resized - size) // 2
-    x = torch.from_numpy(small[first:first + size, first:first + size].copy()).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(META[k])[:, None, None] for k in ("mean", "std"))
-    torch.testing.assert_close(transform(image), (x - mean) / std)
-    assert backbone(transform(image)[None]).shape == (1, 128)
-    assert transform(image.convert("L")).shape == (3, size, size)
