@@ -22,7 +22,7 @@ import hpcssl
 from hpcssl import config, files
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, EvalError, nearest
-from hpcssl.evals import knn, linear
+from hpcssl.evals import detect, knn, linear
 from hpcssl.evals.features import Encoder, FeatureOptions, Features, extract
 from hpcssl.evals.together import Stop, never
 from hpcssl.files import RunDir
@@ -33,10 +33,14 @@ log = logging.getLogger("hpcssl")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation: its options and the function (Context) -> scores in percent, which is a collective."""
+    """An evaluation: its options and the function (Context) -> scores in percent, which is a collective.
+
+    ``check``: refuses two sets that it cannot use; None asks for labels of the same classes (``check_labels``).
+    """
 
     options: type
     run: Callable[[Context], dict[str, float]]
+    check: Callable[[ShardSet, ShardSet], None] | None = None
 
 
 @dataclass(kw_only=True)
@@ -65,6 +69,7 @@ class Context:
 EVALS: dict[str, Evaluation] = {
     "knn": Evaluation(knn.KnnOptions, knn.run),
     "linear": Evaluation(linear.LinearOptions, linear.run),
+    "detect": Evaluation(detect.DetectOptions, detect.run, detect.check),
 }
 
 
@@ -80,7 +85,7 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     if name not in EVALS:
         raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
     resolved = config.load(EVALS[name].options, options or {}, where=f"options of {name}")
-    check_labels(train, val)
+    (EVALS[name].check or check_labels)(train, val)
     began = time.monotonic()
     encoder = Encoder.open(weights, world)
     identity = identity_of(name, resolved, train, val, encoder.sha256)
@@ -99,6 +104,7 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
            "weights_sha256": encoder.sha256, "fingerprint": encoder.meta["fingerprint"],
            "method": encoder.meta["method"], "arch": encoder.meta["arch"].arch,
            "options": config.as_dict(resolved), "metrics": metrics, "train": train.digest, "val": val.digest,
+           "train_name": _called(train), "val_name": _called(val),
            "world": world.size, "device": world.device.type, "seconds": round(time.monotonic() - began, 3),
            "commit": code_commit(run), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     row = json.loads(world.tell(json.dumps(row) if world.main else None))
@@ -186,6 +192,11 @@ def weights_of(run: RunDir, step: int | str = "last") -> Path:
                         expected=f"one of the steps {steps}" if steps else "a run that has been started",
                         mend="name one of these steps" if steps else "check --run, or start `hpcssl train`")
     return wanted
+
+
+def _called(data: ShardSet) -> str:
+    """The last two names of a set's folder, such as ``imagenet/train``, for tables."""
+    return "/".join(data.root.parts[-2:])
 
 
 def code_commit(run: RunDir | None = None) -> str:
