@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hpcssl.evals.detect import DetectOptions
 from hpcssl.evals.knn import KnnOptions
 from hpcssl.evals.linear import LinearOptions
 
@@ -16,5 +17,6 @@ class EvalsOptions:
 
     knn: KnnOptions = field(default_factory=KnnOptions)
     linear: LinearOptions = field(default_factory=LinearOptions)
+    detect: DetectOptions = field(default_factory=DetectOptions)
     baseline: bool = True
     every_epochs: int = 0
