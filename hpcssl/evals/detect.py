@@ -119,7 +119,8 @@ class DetectOptions:
         known = PROTOCOLS[self.protocol]
         given = {"iterations": self.iterations, "milestones": self.milestones, "warmup": self.warmup,
                  "batch": self.train_batch, "lr": self.lr, "sizes": self.sizes, "test_size": self.test_size,
-                 "max_size": self.max_size, "anchors": self.anchors, "precise_bn": self.precise_bn, "regions": self.regions,
+                 "max_size": self.max_size, "anchors": self.anchors, "precise_bn": self.precise_bn,
+                 "regions": self.regions,
                  "after": None if self.proposals is None else (self.proposals, self.proposals)}
         if self.iterations is not None and self.milestones is None:
             given["milestones"] = [m * self.iterations // known.iterations for m in known.milestones]
@@ -188,8 +189,8 @@ def network(encoder, protocol: Protocol, data: ShardSet, world, seed: int):
     proposals = {when: dict(zip(("training", "testing"), getattr(protocol, when), strict=True))
                  for when in ("before", "after")}
     model = detect_model.build(backbone, arch, head=protocol.head, masks=protocol.masks, classes=len(data.classes),
-                               norm=norm, anchors=protocol.anchors, proposals=proposals, regions=protocol.regions, mean=encoder.meta["mean"],
-                               std=encoder.meta["std"], seed=seed)
+                               norm=norm, anchors=protocol.anchors, proposals=proposals, regions=protocol.regions,
+                               mean=encoder.meta["mean"], std=encoder.meta["std"], seed=seed)
     return model.to(world.device, memory_format=torch.channels_last)
 
 
