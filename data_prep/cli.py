@@ -19,7 +19,7 @@ app = typer.Typer(
 
 PerShard = Annotated[int, typer.Option(help="Samples in each shard; the last one holds the rest.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; by default one per usable core. Changes no byte.")]
-Seed = Annotated[int, typer.Option(help="Of the order of the samples, and of what a subset draws.")]
+Seed = Annotated[int, typer.Option(help="Of the order of the samples, and of what a subset or a held-out part draws.")]
 SkipBad = Annotated[int, typer.Option(help="Leave out up to this many images that cannot be decoded, and list them.")]
 Second = Annotated[str, typer.Option(metavar="edges|none", help="Second modality to compute for each image: edges, a "
                                      "surrogate that adds a byte per pixel.")]
@@ -100,6 +100,31 @@ def detection(
         works = {part: stack.enter_context(build.claim(out / part)) for part in ("train", "val")}
         for part, todo in boxes.read(name, src).items():
             todo.made["part"] = part
+            print(build.describe(build.write(works[part], todo, options)))
+
+
+@app.command()
+def transfer(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="food101, cifar10, cifar100, birdsnap, sun397, cars, "
+                                        "aircraft, voc07, dtd, pets, caltech101 or flowers.")],
+    src: Annotated[Path, typer.Argument(help="Folder that the data set's archives unpack to, as published.")],
+    out: Annotated[Path, typer.Argument(help="Writes OUT/train, OUT/val and OUT/test with the published sizes.")],
+    split: Annotated[int, typer.Option(help="Which published split: sun397 and dtd have 10, caltech101 5.")] = 1,
+    partial: Annotated[bool, typer.Option("--partial", help="Allow fewer images than published, for a trial.")] = False,
+    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, skip_bad: SkipBad = 0,
+) -> None:
+    """Write one of the transfer data sets with its published split. --skip-bad counts for each of the three parts."""
+    from data_prep import build
+    from data_prep import transfer as sets
+
+    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
+    sets.check(name, split)
+    _refuse_inside(src, out)
+    with ExitStack() as stack:
+        works = {part: stack.enter_context(build.claim(out / part)) for part in sets.PARTS}
+        # what must be encoded first lies in the last part's work folder, which outlives those of the others
+        parts = sets.read(name, src, works[sets.PARTS[-1]] / "source.tar", seed=seed, split=split, partial=partial)
+        for part, todo in parts.items():
             print(build.describe(build.write(works[part], todo, options)))
 
 

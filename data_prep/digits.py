@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_prep import images
 from data_prep.catalogue import Catalogue, Sample
 
 SIDE = 16
@@ -48,8 +48,6 @@ def catalogue(members: list[int], scratch: Path) -> Catalogue:
 
 
 def png(scan: np.ndarray) -> bytes:
-    """A scan [8, 8] with values 0..16 as a grayscale PNG. Stored without compression: zlibs differ, bytes must not."""
+    """A scan [8, 8] with values 0..16 as a grayscale PNG."""
     gray = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
-    body = io.BytesIO()
-    gray.resize((SIDE, SIDE), Image.Resampling.BILINEAR).save(body, "PNG", compress_level=0)
-    return body.getvalue()
+    return images.png(gray.resize((SIDE, SIDE), Image.Resampling.BILINEAR))

@@ -1,4 +1,5 @@
-"""Whether a file is a whole image. Every one is decoded to its last row before it enters a shard."""
+"""Whether a file is a whole image: every one is decoded to its last row before it enters a shard. And the one way to
+encode those that come as pixels."""
 
 from __future__ import annotations
 
@@ -19,6 +20,13 @@ def suffix(data) -> str | None:
     if data[:3] == JPEG:
         return "jpg"
     return "png" if data[:8] == PNG else None
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as a PNG. Stored without compression: zlibs differ, bytes must not."""
+    body = io.BytesIO()
+    image.save(body, "PNG", compress_level=0)
+    return body.getvalue()
 
 
 def damage(data) -> str | None:

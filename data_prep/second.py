@@ -7,11 +7,10 @@ a surrogate.
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image
 
+from data_prep import images
 from hpcssl.data.decode import decode
 
 NONE, CHOICES = "none", ("none", "edges")
@@ -25,8 +24,8 @@ def edges(image: bytes) -> bytes:
 
     Sobel's 3x3 kernels on the luma (ITU-R 601), border pixels repeated, a quarter of the length of the gradient: an
     upright step from black to white gives 255. Decoded by the decoder that training reads with, so that both are
-    turned upright by the same rule; the PNG itself carries no orientation. Stored without compression, since zlibs
-    differ and bytes must not: one byte per pixel. Raises ``Damaged``.
+    turned upright by the same rule; the PNG itself carries no orientation, and takes a byte per pixel. Raises
+    ``Damaged``.
     """
     from scipy import ndimage  # scikit-learn brings it; only the writers of edges wait for it
 
@@ -34,6 +33,4 @@ def edges(image: bytes) -> bytes:
     square = sum(ndimage.sobel(luma, axis, mode="nearest").astype(np.float32) ** 2 for axis in (0, 1))
     # sums of squares stay below 2^24, so float32 is exact up to the root, which IEEE 754 rounds alike everywhere
     scaled = np.minimum(np.rint(np.sqrt(square) / 4), 255).astype(np.uint8)
-    body = io.BytesIO()
-    Image.fromarray(scaled).save(body, "PNG", compress_level=0)
-    return body.getvalue()
+    return images.png(Image.fromarray(scaled))
