@@ -166,7 +166,8 @@ def training(b: Bench, name: str, *more: str) -> Training:
     shrink = ["model.arch=resnet18", f"views.size={b.side}", f"optim.batch={b.batch}", "model.norm_group=4",
               "bank.size=4096"] if b.small else []
     recipe = recipes.compose(name, [*shrink, *more])
-    return Training(recipe, b.world, steps_per_epoch=5000, images=1_281_167, labelled=True, data_digest="benchmark")
+    return Training(recipe, b.world, steps_per_epoch=5000, labels=np.zeros(1_281_167, np.int64),
+                    data_digest="benchmark")
 
 
 def batch_of(b: Bench, t: Training) -> Batch:
@@ -299,7 +300,7 @@ def _shards(b: Bench, room: Path) -> tuple[ShardSet, str]:
 def cifar(b: Bench) -> dict:
     small = ["optim.batch=16", "model.norm_group=8", "model.arch=resnet18"] if b.small else []
     recipe = recipes.compose("cifar10_msf", small + (["bank.size=256"] if b.small else []))
-    t = Training(recipe, b.world, steps_per_epoch=97, images=50_000, labelled=True, data_digest="benchmark")
+    t = Training(recipe, b.world, steps_per_epoch=97, labels=np.zeros(50_000, np.int64), data_digest="benchmark")
     batch = batch_of(b, t)
     ms = b.ms(lambda: train_step(t, batch), 3 if b.small else 30)
     return {"batch": recipe.optim.batch, "ms": ms, "images_per_s": round(recipe.optim.batch / ms * 1e3, 1),

@@ -123,7 +123,7 @@ class Journal:
 
     def sample_ids(self, step: int, index: torch.Tensor) -> None:
         """Write the sample ids of the whole world's batch. A collective."""
-        every = self.world.gather(index.to(self.world.device)).tolist()
+        every = self.world.whole_batch(index.to(self.world.device)).tolist()
         if self.world.main:
             with open(self.run.samples, "a") as file:
                 file.write(json.dumps({"step": step, "index": every}) + "\n")

@@ -25,6 +25,7 @@ class World:
     def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, group: bool):
         self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
         self._group = group
+        self.batch, self.micro_batches = 0, 1
 
     @classmethod
     def alone(cls, device: str | torch.device = "cpu") -> World:
@@ -94,13 +95,31 @@ class World:
         rows = len(x) // self.size
         return x[self.rank * rows:(self.rank + 1) * rows]
 
+    def deal(self, batch: int, micro_batches: int) -> None:
+        """How the global batch lies on the ranks: in ``micro_batches`` runs of its rows, of each of which every rank
+        holds a slice (``Order`` deals samples out likewise). No collective."""
+        self.batch, self.micro_batches = batch, micro_batches
+
+    def whole_batch(self, x: Tensor) -> Tensor:
+        """``gather``, in the order of the global batch."""
+        whole = self.gather(x)
+        if self.micro_batches == 1 or self.size == 1:
+            return whole
+        return whole.unflatten(0, (self.size, self.micro_batches, -1)).transpose(0, 1).flatten(0, 2)
+
+    def part_of_batch(self, x: Tensor) -> Tensor:
+        """This rank's rows of [W·b, …] in the order of the global batch. No collective."""
+        if self.micro_batches == 1 or self.size == 1:
+            return self.part(x)
+        return x.unflatten(0, (self.micro_batches, self.size, -1))[:, self.rank].flatten(0, 1)
+
     def shuffle(self, x: Tensor, order: Tensor) -> Tensor:
-        """Rows of the global batch dealt out anew: this rank's part of ``gather(x)[order]``. order [W·b] int64."""
-        return self.gather(x)[self.part(order)]
+        """Rows of the global batch dealt out anew: this rank's part of ``whole_batch(x)[order]``. order [W·b] int64."""
+        return self.whole_batch(x)[self.part_of_batch(order)]
 
     def unshuffle(self, x: Tensor, order: Tensor) -> Tensor:
         """Undo ``shuffle``: every row back on the rank and the place that it came from."""
-        return self.gather(x)[self.part(torch.argsort(order))]
+        return self.whole_batch(x)[self.part_of_batch(torch.argsort(order))]
 
     # -- numbers --------------------------------------------------------------------------------------------
 

@@ -23,16 +23,19 @@ class Order:
     ``samples_per_shard``: number of samples of each shard, in the order of the global index.
     ``window``: shards are permuted, then samples within windows of this many shards, so that one step touches at most
     ``window`` + 1 shards or so; ``"all"`` is a full permutation of the samples.
+    ``micro_batches``: the global batch is cut into so many runs, and a rank takes its slice of each.
     Raises ``DataError`` for an empty set or one smaller than a batch, ``ConfigError`` for a bad window or batch.
     """
 
-    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, global_batch: int, window: int | str):
+    def __init__(self, samples_per_shard: Sequence[int], *, seed: int, global_batch: int, window: int | str,
+                 micro_batches: int = 1):
         counts = np.asarray(samples_per_shard, dtype=np.int64).reshape(-1)
         if window != "all" and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
             raise ConfigError("data.window", got=repr(window), expected="a number of shards from 1, or all",
                               mend="data.window=all shuffles everything; 16 suits a disk that likes sequential reads")
         self.samples = int(counts.sum())
         self.seed, self.global_batch, self.window = int(seed), _batch(global_batch, self.samples), window
+        self.micro_batches = micro_batches
         if self.global_batch > self.samples:
             raise DataError("the global batch", got=f"{self.global_batch} samples a step from a set of {self.samples}",
                             expected=f"at most {self.samples}",
@@ -84,9 +87,51 @@ class Order:
         return self.global_batch // size
 
     def part(self, step: int, rank: int, size: int) -> np.ndarray:
-        """Rank ``rank``'s contiguous slice of ``batch(step)``, int64 [global_batch / size]."""
-        rows = self.rows(size)
-        return self.batch(step)[rank * rows:(rank + 1) * rows]
+        """Rank ``rank``'s slice of ``batch(step)`` (of each of its micro-batches), int64 [global_batch / size]."""
+        self.rows(size)
+        return _dealt(self.batch(step), rank, size, self.micro_batches)
+
+
+class Draws:
+    """``per_step`` batches of random images for each training step, all different within the step: batch u belongs to
+    step u // per_step, and has its own views (``epoch_of``). For support sets that are embedded anew.
+
+    Raises ``ConfigError`` where the data set holds fewer images.
+    """
+
+    def __init__(self, samples: int, *, seed: int, global_batch: int, per_step: int, micro_batches: int = 1):
+        self.samples, self.seed = int(samples), rng.key(seed, "draws")
+        self.global_batch, self.per_step, self.micro_batches = global_batch, per_step, micro_batches
+        if per_step * global_batch > samples:
+            raise ConfigError("bank.size", got=f"{per_step * global_batch} images for every step, from {samples}",
+                              expected=f"at most the {samples} images of the data set",
+                              mend="take a smaller bank.size, a multiple of optim.batch")
+        self._kept: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def epoch_of(self, number: int) -> int:
+        """The training step that batch ``number`` is drawn for."""
+        return number // self.per_step
+
+    def batch(self, number: int) -> np.ndarray:
+        """Global indices of the whole world's batch ``number``, int64 [global_batch]."""
+        step, place = divmod(number, self.per_step)
+        kept_step, drawn = self._kept
+        if kept_step != step:
+            drawn = rng.permutation(rng.key(self.seed, step), self.samples)[:self.per_step * self.global_batch]
+            self._kept = step, drawn
+        return drawn[place * self.global_batch:(place + 1) * self.global_batch]
+
+    def rows(self, size: int) -> int:
+        """Samples per rank and batch in a world of ``size``, which divides the batch: ``Order`` has refused others."""
+        return self.global_batch // size
+
+    def part(self, number: int, rank: int, size: int) -> np.ndarray:
+        """Rank ``rank``'s slice of ``batch(number)``."""
+        return _dealt(self.batch(number), rank, size, self.micro_batches)
+
+
+def _dealt(whole: np.ndarray, rank: int, size: int, micro_batches: int) -> np.ndarray:
+    return whole.reshape(micro_batches, size, -1)[:, rank].reshape(-1)
 
 
 class Sequential:

@@ -105,7 +105,7 @@ class Bank:
     # -- the ring ---------------------------------------------------------------------------------------------
 
     def push(self, slots: Tensor | None = None, /, **rows: Tensor) -> Ticket:
-        """Write every rank's rows, [b, D] or [b] for each column, over the oldest slots, rank 0's first.
+        """Write every rank's rows, [b, D] or [b] for each column, over the oldest slots, in the batch's order.
 
         ``slots`` [W·b] int64 (``slots_at``): write there instead, and leave the pointer where it is.
         Raises ``ConfigError`` for other columns or shapes than the bank's, ``WorldError`` if W·b > N.
@@ -118,7 +118,7 @@ class Bank:
                              mend="raise bank.size to the global batch or more")
         pieces, replaced = self._pieces(count) if slots is None else self._scattered(slots), {}
         for name, held in self._rows.items():
-            batch = self.world.gather(rows[name].to(held.dtype))
+            batch = self.world.whole_batch(rows[name].to(held.dtype))
             replaced[name] = [held[to].clone() for _, to in pieces]
             for source, to in pieces:
                 held[to] = batch[source]

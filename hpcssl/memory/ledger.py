@@ -30,7 +30,7 @@ class Ledger:
     def write(self, index_B: Tensor, z_BD: Tensor) -> None:
         """Every rank's embeddings [b, D] of the images ``index_B`` [b], over those before. Of an image that stands
         twice in the global batch (it replaces a damaged one) the later row is kept."""
-        every = self.world.gather(index_B)
+        every = self.world.whole_batch(index_B)
         later = (every[:, None] == every).triu(1).any(1)
         self._rows.push(every.masked_fill(later, -1), z=z_BD, known=torch.ones_like(index_B))
 

@@ -32,11 +32,12 @@ class ColumnSpec:
 
 
 class Part(NamedTuple):
-    """Rows ``first_row`` … of a column of ``total_rows``: what one rank saves of it."""
+    """Rows ``first_row`` … of a column of ``total_rows``: what one rank saves of it. ``total_rows`` None: every rank
+    holds the whole tensor, with equal bits."""
 
     tensor: Tensor
     first_row: int
-    total_rows: int
+    total_rows: int | None
 
 
 class Memory(Protocol):

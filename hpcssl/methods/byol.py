@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hpcssl.methods import equations
-from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.base import Context, Emb, Heads
 from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import ViewOptions, both_ways, one_way
 
@@ -36,9 +36,8 @@ class Byol:
     """Plan: both ways (or one). Target: moving average. No bank."""
 
     target = "ema"
-    predictor = True
+    heads = Heads(predictor="mlp")
     in_batch = False
-    constant_lr = ()
     bank = None
 
     def __init__(self, options: ByolOptions, views: ViewOptions):

@@ -2,7 +2,7 @@
 Navaneet, Koohpayegani, Tejankar, Pourahmadi, Subramanya, Pirsiavash. ECCV 2022.
 
     L = ½ · 1/k · Σ_{j ∈ NN_k(u, C)} dist(v, z_j)  +  ½ · 1/k · Σ_{j ∈ NN_k(u, M)} dist(v, z_j),    C ⊂ M
-    dist(a, b) = ‖a − b‖²;    with labels the first sum alone, without the ½
+    dist(a, b) = ‖a − b‖²;    with labels or guessed ones the first sum alone, without the ½
 
     paper    here          meaning
     v, u     query.u, target.z   prediction of the online network; embedding of the target network, pushed to M first
@@ -11,6 +11,8 @@ Navaneet, Koohpayegani, Tejankar, Pourahmadi, Subramanya, Pirsiavash. ECCV 2022.
                twin (2Q)     the k' rows whose images' embeddings of the epoch before are nearest to u's own
                kmeans (KM)   images of u's cluster; the clusters are found anew after each epoch
                label (sup)   images of u's class, noisy or not
+               pseudo (semi) the same, where the class is known or guessed with confidence (``pseudo.py``)
+               modality      the k' rows whose other modality is nearest to u's own other one (``modalities.py``)
     M'       bank "twin"   each row's embedding of the epoch before (another augmentation), kept when it was pushed
 
 Where C is not known (the first epoch, an image not met before, no label) it is M: the official script searches noise
@@ -20,61 +22,19 @@ the allowed ones, of which u is always one, unless ``legacy_fill`` asks for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hpcssl.errors import ConfigError, nearest
 from hpcssl.memory.bank import Hits
 from hpcssl.memory.groups import Near
 from hpcssl.memory.rows import Memory
-from hpcssl.methods import equations, rules
-from hpcssl.methods.base import BankSpec, Context, Emb, Scene
+from hpcssl.methods import equations
+from hpcssl.methods.base import BankSpec, Context, Emb, Heads, Scene
+from hpcssl.methods.constraints import CmsfOptions
 from hpcssl.methods.diagnostics import purity
-from hpcssl.optim.schedule import EmaOptions
-from hpcssl.views.plan import ViewOptions, one_way
-
-RULES = ("twin", "kmeans", "label")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CmsfOptions:
-    """``rule``: what constrains the neighbours. ``k`` of them, or with ``every`` all that are allowed ("top-all").
-    ``twins``: k' of 2Q. ``clusters`` of k-means (0: one per 25.6 images) after ``iterations`` of Lloyd's.
-    ``legacy_fill``: as the official code, take forbidden rows where fewer than k are allowed (those of the lowest
-    slots; which ones a top-k takes among equals is the library's own affair)."""
-
-    name: str = "cmsf"
-    rule: str = "twin"
-    k: int = 5
-    every: bool = False
-    twins: int = 5
-    clusters: int = 0
-    iterations: int = 20
-    legacy_fill: bool = False
-    ema: EmaOptions = field(default_factory=EmaOptions)
-
-    def __post_init__(self):
-        twin = self.rule == "twin"
-        for key, wrong, expected, mend in (
-                ("rule", self.rule not in RULES, "one of " + ", ".join(RULES), nearest(str(self.rule), RULES)),
-                ("k", self.k < 1, "1 or more neighbours", "set method.k=5"),
-                ("twins", twin and self.twins < self.k, "at least method.k", f"set method.twins={self.k}"),
-                ("clusters", self.clusters < 0, "0 or more", "set method.clusters=0 for one per 25.6 images"),
-                ("iterations", self.iterations < 1, "1 or more", "set method.iterations=20"),
-                ("every", twin and self.every, "false, since k' is what 2Q allows", "set method.every=false"),
-                ("legacy_fill", self.legacy_fill and (twin or self.every), "false where nothing can be too few",
-                 "set method.legacy_fill=false")):
-            if wrong:
-                raise ConfigError(f"method.{key}", got=repr(getattr(self, key)), expected=expected, mend=mend)
-
-    def made(self) -> rules.Labels | rules.Clusters | rules.Twins:
-        if self.rule == "twin":
-            return rules.Twins(self.k, self.twins)
-        if self.rule == "kmeans":
-            return rules.Clusters(self.k, self.every, self.legacy_fill, self.clusters, self.iterations)
-        return rules.Labels(self.k, self.every, self.legacy_fill)
+from hpcssl.views.plan import ViewOptions, one_way, side_by_side
 
 
 @dataclass(frozen=True)
@@ -88,10 +48,12 @@ class Aim:
 class Cmsf:
     """Plan: query → target, one way. Target: moving average. Bank: fed before the lookup. Memories: the rule's."""
 
-    target, predictor, in_batch, constant_lr = "ema", True, False, ()
+    target, heads, in_batch = "ema", Heads(predictor="mlp"), False
 
     def __init__(self, options: CmsfOptions, views: ViewOptions):
         self.options, self.plan, self.rule = options, one_way(*views.pair()), options.made()
+        if options.rule == "modality":
+            self.plan = side_by_side(self.plan, one_way(*views.pair(second=True)))
         self.bank = BankSpec(push="before", views=(1,), vectors=self.rule.vectors, numbers=self.rule.numbers)
 
     def memories(self, scene: Scene) -> dict[str, Memory]:
@@ -107,7 +69,8 @@ class Cmsf:
         self.rule.after(target, ctx)
 
     def aim(self, target: Emb, ctx: Context) -> Aim:
-        free, near = ctx.bank.nearest(target.z, self.options.k), self.rule.near(target, ctx)
+        column = "twin" if self.plan.views[target.view].second else "key"
+        free, near = ctx.bank.nearest(target.z, self.options.k, column=column), self.rule.near(target, ctx)
         purity(free, ctx)
         ctx.notes["allowed"] = near.count.double().mean()
         return Aim(free, near)
@@ -116,4 +79,4 @@ class Cmsf:
         free_B = equations.mean_shift(query.u, aim.free.rows[pos_B], aim.free.valid[pos_B])
         near_B = equations.mean_shift(query.u, aim.near.rows[pos_B], aim.near.valid[pos_B])
         near_B = torch.where(aim.near.known[pos_B], near_B, free_B)
-        return near_B if self.options.rule == "label" else (near_B + free_B) / 2
+        return near_B if self.options.rule in ("label", "pseudo") else (near_B + free_B) / 2

@@ -7,6 +7,8 @@ gradient (but in ``nt_xent``, where both sides do).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,22 @@ def soft_neighbour(z_BD: Tensor, bank_ND: Tensor, tau: float) -> Tensor:
     """Σ_n softmax_n(z·q_n/τ) q_n, scaled to unit length: the soft nearest neighbour of NNCLR section 4.4. [B, D]"""
     mixed_BD = (z_BD @ bank_ND.T / tau).softmax(1) @ bank_ND
     return mixed_BD / mixed_BD.norm(dim=1, keepdim=True)
+
+
+def sinkhorn(score_NC: Tensor, epsilon: float, rounds: int, rows: int, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Codes by Sinkhorn-Knopp: SwAV eq. 3, Q = Diag(a) exp(S/ε) Diag(b), whose columns get rows/C in all and whose rows
+    sum to 1. [N, C]
+
+    ``score_NC``: this rank's of ``rows`` rows; ``total`` adds over ranks. Columns first, rows last, ``rounds`` times.
+    """
+    code_NC = torch.exp(score_NC / epsilon)
+    code_NC = code_NC / total(code_NC.sum())
+    for _ in range(rounds):
+        code_NC = code_NC / total(code_NC.sum(0)) / score_NC.shape[1]
+        code_NC = code_NC / code_NC.sum(1, keepdim=True) / rows
+    return code_NC * rows
+
+
+def swapped_prediction(score_BC: Tensor, code_BC: Tensor, tau: float) -> Tensor:
+    """−Σ_c q_c log softmax_c(z·c/τ): SwAV eq. 2. [B]"""
+    return -(code_BC * (score_BC / tau).log_softmax(1)).sum(1)

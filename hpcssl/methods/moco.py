@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hpcssl.errors import ConfigError
 from hpcssl.methods import equations
-from hpcssl.methods.base import BankSpec, Context, Emb
+from hpcssl.methods.base import BankSpec, Context, Emb, Heads
 from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import ViewOptions, both_ways, one_way
 
@@ -45,9 +45,8 @@ class Moco:
     """Plan: query → key, one way (or both). Target: moving average. Bank: negatives, fed after the step."""
 
     target = "ema"
-    predictor = False
+    heads = Heads()
     in_batch = False
-    constant_lr = ()
 
     def __init__(self, options: MocoOptions, views: ViewOptions):
         self.options = options

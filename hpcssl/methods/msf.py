@@ -23,7 +23,7 @@ from torch import Tensor
 from hpcssl.errors import ConfigError
 from hpcssl.memory.bank import Hits
 from hpcssl.methods import equations
-from hpcssl.methods.base import BankSpec, Context, Emb
+from hpcssl.methods.base import BankSpec, Context, Emb, Heads
 from hpcssl.methods.diagnostics import purity
 from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import ViewOptions, one_way
@@ -44,9 +44,8 @@ class Msf:
     """Plan: query → target, one way. Target: moving average. Bank: fed before the lookup."""
 
     target = "ema"
-    predictor = True
+    heads = Heads(predictor="mlp")
     in_batch = False
-    constant_lr = ()
 
     def __init__(self, options: MsfOptions, views: ViewOptions):
         if options.k < 1:

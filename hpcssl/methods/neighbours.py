@@ -2,7 +2,8 @@
 
     NN(z, Q) = argmin_{q ∈ Q} ‖z − q‖                                                        (NNCLR eq. 4)
 
-    Q is the bank of past projections, unit length, fed after the step: no image finds its own present view.
+    Q is the bank of past projections, unit length, fed after the step: no image finds its own present view. Or it is
+    the present encoder's projections of random images, all made anew for every step (the paper's Table 8).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from hpcssl.methods.diagnostics import purity
 
 RULES = ("nearest", "oracle", "soft", "self")
 REPLACE = ("oldest", "random")
+SUPPORTS = ("queue", "encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class NeighbourOptions:
     "View 1" of the paper's Table 4.
 
     ``k``: one of the k nearest, each as likely. ``both_views`` enter the bank, or only the first (Algorithm 1).
-    ``replace``: the ``oldest`` rows, or rows drawn at ``random`` once the bank is full.
+    ``replace``: the ``oldest`` rows, or rows drawn at ``random`` once the bank is full. ``support``: the ``queue`` of
+    past projections, or ``encoder``: ``bank.size`` random images through the present encoder, in every step.
     """
 
     rule: str = "nearest"
@@ -37,9 +40,10 @@ class NeighbourOptions:
     tau: float = 0.1
     both_views: bool = False
     replace: str = "oldest"
+    support: str = "queue"
 
     def __post_init__(self):
-        for name, known in (("rule", RULES), ("replace", REPLACE)):
+        for name, known in (("rule", RULES), ("replace", REPLACE), ("support", SUPPORTS)):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"method.neighbours.{name}", got=repr(value), expected="one of " + ", ".join(known),
@@ -58,7 +62,13 @@ class NeighbourOptions:
         if self.both_views and len(targets) < 2:
             raise ConfigError("method.neighbours.both_views", got="true with one target view", expected="a symmetric "
                               "loss, whose views are both embedded as targets", mend="set method.symmetric=true")
-        return BankSpec(push="after", views=targets if self.both_views else targets[:1], replace=self.replace)
+        anew = self.support == "encoder"
+        if anew and (self.both_views or self.replace == "random"):
+            raise ConfigError("method.neighbours.support", got="encoder with both_views or replace=random",
+                              expected="neither, since nothing of the past is kept",
+                              mend="set method.neighbours.both_views=false method.neighbours.replace=oldest")
+        return BankSpec(push="anew" if anew else "after", views=targets if self.both_views else targets[:1],
+                        replace=self.replace)
 
 
 @torch.no_grad()

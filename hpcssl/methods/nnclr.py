@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hpcssl.errors import ConfigError, nearest
 from hpcssl.methods import equations
-from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.base import Context, Emb, Heads
 from hpcssl.methods.neighbours import NeighbourOptions, look_up
 from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import ViewOptions, both_ways, one_way
@@ -59,20 +59,19 @@ class Nnclr:
     Bank: fed after the step, so that no view finds itself."""
 
     in_batch = True
-    constant_lr = ()
 
     def __init__(self, options: NnclrOptions, views: ViewOptions):
         self.options = options
         self.plan = both_ways(*views.pair(), share=0.5) if options.symmetric else one_way(*views.pair())
         self.target = "ema" if options.momentum_encoder else "stop"
-        self.predictor = options.predictor
+        self.heads = Heads(predictor="mlp" if options.predictor else "none")
         self.bank = options.neighbours.bank(self.plan.targets)
 
     def aim(self, target: Emb, ctx: Context) -> Tensor:
         return look_up(target, ctx, self.options.neighbours)
 
     def agree(self, query: Emb, aim: Tensor, pos_B: Tensor, ctx: Context) -> Tensor:
-        p_BD, nn_BD, own_B = query.u if self.predictor else query.z, aim[pos_B], ctx.rows()
+        p_BD, nn_BD, own_B = query.u if self.options.predictor else query.z, aim[pos_B], ctx.rows()
         p_ND, tau = ctx.everyone(p_BD), self.options.tau
         if self.options.contrast == "rows":
             return equations.contrast(nn_BD, p_ND, own_B, tau)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hpcssl.methods import equations
-from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.base import Context, Emb, Heads
 from hpcssl.methods.neighbours import NeighbourOptions, look_up
 from hpcssl.views.plan import ViewOptions, both_ways
 
@@ -35,13 +35,12 @@ class Nnsiam:
     """Plan: both ways, half each. Target: the online network itself, without gradient. Bank: fed after the step."""
 
     target = "stop"
-    predictor = True
     in_batch = False
 
     def __init__(self, options: NnsiamOptions, views: ViewOptions):
         self.options = options
         self.plan = both_ways(*views.pair(), share=0.5)
-        self.constant_lr = ("predictor.",) if options.fix_predictor_lr else ()
+        self.heads = Heads(predictor="mlp", constant_lr=options.fix_predictor_lr)
         self.bank = options.neighbours.bank(self.plan.targets)
 
     def aim(self, target: Emb, ctx: Context) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hpcssl import rng
 from hpcssl.memory.groups import Groups, Near, kmeans, near, need_faiss
-from hpcssl.memory.ledger import Ledger
 from hpcssl.memory.rows import Memory
 from hpcssl.methods.base import Context, Emb, Scene
 
@@ -54,9 +53,11 @@ class Clusters:
 
     def memories(self, scene: Scene) -> dict[str, Memory]:
         need_faiss("method.rule=kmeans")
-        return {"ledger": _ledger(scene), "groups": Groups(scene.images, scene.world)}
+        return {"ledger": scene.ledger(), "groups": Groups(len(scene.labels), scene.world)}
 
     def refresh(self, ctx: Context) -> None:
+        if ctx.step % ctx.epoch_steps:
+            return
         groups = ctx.memories["groups"]
         clusters = self.clusters or max(1, round(groups.images / 25.6))  # 50,000 for ImageNet's 1,281,167
         seed = rng.key(ctx.seed, "kmeans", ctx.step)
@@ -88,7 +89,7 @@ class Twins:
     vectors, numbers = ("twin",), ("group",)
 
     def memories(self, scene: Scene) -> dict[str, Memory]:
-        return {"ledger": _ledger(scene)}
+        return {"ledger": scene.ledger()}
 
     def refresh(self, ctx: Context) -> None:
         pass
@@ -105,7 +106,3 @@ class Twins:
         twins = ctx.bank.nearest(own["twin"], self.twins, column="twin", among=("group", own["group"]))
         hits = ctx.bank.best(target.z, twins.slot, self.k)
         return Near(hits.rows, hits.valid, hits.valid.sum(1), own["group"] >= 0)
-
-
-def _ledger(scene: Scene) -> Ledger:
-    return Ledger(scene.images, scene.width, scene.world, placement=scene.placement, dtype=scene.dtype)

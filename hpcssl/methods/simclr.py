@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hpcssl.errors import ConfigError
 from hpcssl.methods import equations
-from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.base import Context, Emb, Heads
 from hpcssl.views.plan import ViewOptions, both_ways
 
 _SHARE = {"sum": 1.0, "mean": 0.5}
@@ -48,9 +47,8 @@ class SimClr:
     """Plan: both ways. Target: the online network itself, with gradient. No predictor, no bank."""
 
     target = "same"
-    predictor = False
+    heads = Heads()
     in_batch = True
-    constant_lr = ()
     bank = None
 
     def __init__(self, options: SimClrOptions, views: ViewOptions):
@@ -61,7 +59,6 @@ class SimClr:
         return ctx.everyone(target.z)
 
     def agree(self, query: Emb, aim: Tensor, pos_B: Tensor, ctx: Context) -> Tensor:
-        own_BM = ctx.rows()[:, None]
-        if ctx.partner_B is not None:  # BSIM eq. 1: the partner's mixture shows the same two images
-            own_BM = torch.cat((own_BM, ctx.rows(ctx.partner_B)[:, None]), 1)
-        return equations.nt_xent(query.z, aim, ctx.everyone(query.z), ctx.rows(pos_B), own_BM, self.options.tau)
+        row_B = ctx.rows()
+        own_BM = row_B[:, None] if ctx.kin is None else ctx.kin(row_B)  # BSIM eq. 1: not those that show the same image
+        return equations.nt_xent(query.z, aim, ctx.everyone(query.z), row_B, own_BM, self.options.tau)

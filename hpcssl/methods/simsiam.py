@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpcssl.methods import equations
-from hpcssl.methods.base import Context, Emb
+from hpcssl.methods.base import Context, Emb, Heads
 from hpcssl.views.plan import ViewOptions, both_ways
 
 
@@ -34,14 +34,13 @@ class SimSiam:
     """Plan: both ways, half each. Target: the online network itself, without gradient. No bank."""
 
     target = "stop"
-    predictor = True
     in_batch = False
     bank = None
 
     def __init__(self, options: SimSiamOptions, views: ViewOptions):
         self.options = options
         self.plan = both_ways(*views.pair(), share=0.5)
-        self.constant_lr = ("predictor.",) if options.fix_predictor_lr else ()
+        self.heads = Heads(predictor="mlp", constant_lr=options.fix_predictor_lr)
 
     def aim(self, target: Emb, ctx: Context) -> Tensor:
         return target.z

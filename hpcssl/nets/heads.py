@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hpcssl.errors import ConfigError
 
@@ -45,3 +47,22 @@ def build(width: int, options: HeadOptions, norm: Callable[..., nn.Module]) -> n
     if options.last_norm:
         layers.append(norm(options.out, affine=options.last_affine))
     return nn.Sequential(*layers)
+
+
+class Prototypes(nn.Module):
+    """``count`` trainable unit vectors; of rows z [b, width] of unit length the inner products with each, [b, count].
+
+    After every update ``settle`` scales the vectors back to unit length, without gradient (SwAV, main_swav.py:277-281).
+    """
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.vectors = nn.Linear(width, count, bias=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):  # codes are exp(score / 0.05): half precision is too coarse
+            return self.vectors(z)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.vectors.weight.copy_(F.normalize(self.vectors.weight, dim=1))

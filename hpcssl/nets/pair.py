@@ -4,33 +4,52 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpcssl.nets.heads import Prototypes
 from hpcssl.world import World
 
 
 class Branch(nn.Module):
-    """Backbone, projector and (on the online side, where the method has one) predictor."""
+    """Backbone, projector and (on the online side, where the method has one) predictor; and the same for the images'
+    ``second`` modality, where the plan has views of one."""
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None):
+    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None,
+                 second: Branch | None = None):
         super().__init__()
-        self.backbone, self.projector, self.predictor = backbone, projector, predictor
+        self.backbone, self.projector, self.predictor, self.second = backbone, projector, predictor, second
 
-    def forward(self, views: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
-        """Projection z and prediction u of each view, unit length, [b, D] each; one norm pass per view."""
-        return [self._embed(view) for view in views]
+    def forward(self, views: list[Tensor], second: Sequence[bool] = ()) -> list[tuple[Tensor, Tensor | None]]:
+        """Projection z and prediction u of each view, unit length, [b, D] each, or scores [b, C] for u; one norm pass
+        per view. ``second``: which of the views are of the second modality."""
+        of = second or [False] * len(views)
+        return [(self.second if other else self).embed(view) for view, other in zip(views, of, strict=True)]
 
-    def _embed(self, view: Tensor) -> tuple[Tensor, Tensor | None]:
+    def embed(self, view: Tensor) -> tuple[Tensor, Tensor | None]:
         z = self.projector(self.backbone(view))
-        u = self.predictor(z) if self.predictor is not None else None
-        return _unit(z), None if u is None else _unit(u)
+        return unit(z), self.predict(z)
+
+    def predict(self, z: Tensor) -> Tensor | None:
+        """The prediction from projections of any length."""
+        if self.predictor is None:
+            return None
+        if isinstance(self.predictor, Prototypes):
+            return self.predictor(unit(z))
+        return unit(self.predictor(z))
+
+    def without_predictor(self) -> Branch:
+        """The same networks, not copied, as a moving average has them."""
+        second = None if self.second is None else self.second.without_predictor()
+        return Branch(self.backbone, self.projector, None, second)
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to unit length, in float32 at least."""
     # lengths and cosines need more than half precision
     return F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=1)
 
@@ -48,16 +67,29 @@ class Pair(nn.Module):
         self.online, self.mode, self.world, self.precision = online, mode, world, precision
         self.target = None
         if mode == "ema":
-            self.target = copy.deepcopy(Branch(online.backbone, online.projector, None)).requires_grad_(False)
+            self.target = copy.deepcopy(online.without_predictor()).requires_grad_(False)
         self._parallel = [world.parallel(online)]  # in a list: not a second copy of the parameters in state_dict
+        self.settle()
 
-    def embed(self, views: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    def embed(self, views: list[Tensor], second: Sequence[bool] = ()) -> list[tuple[Tensor, Tensor | None]]:
         """(z, u) of each view from the online branch, with gradient."""
         with self._cast():
-            return self._parallel[0](views)
+            return self._parallel[0](views, second)
 
     @torch.no_grad()
-    def embed_target(self, views: list[Tensor], orders: list[Tensor] | None = None) -> list[Tensor]:
+    def embed_now(self, view: Tensor) -> Tensor:
+        """z of a view from the network that targets come from, as it is, without gradient."""
+        with self._cast():
+            return (self.online if self.target is None else self.target).embed(view)[0]
+
+    @torch.no_grad()
+    def predict(self, z: Tensor) -> Tensor | None:
+        """The online prediction from given rows, without gradient."""
+        return self.online.predict(z)
+
+    @torch.no_grad()
+    def embed_target(self, views: list[Tensor], orders: list[Tensor] | None = None,
+                     second: Sequence[bool] = ()) -> list[Tensor]:
         """z of each view from the moving average, without gradient; it keeps its own batch statistics.
 
         ``orders``: per view a permutation of the global batch, int64 [W·b], by which images are dealt out to groups
@@ -66,7 +98,7 @@ class Pair(nn.Module):
         if orders is not None:
             views = [self.world.shuffle(view, order) for view, order in zip(views, orders, strict=True)]
         with self._cast():
-            found = [z for z, _ in self.target(views)]
+            found = [z for z, _ in self.target(views, second)]
         if orders is not None:
             found = [self.world.unshuffle(z, order) for z, order in zip(found, orders, strict=True)]
         return found
@@ -76,8 +108,13 @@ class Pair(nn.Module):
         """target ← momentum · target + (1 − momentum) · online, parameters only (norm statistics are its own)."""
         if self.target is None:
             return
-        mine = [p for name, p in self.online.named_parameters() if not name.startswith("predictor.")]
+        mine = [p for name, p in self.online.named_parameters() if "predictor" not in name.split(".")]
         torch._foreach_lerp_(list(self.target.parameters()), mine, 1 - momentum)
+
+    def settle(self) -> None:
+        """What has to hold after every update: prototypes of unit length."""
+        if isinstance(self.online.predictor, Prototypes):
+            self.online.predictor.settle()
 
     def no_sync(self):
         """Gradients of this backward pass stay on their rank (all micro-batches but the last)."""

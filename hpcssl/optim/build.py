@@ -13,18 +13,18 @@ from hpcssl.errors import ConfigError, ResumeError, nearest
 from hpcssl.optim import groups
 from hpcssl.optim.lars import LARS, LR_PLACES
 
-NAMES = ("sgd", "lars")
+NAMES = ("sgd", "lars", "larc")
 LR_PERS = ("batch256", "sqrt_batch", "absolute")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimOptions:
-    """SGD or LARS with momentum. ``batch``: images per step over all processes.
+    """SGD, LARS or LARC with momentum. ``batch``: images per step over all processes.
 
     ``lr`` is meant ``lr_per`` batch256 (rate = lr·batch/256), sqrt_batch (lr·√batch, SimCLR's other rule) or
-    absolute. ``trust`` and ``lr_place`` (``lars.py``) are LARS's. ``precision``: bf16 and fp16 are autocast over
-    float32 weights; fp64 is for proofs.
+    absolute. ``trust`` and ``lr_place`` (``lars.py``) are LARS's and LARC's. ``precision``: bf16 and fp16 are autocast
+    over float32 weights; fp64 is for proofs.
     """
 
     name: str = "sgd"
@@ -71,8 +71,8 @@ def build(options: OptimOptions, parameters: Iterable[tuple[str, nn.Parameter]],
                         exclude_norm_and_bias=options.exclude_norm_and_bias, constant_lr=constant_lr)
     common = {"lr": options.lr * batch_factor(options, global_batch), "momentum": options.momentum,
               "nesterov": options.nesterov}
-    if options.name == "lars":
-        optimizer = LARS(made, trust=options.trust, lr_place=options.lr_place, **common)
+    if options.name in ("lars", "larc"):
+        optimizer = LARS(made, trust=options.trust, lr_place=options.lr_place, larc=options.name == "larc", **common)
     else:
         fused = all(p.device.type in ("cpu", "cuda") for group in made for p in group["params"])
         optimizer = torch.optim.SGD(made, fused=fused, **common)

@@ -7,6 +7,9 @@
     nesterov    the update is mu m + g (outside), mu m + lr g (inside)
 
 The two differ while the rate changes: outside, past gradients follow today's rate; inside, they keep their own.
+
+``larc`` is the form of apex's LARC with clip=False, which SwAV and SimSiam's linear evaluation use: the ratio is
+eta |w| / (|g| + wd |w| + 1e-8), with g before the decay, and a gradient of 0 brings no decay either.
 """
 
 from __future__ import annotations
@@ -21,16 +24,18 @@ LR_PLACES = ("outside", "inside")
 
 class LARS(torch.optim.Optimizer):
     """Options per group: ``lr``, ``momentum``, ``weight_decay``, ``trust`` (eta), ``nesterov``, ``lr_place`` and
-    ``adapt`` (False: plain SGD for this group). Its state holds one tensor per parameter, ``momentum_buffer``,
-    and none without momentum.
+    ``adapt`` (False: plain SGD for this group), ``larc``. Its state holds one tensor per parameter,
+    ``momentum_buffer``, and none without momentum.
     """
 
     def __init__(self, params: Iterable, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0,
-                 trust: float = 1e-3, nesterov: bool = False, lr_place: str = "outside", adapt: bool = True):
+                 trust: float = 1e-3, nesterov: bool = False, lr_place: str = "outside", adapt: bool = True,
+                 larc: bool = False):
         if lr_place not in LR_PLACES:
             raise ValueError(f"lr_place {lr_place!r}: one of {', '.join(LR_PLACES)}")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust,
-                                  "nesterov": nesterov, "lr_place": lr_place, "adapt": adapt})
+                                  "nesterov": nesterov, "lr_place": lr_place, "adapt": adapt,
+                                  "larc": larc})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -49,7 +54,9 @@ class LARS(torch.optim.Optimizer):
         lr, mu = group["lr"], group["momentum"]
         grads = torch._foreach_add([p.grad for p in weights], weights, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(grads, trust_ratios(weights, grads, group["trust"]))
+            decay = group["weight_decay"] if group["larc"] else None
+            raw = [p.grad for p in weights] if group["larc"] else grads
+            torch._foreach_mul_(grads, trust_ratios(weights, raw, group["trust"], decay))
         if group["lr_place"] == "inside":
             torch._foreach_mul_(grads, lr)
         update = grads
@@ -70,8 +77,12 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def trust_ratios(weights: list[Tensor], grads: list[Tensor], trust: float) -> list[Tensor]:
-    """trust·|w|/|g| per layer, 1 where either norm is 0, without asking the device."""
+def trust_ratios(weights: list[Tensor], grads: list[Tensor], trust: float, larc_decay: float | None = None
+                 ) -> list[Tensor]:
+    """trust·|w|/|g| per layer, 1 where either norm is 0, without asking the device; or LARC's for this decay."""
     w = torch.stack(torch._foreach_norm(weights))
     g = torch.stack(torch._foreach_norm(grads))
+    if larc_decay is not None:
+        ratio = torch.where(w > 0, trust * w / (g + larc_decay * w + 1e-8), torch.ones_like(w))
+        return list((ratio * (g > 0)).unbind())
     return list(torch.where((w > 0) & (g > 0), trust * w / g, torch.ones_like(w)).unbind())

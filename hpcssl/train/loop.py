@@ -102,7 +102,7 @@ class Loop:
                     t.step, t.skipped_in_a_row)
         if t.skipped_in_a_row < limit:
             return
-        index = t.world.gather(torch.as_tensor(batch.index, device=t.world.device)).tolist()
+        index = t.world.whole_batch(torch.as_tensor(batch.index, device=t.world.device)).tolist()
         self.journal.flush()
         raise NonFinite(f"the loss at step {t.step}", got=f"no finite value in {limit} steps in a row; the last batch "
                         f"held the samples {index}", expected="a finite loss",

@@ -27,6 +27,7 @@ from hpcssl.train.lock import RunLock
 from hpcssl.train.loop import Loop, Watch
 from hpcssl.train.recipe import MachineOptions, Recipe
 from hpcssl.train.state import Training
+from hpcssl.train.support import attach
 from hpcssl.world import World
 
 LOG = logging.getLogger("hpcssl")
@@ -75,10 +76,10 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     if recipe.data.stage:
         shards = stage(shards, recipe.data.stage)
     order = Order([s.samples for s in shards.shards], seed=recipe.seed, global_batch=recipe.optim.batch,
-                  window=recipe.data.window_shards)
+                  window=recipe.data.window_shards, micro_batches=recipe.machine.accumulate)
     order.rows(world.size)  # refuse a world that does not divide before anything is built
-    training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, images=len(shards),
-                        data_digest=shards.digest, labelled=bool((shards.labels >= 0).any()))
+    training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, labels=shards.labels,
+                        data_digest=shards.digest)
     machine = recipe.machine
     checkpoints = Store(run, world, keep=machine.keep, keep_every=machine.keep_every)
     saved = checkpoints.newest()
@@ -91,8 +92,9 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     record.start(training.step)
     # mapped only where nobody else writes: a mapped file that shrinks kills the process
     reader = Reader(shards, limit=recipe.data.damaged_limit, seed=recipe.seed, mapped=bool(recipe.data.stage))
-    loader = Loader(reader, order, training.view_specs, seed=recipe.seed, rank=world.rank, size=world.size,
-                    threads=machine.loader_threads, pin=world.device.type == "cuda")
+    common = {"threads": machine.loader_threads, "pin": world.device.type == "cuda"}
+    loader = Loader(reader, order, training.view_specs, seed=recipe.seed, rank=world.rank, size=world.size, **common)
+    support = attach(training, reader, **common)
     journal = Journal(run, world, first_step=training.step, last_step=training.last_step, every=machine.log_steps,
                       batch=recipe.optim.batch)
     loop = Loop(training, loader.run, checkpoints, journal, run, stop, watched)
@@ -101,6 +103,8 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     finally:
         record.last_step = training.step
         loader.close()
+        if support is not None:
+            support.close()
         journal.close()
     if done:
         LOG.info("finished after %d steps: %s", training.step, run.weights_at(training.step))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +21,13 @@ from hpcssl.optim import build, schedule
 from hpcssl.train.checkpoint import Rows, Saved, State
 from hpcssl.train.recipe import Recipe
 from hpcssl.views import mix
-from hpcssl.views.augment import NAMED, ViewSpec, apply
+from hpcssl.views.augment import ViewSpec, apply
 from hpcssl.views.ops import sent
+from hpcssl.views.plan import View, ViewPlan, multi_crop
 from hpcssl.world import World
 
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PREDICTORS = ("predictor.", "second.predictor.")
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -31,19 +36,28 @@ def method_of(recipe: Recipe) -> Method:
     return made(recipe.method, recipe.views)
 
 
+def plan_of(recipe: Recipe, method: Method) -> ViewPlan:
+    """The method's plan with the recipe's small crops and mixtures."""
+    return mix.rewrite(multi_crop(method.plan, recipe.views), recipe.mix)
+
+
 class Training:
     """The networks, the optimiser, the bank and the method of one run, at ``step`` finished steps.
 
-    ``steps_per_epoch`` and the recipe give the run's length ``last_step``. The data set has ``images``; ``labelled``:
-    and labels, which diagnostics may watch. ``memories``: what the method keeps beside the bank.
+    ``steps_per_epoch`` and the recipe give the run's length ``last_step``. ``labels`` int64 [images] of the data set,
+    -1 for none: diagnostics may watch them, and methods with labels learn. ``memories``: what the method keeps
+    beside the bank. ``support(step)``: the random images that a bank filled ``anew`` is made of (``train/support.py``).
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, steps_per_epoch: int, images: int, labelled: bool,
-                 data_digest: str):
-        self.recipe, self.world, self.labelled = recipe, world, labelled
+    support: Callable[[int], Iterable[Batch]] | None = None
+
+    def __init__(self, recipe: Recipe, world: World, *, steps_per_epoch: int, labels: np.ndarray, data_digest: str):
+        self.recipe, self.world, self.labelled = recipe, world, bool((labels >= 0).any())
         self.science = recipe.science(data_digest, world.size)
         self.method = method_of(recipe)
-        self.plan = mix.rewrite(self.method.plan, recipe.mix)
+        self.plan = plan_of(recipe, self.method)
+        self._check_cuts()
+        world.deal(recipe.optim.batch, recipe.machine.accumulate)
         self.steps_per_epoch, self.step = steps_per_epoch, 0
         self.last_step = schedule.total_steps(recipe.schedule, steps_per_epoch)
         self.dtype = torch.float64 if recipe.optim.precision == "fp64" else torch.float32
@@ -52,53 +66,59 @@ class Training:
         for layer in norm.norms_of([self.pair.online]):
             layer.micro_batches = recipe.machine.accumulate
         self.optimizer = build.build(recipe.optim, self.pair.online.named_parameters(),
-                                     global_batch=recipe.optim.batch, constant_lr=self.method.constant_lr)
+                                     global_batch=recipe.optim.batch,
+                                     constant_lr=_PREDICTORS if self.method.heads.constant_lr else ())
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
         self.bank = self._bank()
         self.memories: dict[str, Memory] = {}
         if isinstance(self.method, Remembering):
-            self.memories = self.method.memories(Scene(images, recipe.model.projector.out, self.dtype,
+            self.memories = self.method.memories(Scene(labels, recipe.seed, recipe.model.projector.out, self.dtype,
                                                        recipe.bank.placement, world))
-        if recipe.machine.accumulate > 1 and (self.method.in_batch or self.method.target != "ema"):
-            raise ConfigError("machine.accumulate",
-                              got=f"{recipe.machine.accumulate} with method {recipe.method.name}",
-                              expected="1, since the rows of its batch enter each other's loss, or its targets come "
-                              "from the same pass as its queries",
-                              mend="set machine.accumulate=1 and use more processes")
         self.skipped_in_a_row = 0
 
-    def _pair(self) -> Pair:
-        recipe, world, options = self.recipe, self.world, self.recipe.model
+    def _check_cuts(self) -> None:
+        """Refuse a batch that cannot be cut into these micro-batches and ranks."""
+        recipe, world = self.recipe, self.world
         batch, accumulate = recipe.optim.batch, recipe.machine.accumulate
-        group = self.science["model"]["norm_group"]
+        sent_away = recipe.mix.kind != "none" and recipe.mix.pairing != "neighbours"
+        if accumulate > 1 and (self.method.in_batch or sent_away):
+            raise ConfigError("machine.accumulate",
+                              got=f"{accumulate} with " + (f"mix.pairing={recipe.mix.pairing}" if sent_away
+                                                           else f"method {recipe.method.name}"),
+                              expected="1, since the rows of its batch enter each other's loss",
+                              mend="set machine.accumulate=1 and use more processes")
         if batch % (accumulate * world.size):
             raise WorldError("machine.accumulate", got=f"{accumulate} micro-batches of {batch} images on {world.size} "
                              "processes", expected="micro-batches that divide evenly over the processes",
                              mend="choose machine.accumulate and the number of processes so that their product "
                                   "divides optim.batch")
-        if recipe.mix.kind != "none" and batch // accumulate // world.size % 2:
+        if recipe.mix.kind != "none" and not sent_away and batch // accumulate // world.size % 2:
             raise WorldError("mix.kind", got=f"{batch // accumulate // world.size} images of a process at a time",
                              expected="an even number, since neighbours are mixed", mend="use fewer processes or "
                              "micro-batches, or an even optim.batch per process")
-        if accumulate > 1 and group > batch // accumulate // world.size:
-            raise WorldError("machine.accumulate", got=f"norm groups of {group} images, of which a process sees "
-                             f"{batch // accumulate // world.size} at a time", expected="groups within a micro-batch "
-                             "of one process, since others would be other images' statistics",
-                             mend="set model.norm=ghost with a model.norm_group of at most that, or "
-                                  "machine.accumulate=1")
-        norm.check_group(group, global_batch=batch, world_size=world.size)
-        norm.check_group(group, global_batch=batch // accumulate, world_size=world.size)
+        norm.check_group(self.science["model"]["norm_group"], global_batch=batch // accumulate, world_size=world.size)
+
+    def _pair(self) -> Pair:
+        recipe, world, options = self.recipe, self.world, self.recipe.model
+        group = self.science["model"]["norm_group"]
 
         def layer(channels: int, affine: bool = True) -> nn.Module:
             return norm.BatchNorm(channels, group=group, world=world, momentum=options.norm_momentum, affine=affine)
 
-        backbone = resnet.build(recipe.arch, layer)
-        projector = heads.build(resnet.width_of(backbone), options.projector, layer)
-        predictor = heads.build(options.projector.out, options.predictor, layer) if self.method.predictor else None
-        for place, network in (("backbone", backbone), ("projector", projector), ("predictor", predictor)):
-            if network is not None:
-                resnet.initialise(network, recipe.seed, place)
-        online = Branch(backbone, projector, predictor).to(world.device, self.dtype)
+        def branch(prefix: str, second: Branch | None) -> Branch:
+            backbone = resnet.build(recipe.arch, layer)
+            projector = heads.build(resnet.width_of(backbone), options.projector, layer)
+            predictor = {"none": lambda: None,
+                         "mlp": lambda: heads.build(options.projector.out, options.predictor, layer),
+                         "prototypes": lambda: heads.Prototypes(options.projector.out, self.method.heads.prototypes),
+                         }[self.method.heads.predictor]()
+            for place, network in (("backbone", backbone), ("projector", projector), ("predictor", predictor)):
+                if network is not None:
+                    resnet.initialise(network, recipe.seed, prefix + place)
+            return Branch(backbone, projector, predictor, second)
+
+        two = any(view.second for view in self.plan.views)
+        online = branch("", branch("second.", None) if two else None).to(world.device, self.dtype)
         if recipe.machine.channels_last:
             online = online.to(memory_format=torch.channels_last)
         return Pair(online, self.method.target, world, _CASTS.get(recipe.optim.precision)).train()
@@ -110,6 +130,11 @@ class Training:
             raise ConfigError("bank.size", got=self.recipe.bank.size, expected=f"at least the batch, "
                               f"{self.recipe.optim.batch}", mend=f"set bank.size={self.recipe.optim.batch} or more")
         options = self.recipe.bank
+        batch = self.recipe.optim.batch
+        if self.method.bank.push == "anew" and options.size % batch:
+            raise ConfigError("bank.size", got=options.size, expected=f"a multiple of the batch of {batch}, since it "
+                              "is filled anew for every step, in batches",
+                              mend=f"set bank.size={-(-options.size // batch) * batch}")
         columns = {"key": ColumnSpec(self.recipe.model.projector.out), "index": ColumnSpec(), "label": ColumnSpec()}
         columns |= dict.fromkeys(self.method.bank.vectors, columns["key"])
         columns |= dict.fromkeys(self.method.bank.numbers, ColumnSpec())
@@ -133,21 +158,35 @@ class Training:
     @property
     def view_specs(self) -> list[ViewSpec]:
         """The views that the loader cuts, in the plan's order."""
-        return [ViewSpec(name=f"{i}-{v.augment}", augment=NAMED[v.augment], size=v.size)
-                for i, v in enumerate(self.plan.views)]
+        return [_spec(number, view) for number, view in enumerate(self.plan.views)]
 
-    def images(self, batch: Batch) -> list[Tensor]:
-        """The batch's views on the device, augmented and normalised, [b, 3, S, S] each."""
+    @property
+    def support_specs(self) -> list[ViewSpec]:
+        """How the images of a bank that is filled ``anew`` are cut: as the view that the method keeps; [] without."""
+        if self.method.bank is None or self.method.bank.push != "anew":
+            return []
+        return [_spec(view, self.plan.views[view]) for view in self.method.bank.views]
+
+    def second(self, views: Iterable[int]) -> list[bool]:
+        """Which of these views of the plan, mixed ones included, are of the second modality."""
+        count = len(self.plan.views)
+        return [self.plan.views[v if v < count else self.plan.mixed[v - count]].second for v in views]
+
+    def images(self, batch: Batch, numbers: Iterable[int] | None = None) -> list[Tensor]:
+        """The batch's views on the device, augmented and normalised, [b, 3, S, S] each: all of the plan's, or those of
+        these ``numbers`` in it."""
         views = self.recipe.views
-        return [apply(image.to(self.world.device, non_blocking=True), params, NAMED[view.augment],
+        plan = [self.plan.views[number] for number in (range(len(self.plan.views)) if numbers is None else numbers)]
+        return [apply(image.to(self.world.device, non_blocking=True), params, view.augmentation,
                       mean=views.mean, std=views.std, dtype=self.dtype)
-                for image, params, view in zip(batch.images, batch.params, self.plan.views, strict=True)]
+                for image, params, view in zip(batch.images, batch.params, plan, strict=True)]
 
     def context(self, batch: Batch) -> Context:
         device = self.world.device
-        return Context(step=batch.step, seed=self.recipe.seed, world=self.world, bank=self.bank,
-                       memories=self.memories, watch_labels=self.labelled, index_B=sent(batch.index, device),
-                       label_B=sent(batch.label, device))
+        return Context(step=batch.step, epoch_steps=self.steps_per_epoch, seed=self.recipe.seed, world=self.world,
+                       bank=self.bank, memories=self.memories, watch_labels=self.labelled,
+                       index_B=sent(batch.index, device), label_B=sent(batch.label, device),
+                       pos_B=torch.arange(len(batch.index), device=device), predict=self.pair.predict)
 
     def shuffles(self, step: int) -> list[Tensor] | None:
         """A permutation of the global batch for each target view (shuffle-BN), or None where it is not asked for."""
@@ -222,6 +261,10 @@ def another_recipe(what: str, ours: dict, theirs: dict) -> ResumeError:
         mend = f"set model.norm=ghost model.norm_group={was}, which means the same groups on this number of processes"
     return ResumeError(what, got=f"a recipe that differs in {values}",
                        expected="the recipe that the run was started with", mend=mend)
+
+
+def _spec(number: int, view: View) -> ViewSpec:
+    return ViewSpec(name=f"{number}-{view.augment}", augment=view.augmentation, size=view.size, second=view.second)
 
 
 def _leaf(values: dict, name: str) -> object:

@@ -16,7 +16,7 @@ from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
 from hpcssl.train.state import Training
 from hpcssl.views import mix
-from hpcssl.views.mix import Mixture
+from hpcssl.views.mix import Mixture, Pairs
 from hpcssl.views.plan import Term
 
 
@@ -39,37 +39,42 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     plan, bank = t.plan, t.method.bank
     images, ctx = t.images(batch), t.context(batch)
     remembers = isinstance(t.method, Remembering)
-    if remembers and t.step % t.steps_per_epoch == 0:
+    if remembers:
         t.method.refresh(ctx)
+    if bank and bank.push == "anew":
+        _fill_anew(t)
     mixtures = _mix(t, images)
     lr, momentum = t.set_rates()
 
-    target: dict[int, Emb] = {}
     aims: dict[int, object] = {}
     ticket = None
     if t.method.target == "ema":
-        found = t.pair.embed_target([images[v] for v in plan.targets], t.shuffles(t.step))
-        target = {v: Emb(z, view=v) for v, z in zip(plan.targets, found, strict=True)}
-        ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
-        aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
+        found = t.pair.embed_target([images[v] for v in plan.targets], t.shuffles(t.step), t.second(plan.targets))
+        ctx.targets = {v: Emb(z, view=v) for v, z in zip(plan.targets, found, strict=True)}
+        ticket = _push(t, ctx) if bank and bank.push == "before" else None
+        aims = {v: t.method.aim(emb, ctx) for v, emb in ctx.targets.items()}
 
     losses: list[Tensor] = []
+    passed: list[dict[int, Emb]] = []  # targets of the micro-batches, where they come from the queries' own pass
     seen = plan.queries if t.method.target == "ema" else tuple(sorted({*plan.queries, *plan.targets}))
-    micros = torch.arange(len(batch.index), device=t.world.device).chunk(t.recipe.machine.accumulate)
+    micros = ctx.pos_B.chunk(t.recipe.machine.accumulate)
     for pos_B in micros:
         last = len(losses) == len(micros) - 1
         with contextlib.nullcontext() if last else t.pair.no_sync():
-            found = t.pair.embed([images[v][pos_B] for v in seen])
+            found = t.pair.embed([images[v][pos_B] for v in seen], t.second(seen))
             query = {v: Emb(*emb, view=v) for v, emb in zip(seen, found, strict=True)}
-            if t.method.target != "ema":  # one micro-batch: Training refuses more
-                target = {v: Emb(_pointed(query[v].z, t.method.target), view=v) for v in plan.targets}
-                ticket = _push(t, target, ctx) if bank and bank.push == "before" else None
-                aims = {v: t.method.aim(emb, ctx) for v, emb in target.items()}
-            loss_B = sum(_agree(t, term, query, aims, pos_B, ctx, mixtures) for term in plan.terms)
+            here, where_B = ctx, pos_B
+            if t.method.target != "ema":
+                passed.append({v: _pointed(query[v], t.method.target) for v in plan.targets})
+                here = replace(ctx, index_B=ctx.index_B[pos_B], label_B=ctx.label_B[pos_B], pos_B=pos_B,
+                               targets=passed[-1])
+                aims, where_B = {v: t.method.aim(emb, here) for v, emb in passed[-1].items()}, pos_B - pos_B[0]
+            loss_B = sum(_agree(t, term, query, aims, where_B, here, mixtures) for term in plan.terms)
             loss = loss_B.mean() / len(micros)
             losses.append(loss.detach())
             if last:  # on its way while the backward pass runs
-                verdict = t.world.maximum(_raised(sum(losses), target, flags))
+                ctx.targets = ctx.targets or _joined(passed)
+                verdict = t.world.maximum(_raised(sum(losses), ctx.targets, flags))
             t.scaler.scale(loss).backward()
 
     poor, *raised = verdict.result().bool().tolist()
@@ -80,57 +85,86 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
         t.optimizer.zero_grad()
         t.skipped_in_a_row += 1
     else:
+        if t.step < t.method.heads.still_steps:
+            t.pair.online.predictor.zero_grad()
         t.scaler.step(t.optimizer)
         t.scaler.update()
         t.optimizer.zero_grad()
         norm.commit(t.norms, t.world)
+        t.pair.settle()
         t.pair.follow(momentum)
         if bank and bank.push == "after":
-            _push(t, target, ctx)
+            _push(t, ctx)
         if remembers:
-            t.method.after(target, ctx)
+            t.method.after(ctx.targets, ctx)
         t.skipped_in_a_row = 0
     t.step += 1
     if t.scaler.is_enabled():
         ctx.notes["scale"] = torch.tensor(t.scaler.get_scale())
-    scalars = {"loss": sum(losses), "lr": lr, "ema": momentum, "spread": spread(target[plan.targets[0]].z), **ctx.notes}
+    scalars = {"loss": sum(losses), "lr": lr, "ema": momentum, "spread": spread(ctx.targets[plan.targets[0]].z),
+               **ctx.notes}
     return Report(not poor, tuple(raised), scalars)
 
 
-def _mix(t: Training, images: list[Tensor]) -> dict[int, Mixture]:
+def _fill_anew(t: Training) -> None:
+    """Fill the whole bank with the present embeddings of random images; their statistics are not the batch's."""
+    for batch in t.support(t.step):
+        ctx = t.context(batch)
+        for image in t.images(batch, t.method.bank.views):
+            t.bank.push(key=t.pair.embed_now(image), index=ctx.index_B, label=ctx.label_B)
+    norm.discard(t.norms)
+
+
+def _mix(t: Training, images: list[Tensor]) -> dict[int, tuple[Mixture, Pairs]]:
     """Append the plan's mixed views to the images; what each was mixed with, by the number of the view."""
     made = {}
+    pairs = Pairs.draw(t.recipe.mix, rng.key(t.recipe.seed, "pairs", t.step), t.recipe.optim.batch, t.world)
     for source in t.plan.mixed:
         key = rng.key(t.recipe.seed, "mix", t.step, source)
-        made[len(images)] = mix.draw(t.recipe.mix, key, t.plan.views[source].size)
-        images.append(mix.apply(images[source], made[len(images)]))
+        mixture = mix.draw(t.recipe.mix, key, t.plan.views[source].size)
+        made[len(images)] = mixture, pairs
+        images.append(mix.apply(images[source], mixture, pairs.partners(images[source])))
     return made
 
 
 def _agree(t: Training, term: Term, query: dict[int, Emb], aims: dict[int, object], pos_B: Tensor, ctx: Context,
-           mixtures: dict[int, Mixture]) -> Tensor:
-    """One term's loss per row [b], with its share."""
-    if term.role == "plain":
-        return term.share * t.method.agree(query[term.query], aims[term.target], pos_B, ctx)
-    lam = mixtures[term.query].lam
-    ctx = replace(ctx, partner_B=mix.partner_of(pos_B))
-    where_B, weight = (pos_B, lam) if term.role == "own" else (ctx.partner_B, 1 - lam)
-    return term.share * weight * t.method.agree(query[term.query], aims[term.target], where_B, ctx)
+           mixtures: dict[int, tuple[Mixture, Pairs]]) -> Tensor:
+    """One term's loss per row [b], with its share. A term of the partners stands in the partners' order."""
+    emb, weight = query[term.query], term.share
+    if term.role != "plain":
+        mixture, pairs = mixtures[term.query]
+        ctx = replace(ctx, kin=pairs.kin)
+        weight *= mixture.lam if term.role == "own" else 1 - mixture.lam
+        if term.role == "partner":
+            emb = replace(emb, z=pairs.to_partner(emb.z), u=None if emb.u is None else pairs.to_partner(emb.u))
+    return weight * t.method.agree(emb, aims[term.target], pos_B, ctx)
 
 
-def _push(t: Training, target: dict[int, Emb], ctx: Context) -> Ticket:
+def _push(t: Training, ctx: Context) -> Ticket:
     """Feed the bank with the views that the method keeps; the ticket of the last one."""
     for view in t.method.bank.views:
-        slots = None
+        slots, target = None, ctx.targets[view]
         if t.method.bank.replace == "random":
             slots = t.bank.slots_at(rng.key(ctx.seed, "replace", ctx.step, view), t.recipe.optim.batch)
-        more = t.method.columns(target[view], ctx) if isinstance(t.method, Remembering) else {}
-        ticket = t.bank.push(slots, key=target[view].z.detach(), index=ctx.index_B, label=ctx.label_B, **more)
+        more = t.method.columns(target, ctx) if isinstance(t.method, Remembering) else {}
+        ticket = t.bank.push(slots, key=target.z.detach(), index=ctx.index_B, label=ctx.label_B, **more)
     return ticket
 
 
-def _pointed(z: Tensor, mode: str) -> Tensor:
-    return z.detach() if mode == "stop" else z
+def _pointed(emb: Emb, mode: str) -> Emb:
+    """An online embedding as a target: ``stop`` without gradient, ``same`` with it."""
+    if mode == "same":
+        return emb
+    return replace(emb, z=emb.z.detach(), u=None if emb.u is None else emb.u.detach())
+
+
+def _joined(parts: list[dict[int, Emb]]) -> dict[int, Emb]:
+    """The targets of all micro-batches, in the order of the rank's rows."""
+    if len(parts) == 1:
+        return parts[0]
+    return {v: replace(emb, z=torch.cat([part[v].z for part in parts]),
+                       u=None if emb.u is None else torch.cat([part[v].u for part in parts]))
+            for v, emb in parts[0].items()}
 
 
 def _raised(loss: Tensor, target: dict[int, Emb], flags: tuple[bool, ...]) -> Tensor:

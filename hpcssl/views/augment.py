@@ -105,6 +105,10 @@ NAMED: dict[str, Augment] = {
     "small": Augment(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),
     "small_simsiam": Augment(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),  # the same with crops from 0.2
     "simclr_oss": replace(_STRONG, scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)),  # OpenSelfSup's, the base of BSIM
+    "swav": replace(_STRONG, scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)),  # the same numbers, main_swav's pipeline
+    # main_moco.py without --aug-plus; gray comes before the jitter there, which only clipping can tell
+    "moco_v1": Augment(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2),
+    "imagenette": replace(_STRONG, scale=(0.08, 1.0)),  # lightly's benchmark at 128 pixels
     "digits": Augment(scale=(0.3, 1.0), flip=0.0, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0),
     "eval": Augment(crop="center", flip=0.0),
     "eval_whole": Augment(crop="center", zoom=1.0, flip=0.0),  # square images that already have the view's size

@@ -17,6 +17,7 @@ from hpcssl.data.shards import ShardSet
 from hpcssl.train import recipe
 from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
+from hpcssl.train.support import attach
 from hpcssl.world import World
 
 STEPS, BATCH = 2, 8
@@ -27,16 +28,19 @@ BASE = ["views.size=8", f"optim.batch={BATCH}", f"schedule.steps={STEPS}", "bank
 def steps(world, shards, name, overrides):
     """Losses, the last step's gradients, and the state after the last: this rank's part of each."""
     made = recipe.compose(name, [f"data.train={shards.root}", *BASE, *overrides])
-    order = Order([s.samples for s in shards.shards], seed=made.seed, global_batch=BATCH, window="all")
-    training = Training(made, world, steps_per_epoch=order.steps_per_epoch, labelled=True, data_digest=shards.digest,
-                        images=sum(s.samples for s in shards.shards))
+    order = Order([s.samples for s in shards.shards], seed=made.seed, global_batch=BATCH, window="all",
+                  micro_batches=made.machine.accumulate)
+    training = Training(made, world, steps_per_epoch=order.steps_per_epoch, labels=shards.labels,
+                        data_digest=shards.digest)
     gradients = {}
 
     def keep(optimizer, *_):
         gradients.update({n: p.grad.clone() for n, p in training.pair.online.named_parameters() if p.grad is not None})
 
     training.optimizer.register_step_pre_hook(keep)
-    loader = Loader(Reader(shards), order, training.view_specs, seed=made.seed, rank=world.rank, size=world.size)
+    reader = Reader(shards)
+    attach(training, reader)
+    loader = Loader(reader, order, training.view_specs, seed=made.seed, rank=world.rank, size=world.size)
     try:
         losses = [world.mean(train_step(training, batch).scalars["loss"]) for batch in loader.run(0, STEPS)]
     finally:

@@ -7,6 +7,7 @@ from hpcssl.data.reader import Reader
 from hpcssl.train import recipe
 from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
+from hpcssl.train.support import attach
 from hpcssl.world import World
 
 
@@ -19,9 +20,11 @@ class Small:
                 "model.norm=whole", "optim.precision=fp64"]
         self.recipe = recipe.compose(name, [*base, *overrides])
         order = Order([s.samples for s in shards.shards], seed=0, global_batch=16, window="all")
-        self.training = Training(self.recipe, World.alone(), steps_per_epoch=order.steps_per_epoch, images=40,
-                                 labelled=True, data_digest=shards.digest)
-        self.loader = Loader(Reader(shards), order, self.training.view_specs, seed=0)
+        self.training = Training(self.recipe, World.alone(), steps_per_epoch=order.steps_per_epoch,
+                                 labels=shards.labels, data_digest=shards.digest)
+        reader = Reader(shards)
+        self.loader = Loader(reader, order, self.training.view_specs, seed=0)
+        self.support = attach(self.training, reader)
 
     def batch(self, step):
         return next(iter(self.loader.run(step, step + 1)))
@@ -44,3 +47,5 @@ def small_training(shards):
     yield make
     for small in made:
         small.loader.close()
+        if small.support is not None:
+            small.support.close()

@@ -31,8 +31,8 @@ def play(name, scans, *overrides):
     made = recipe.compose(name, [f"data.train={scans.root}", f"schedule.steps={STEPS}", f"optim.batch={BATCH}",
                                  f"bank.size={BANK}", *overrides])
     order = Order([s.samples for s in scans.shards], seed=0, global_batch=BATCH, window="all")
-    training = Training(made, World.alone(), steps_per_epoch=order.steps_per_epoch, labelled=True,
-                        data_digest=scans.digest, images=480)
+    training = Training(made, World.alone(), steps_per_epoch=order.steps_per_epoch, labels=scans.labels,
+                        data_digest=scans.digest)
     loader = Loader(Reader(scans), order, training.view_specs, seed=0)
     try:
         return [train_step(training, batch).scalars for batch in loader.run(0, STEPS)]

@@ -11,13 +11,14 @@ from hpcssl.views.mix import MixOptions, Mixture
 from hpcssl.views.plan import Term, View, both_ways, one_way
 
 BSIM = ["mix.kind=cutmix"]
+SWAP = [1, 0, 3, 2]
 
 
 def test_cutmix_keeps_the_share_lambda_of_each_image():
     own = torch.zeros(4, 3, 32, 32) + torch.arange(4.0).view(4, 1, 1, 1)
     for place in range(50):
         made = mix.draw(MixOptions(kind="cutmix"), rng.key(0, place), 32)
-        mixed = mix.apply(own, made)
+        mixed = mix.apply(own, made, own[SWAP])
         for row, partner in enumerate((1, 0, 3, 2)):
             assert set(mixed[row].unique().tolist()) <= {float(row), float(partner)}
             assert float((mixed[row] == row).float().mean()) == pytest.approx(made.lam, abs=1e-6)
@@ -25,7 +26,7 @@ def test_cutmix_keeps_the_share_lambda_of_each_image():
 
 def test_mixup_is_the_weighted_sum():
     x = torch.rand(4, 3, 8, 8)
-    made = mix.apply(x, Mixture(0.3, None))
+    made = mix.apply(x, Mixture(0.3, None), x[SWAP])
     torch.testing.assert_close(made[2], 0.3 * x[2] + 0.7 * x[3])
 
 
@@ -56,7 +57,7 @@ def literal_byol(made, mixtures, *, plain):
     x1, x2 = made.training.images(made.batch(0))
     swap = torch.tensor([i ^ 1 for i in range(len(x1))])
     total = 0.0
-    seen = [x1, x2] * plain + [mix.apply(x, m) for x, m in zip((x1, x2), mixtures, strict=True)]
+    seen = [x1, x2] * plain + [mix.apply(x, m, x[swap]) for x, m in zip((x1, x2), mixtures, strict=True)]
     u = [u for _, u in pair.embed(seen)]
     z1, z2 = pair.embed_target([x1, x2])
     for lam, query, target in ((mixtures[0].lam, u[-2], z2), (mixtures[1].lam, u[-1], z1)):
@@ -117,7 +118,7 @@ def test_simclr_against_equations_1_and_2(small_training):
     n = len(x[0])
     z = [z.detach().numpy() for z, _ in made.training.pair.embed(x)]
     m = [z.detach().numpy() for z, _ in made.training.pair.embed(
-        [mix.apply(view, mixture) for view, mixture in zip(x, mixtures, strict=True)])]
+        [mix.apply(view, mixture, view[np.arange(n) ^ 1]) for view, mixture in zip(x, mixtures, strict=True)])]
     total = 0.0
     for view, lam in ((0, mixtures[0].lam), (1, mixtures[1].lam)):
         anchor, clean = m[view], z[1 - view]
@@ -136,7 +137,7 @@ def test_moco_against_equation_3(small_training):
     mixture = mix.draw(t.recipe.mix, rng.key(0, "mix", 0, 0), 16)
     query, key = t.images(made.batch(0))
     bank = t.bank.everything("key").clone()
-    (q, _), = t.pair.embed([mix.apply(query, mixture)])
+    (q, _), = t.pair.embed([mix.apply(query, mixture, query[np.arange(len(query)) ^ 1])])
     k, = t.pair.embed_target([key])
     q, k, total = q.detach(), k.detach(), 0.0
     for i in range(len(q)):

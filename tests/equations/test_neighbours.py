@@ -26,8 +26,9 @@ def scene(step=0, start="empty", labels=3, filled=True):
     rows = unit(N, D, at="bank")
     if filled:
         bank.push(key=rows, index=torch.arange(N) + 100, label=torch.arange(N) % labels)
-    return rows, Context(step=step, seed=0, world=World.alone(), bank=bank, index_B=torch.arange(B),
-                         label_B=torch.arange(B), watch_labels=True)
+    bank.world.deal(B, 1)
+    return rows, Context(step=step, epoch_steps=10, seed=0, world=bank.world, bank=bank, index_B=torch.arange(B),
+                         label_B=torch.arange(B), pos_B=torch.arange(B), predict=None, watch_labels=True)
 
 
 def test_nearest_is_the_least_distance():
