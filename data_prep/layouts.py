@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,9 +189,12 @@ def cars(at: Source) -> Listing:
 
 def _mat(at: Source, name: str, variable: str) -> np.ndarray:
     """One array of a MATLAB file, flat."""
-    from scipy.io import loadmat  # scikit-learn brings it, and only two of the sets need it
+    from scipy.io import loadmat, matlab  # scikit-learn brings it, and only two of the sets need it
 
-    return np.atleast_1d(loadmat(at.home / find(at.home, name), squeeze_me=True)[variable]).ravel()
+    try:
+        return np.atleast_1d(loadmat(at.home / find(at.home, name), squeeze_me=True)[variable]).ravel()
+    except (matlab.MatReadError, zlib.error) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def aircraft(at: Source) -> Listing:

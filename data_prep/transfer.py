@@ -265,4 +265,4 @@ def _compare(name: str, home: Path, facts: Published, classes: list[str], items:
     expected = f"{facts.classes} classes, {numbers[1]}"
     raise DataError(f"{name} in {home}", got=f"{len(classes)} classes, {numbers[0]}",
                     expected=f"at most {expected}, and no part empty" if partial else expected,
-                    mend="check that it is this data set" + ("" if partial else ", whole; --partial allows a part of it"))
+                    mend="check that it is this data set" + ("" if partial else ", whole; --partial allows less"))
