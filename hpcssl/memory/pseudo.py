@@ -17,7 +17,6 @@ from hpcssl import rng
 from hpcssl.errors import ConfigError
 from hpcssl.memory.ledger import Ledger
 from hpcssl.memory.rows import Part
-from hpcssl.nets import resnet
 from hpcssl.world import World
 
 
@@ -94,15 +93,11 @@ class Labelled:
 
 
 class PseudoHead:
-    """The classifier, the same bits on every rank. Trained on rank 0, whose arithmetic is the only one that counts."""
+    """The classifier ``net`` of rows [b, D], the same bits on every rank: it is trained on rank 0, whose arithmetic is
+    the only one that counts."""
 
-    def __init__(self, width: int, classes: int, options: PseudoOptions, *, seed: int, dtype: torch.dtype,
-                 world: World):
-        self.options, self.world, self.seed = options, world, seed
-        self.net = nn.Sequential(nn.Linear(width, options.hidden), nn.BatchNorm1d(options.hidden), nn.ReLU(),
-                                 nn.Linear(options.hidden, classes))
-        resnet.initialise(self.net, seed, "pseudo")
-        self.net.to(world.device, dtype).eval()
+    def __init__(self, net: nn.Module, options: PseudoOptions, *, seed: int, world: World):
+        self.net, self.options, self.world, self.seed = net.eval(), options, world, seed
 
     @torch.no_grad()
     def label(self, z_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcssl.errors import DataError
 from hpcssl.memory.groups import Near, near
 from hpcssl.memory.pseudo import Labelled, PseudoHead, PseudoOptions, visible
 from hpcssl.memory.rows import Memory
 from hpcssl.methods.base import Context, Emb, Scene
+from hpcssl.nets import heads, resnet
+from hpcssl.nets.heads import HeadOptions
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class Pseudo:
         if not seen.any():
             raise DataError("the training shards", got="no image with a label", expected="some labelled images",
                             mend="write them with `hpcssl-shard subset SRC OUT --list FILE --rest unlabelled`")
-        head = PseudoHead(scene.width, int(scene.labels.max()) + 1, self.options, seed=scene.seed, dtype=scene.dtype,
-                          world=scene.world)
+        shape = HeadOptions(hidden=[self.options.hidden], out=int(scene.labels.max()) + 1)
+        net = heads.build(scene.width, shape, lambda channels, affine=True: nn.BatchNorm1d(channels, affine=affine))
+        resnet.initialise(net, scene.seed, "pseudo")
+        head = PseudoHead(net.to(scene.world.device, scene.dtype), self.options, seed=scene.seed, world=scene.world)
         labelled = Labelled(scene.labels, seen, scene.ledger, scene.world.device)
         return {"labelled": labelled, "head": head}
 

@@ -12,8 +12,7 @@
     V      views.crops   small crops: they predict codes, and have none
 
 As the official code: the queue takes part from epoch ``queue_epoch`` on, once it could have been filled since then;
-prototypes are not updated for the first ``freeze_steps`` steps. Each crop is one pass of the norms (the official code
-joins the crops of one size, and all of them in the projector: its statistics are over all these crops).
+prototypes are not updated for the first ``freeze_steps`` steps; the recipes set ``model.joint``.
 """
 
 from __future__ import annotations

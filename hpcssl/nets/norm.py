@@ -56,6 +56,7 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.micro_batches = 1  # forward passes that make up one batch of the step (accumulation)
+        self.views = 1  # rows of each sample that stand together in a forward pass, and share its statistics
         self.pending: list[Tensor] = []  # [2, C] mean and unbiased variance of each forward pass, over its groups
 
     def extra_repr(self) -> str:
@@ -64,9 +65,10 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        if self.group > len(x):
-            return self._spanning(x)
-        parts, statistics = zip(*(self._one_group(part) for part in x.split(self.group)), strict=True)
+        group = self.group * self.views
+        if group > len(x):
+            return self._spanning(x, group)
+        parts, statistics = zip(*(self._one_group(part) for part in x.split(group)), strict=True)
         self.pending.append(torch.stack(statistics).mean(0))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -76,9 +78,9 @@ class BatchNorm(nn.Module):
         y = F.batch_norm(x, *found_2C, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
         return y, found_2C
 
-    def _spanning(self, x: Tensor) -> Tensor:
-        y, mean_C, var_C = _SpanningNorm.apply(x, self.weight, self.bias, self.eps, self.group // len(x), self.world)
-        count = self.group * (x.numel() // x.shape[0] // x.shape[1])
+    def _spanning(self, x: Tensor, group: int) -> Tensor:
+        y, mean_C, var_C = _SpanningNorm.apply(x, self.weight, self.bias, self.eps, group // len(x), self.world)
+        count = group * (x.numel() // x.shape[0] // x.shape[1])
         self.pending.append(torch.stack((mean_C, var_C * (count / (count - 1)))).to(self.running_mean.dtype))
         return y
 

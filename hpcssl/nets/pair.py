@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,28 +12,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpcssl.nets import norm
 from hpcssl.nets.heads import Prototypes
 from hpcssl.world import World
 
 
 class Branch(nn.Module):
     """Backbone, projector and (on the online side, where the method has one) predictor; and the same for the images'
-    ``second`` modality, where the plan has views of one."""
+    ``second`` modality, where the plan has views of one.
+
+    Each view is a pass of the norms by itself; ``joint``: neighbouring views of one size pass the backbone together,
+    and all views the projector, as in SwAV's code (resnet50.py, forward), so that their statistics are shared.
+    """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None,
-                 second: Branch | None = None):
+                 second: Branch | None = None, joint: bool = False):
         super().__init__()
         self.backbone, self.projector, self.predictor, self.second = backbone, projector, predictor, second
+        self.joint = joint
 
     def forward(self, views: list[Tensor], second: Sequence[bool] = ()) -> list[tuple[Tensor, Tensor | None]]:
-        """Projection z and prediction u of each view, unit length, [b, D] each, or scores [b, C] for u; one norm pass
-        per view. ``second``: which of the views are of the second modality."""
+        """Projection z and prediction u of each view, unit length, [b, D] each, or scores [b, C] for u. ``second``:
+        which of the views are of the second modality."""
+        if self.joint:
+            return self._jointly(views)
         of = second or [False] * len(views)
         return [(self.second if other else self).embed(view) for view, other in zip(views, of, strict=True)]
 
     def embed(self, view: Tensor) -> tuple[Tensor, Tensor | None]:
         z = self.projector(self.backbone(view))
         return unit(z), self.predict(z)
+
+    def _jointly(self, views: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+        features: list[Tensor] = []
+        for _, alike in itertools.groupby(views, key=lambda view: view.shape):
+            features += _together(self.backbone, list(alike))
+        found = _together(self.projector, features)
+        return [(unit(z), self.predict(z)) for z in found]
 
     def predict(self, z: Tensor) -> Tensor | None:
         """The prediction from projections of any length."""
@@ -45,7 +61,23 @@ class Branch(nn.Module):
     def without_predictor(self) -> Branch:
         """The same networks, not copied, as a moving average has them."""
         second = None if self.second is None else self.second.without_predictor()
-        return Branch(self.backbone, self.projector, None, second)
+        return Branch(self.backbone, self.projector, None, second, self.joint)
+
+
+def _together(network: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    """One pass of views [b, …] of one shape. A sample's rows stand side by side, so that a group of the norms holds
+    whole samples on any number of ranks."""
+    layers = norm.norms_of([network])
+    rows = torch.stack(views, 1).flatten(0, 1)
+    if rows.dim() == 4 and views[0].is_contiguous(memory_format=torch.channels_last):
+        rows = rows.contiguous(memory_format=torch.channels_last)
+    for layer in layers:
+        layer.views = len(views)
+    try:
+        return list(network(rows).unflatten(0, (-1, len(views))).unbind(1))
+    finally:
+        for layer in layers:
+            layer.views = 1
 
 
 def unit(x: Tensor) -> Tensor:

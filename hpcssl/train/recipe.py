@@ -61,7 +61,8 @@ class ModelOptions:
     """Backbone (``nets/resnet.py``), heads, and what batch norm sees.
 
     ``norm``: ``local`` to a rank, ``whole`` batch (synchronised), or ``ghost`` groups of ``norm_group`` samples.
-    ``shuffle``: the target's images are dealt out to groups anew at each step (shuffle-BN).
+    ``shuffle``: the target's images are dealt out to groups anew at each step (shuffle-BN). ``joint``: views of one
+    size pass the norms together (``nets/pair.py``), as in SwAV's code.
     """
 
     arch: str = "resnet50"
@@ -73,6 +74,7 @@ class ModelOptions:
     norm_group: int = 0
     norm_momentum: float = 0.1
     shuffle: bool = False
+    joint: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,9 +115,12 @@ class Training:
             for place, network in (("backbone", backbone), ("projector", projector), ("predictor", predictor)):
                 if network is not None:
                     resnet.initialise(network, recipe.seed, prefix + place)
-            return Branch(backbone, projector, predictor, second)
+            return Branch(backbone, projector, predictor, second, options.joint)
 
         two = any(view.second for view in self.plan.views)
+        if two and options.joint:
+            raise ConfigError("model.joint", got="true with views of two modalities", expected="views of one, which "
+                              "pass one network", mend="set model.joint=false")
         online = branch("", branch("second.", None) if two else None).to(world.device, self.dtype)
         if recipe.machine.channels_last:
             online = online.to(memory_format=torch.channels_last)
