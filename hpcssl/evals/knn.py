@@ -13,10 +13,11 @@ order of their index. One more deviation: MSF searches features rounded to fp16,
 The search is the training bank's (``memory/search.py``: faiss on a CPU, torch on a GPU, decided in arithmetic that
 does not round), so the neighbours depend on the features alone, not on chunks, libraries or the number of ranks.
 
-Memory for 1.28 M x 50 k of 2,048 features: the bank lies in files (10.5 GB, mapped: the page cache may drop them)
-and passes through one block of ``BYTES`` = 2.1 GB, on a GPU a second one there; queries 0.4 GB, neighbours (k = 200)
-0.2 GB, the search below 0.1 GB. So 2.8 GB of each, of RAM and of a GPU's memory, per process. Without a run folder
-the features themselves stay in the memory of each process: 10.9 GB more, or half of that with ``store=fp16``.
+Memory for 1.28 M x 50 k of 2,048 features: the bank lies in files (10.5 GB, mapped: pages that the system may drop)
+and passes through one block of ``BYTES`` = 2.1 GB, on a GPU through a second one there; 0.4 GB hold the queries, 0.3 GB
+the neighbours and their merging (k = 200), 0.1 GB the search. So about 3 GB of each, of RAM and of a GPU's memory, for
+each process. Without a run folder to keep them in, the features stay in the memory of each process: 10.9 GB more, or
+half of that with ``store=fp16``.
 
 Letters in shapes: Q queries, B queries of a block, N bank rows, K neighbours, D features.
 """

@@ -1,258 +1,247 @@
-"""Linear classification on a frozen backbone, protocol by protocol.
+"""Linear classification on a frozen backbone, by the protocols of ``protocols.py``.
 
-``msf`` (MSF and CMSF, eval_linear.py:30-63, 200-215), with f the avgpool feature:
+    logits = x W^T + b        loss = cross-entropy        x = f, the avgpool feature of a new crop
 
-    x = (f / |f| - mean) / sqrt(var + 1e-5)          logits = x W^T + b          loss = cross-entropy
+and with ``standardise`` (MSF and CMSF, eval_linear.py:200-215)
 
-mean and var (unbiased) are those of the unit-length *training* features of the centre crop, fixed, not learned.
-SGD, lr 0.01, momentum 0.9, weight decay 1e-4 on W and b, batch 256, 40 epochs, lr x 0.1 after 15 and 30; trained on
-random resized crops (area 0.08-1) with flips, scored on centre crops after every epoch; the best epoch is the score.
-``msf_center``: the same on the cached centre-crop features, as MSF trains its transfer sets.
-One deviation: an epoch's last, incomplete batch is dropped.
+    x = (f / |f| - mean) / sqrt(var + 1e-5)
+
+where mean and var (unbiased) are those of the unit-length *training* features of the centre crop, fixed, not learned.
+The head is scored on centre crops after every epoch; the score is the best epoch's or the last one's, as the
+protocol reports it, and both are told.
+
+A protocol with a *sweep* (BYOL) holds out a part of the training set, trains one head per rate on the rest, all on
+the same pass, takes the rate whose last epoch is best on the held-out part, and trains that one on everything. The
+validation set chooses nothing.
 
 The backbone is frozen, so the features of a step do not depend on the steps before it: rank r encodes the whole
-batches of steps r, r + W, …, and rank 0 alone trains the head on them in order. The numbers are therefore the same
-on any number of ranks. Letters in shapes: B batch, D features, C classes.
+batches of steps r, r + W, …, and rank 0 alone trains the heads on them in order. The numbers are therefore the same
+on any number of ranks. Letters in shapes: B batch, D features.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hpcssl import files, rng
 from hpcssl.data.order import Order
-from hpcssl.errors import ConfigError, EvalError, HpcsslError, nearest
-from hpcssl.evals.features import FeatureOptions, Features, Stream
+from hpcssl.errors import ConfigError, EvalError, HpcsslError
+from hpcssl.evals import choice, state
+from hpcssl.evals.features import FeatureOptions, Features, Stream, one_of
+from hpcssl.evals.heads import Heads
 from hpcssl.evals.images import Batches
+from hpcssl.evals.protocols import AUGMENTS, PROTOCOLS, Protocol
 from hpcssl.evals.together import agree, as_error
-from hpcssl.nets import weights
 from hpcssl.views.augment import Augment, ViewSpec
 
 log = logging.getLogger("hpcssl")
 
-AUGMENTS = ("rrc_flip", "center")
 _ROUND = 64  # steps between two looks at the stop flag where features come from the cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """One published protocol as values. ``milestones``: epochs after which lr is multiplied by 0.1."""
-
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    batch: int = 256
-    epochs: int = 40
-    milestones: list[int] = field(default_factory=lambda: [15, 30, 40])
-    augment: str = "rrc_flip"
-
-
-PROTOCOLS = {"msf": Protocol(), "msf_center": Protocol(augment="center")}
-
-
-@dataclass(frozen=True, kw_only=True)
 class LinearOptions(FeatureOptions):
-    """``protocol`` names a row of ``PROTOCOLS``; the other fields, where they are set, replace its values.
+    """``protocol`` names a row of ``PROTOCOLS``; other fields, where they are set, replace its values.
 
-    ``augment``: ``rrc_flip`` encodes new crops in every epoch, ``center`` trains on the cached features.
-    ``train_batch``: images per step of the head.
+    ``lr`` (one rate: no sweep) and ``sweep`` are in the protocol's own unit. ``train_batch``: images per step of the
+    head. ``milestones``: epochs after which the rate falls to a tenth, instead of the protocol's schedule.
+    ``held_out``: images that the sweep is judged on (``choice.held_out``). ``batch``: images that pass the network at
+    once, in training too.
     """
 
     protocol: str = "msf"
     lr: float | None = None
+    sweep: list[float] | None = None
     weight_decay: float | None = None
     train_batch: int | None = None
     epochs: int | None = None
     milestones: list[int] | None = None
     augment: str | None = None
+    held_out: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value, known in (("protocol", self.protocol, PROTOCOLS), ("augment", self.augment, AUGMENTS)):
-            if value is not None and value not in known:
-                raise ConfigError(f"evals.linear.{name}", got=repr(value), expected="a known name",
-                                  mend=nearest(value, known))
-        for name, low in (("lr", 0.0), ("weight_decay", 0.0), ("train_batch", 1), ("epochs", 1)):
-            if getattr(self, name) is not None and not getattr(self, name) >= low:
-                raise ConfigError(f"evals.linear.{name}", got=getattr(self, name), expected=f"at least {low}",
+        one_of("protocol", self.protocol, PROTOCOLS)
+        if self.augment is not None:
+            one_of("augment", self.augment, AUGMENTS)
+        for name, value, holds, expected in (
+                ("lr", self.lr, self.lr is None or self.lr > 0, "above 0"),
+                ("sweep", self.sweep, all(rate > 0 for rate in self.sweep or ()), "rates above 0"),
+                ("sweep", self.sweep, self.sweep is None or self.lr is None, "lr or sweep, not both"),
+                ("weight_decay", self.weight_decay, self.weight_decay is None or self.weight_decay >= 0, "0 or more"),
+                ("train_batch", self.train_batch, self.train_batch is None or self.train_batch >= 1, "1 or more"),
+                ("epochs", self.epochs, self.epochs is None or self.epochs >= 1, "1 or more"),
+                ("held_out", self.held_out, self.held_out is None or self.held_out >= 1, "1 or more"),
+                ("held_out", self.held_out, self.held_out is None or bool(self.resolve().sweep),
+                 "a protocol that chooses among rates")):
+            if not holds:
+                raise ConfigError(f"evals.linear.{name}", got=value, expected=expected,
                                   mend=f"leave {name} out to take the protocol's value")
 
     def resolve(self) -> Protocol:
-        given = {"lr": self.lr, "weight_decay": self.weight_decay, "batch": self.train_batch,
-                 "epochs": self.epochs, "milestones": self.milestones, "augment": self.augment}
-        return replace(PROTOCOLS[self.protocol], **{k: v for k, v in given.items() if v is not None})
+        given = {"lr": self.lr, "sweep": () if self.lr is not None else self.sweep, "weight_decay": self.weight_decay,
+                 "batch": self.train_batch, "epochs": self.epochs, "milestones": self.milestones,
+                 "augment": self.augment}
+        given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if v is not None}
+        return replace(PROTOCOLS[self.protocol], **given)
 
 
 @dataclass
-class Head:
-    """The linear layer, its SGD, and where its training stands. Everything that a resume needs, and no more."""
+class _Task:
+    """One training of heads: on the training samples ``index``, scored on the rows ``test``.
 
-    weight_CD: Tensor
-    bias_C: Tensor
-    optimiser: torch.optim.SGD
-    step: int = 0
-    scores: list[dict[str, float]] = field(default_factory=list)  # one entry per finished epoch
+    ``note``: what its saved state says besides where it stands.
+    """
 
-    @classmethod
-    def start(cls, classes: int, width: int, protocol: Protocol, seed: int, device: torch.device) -> Head:
-        """PyTorch's own initial values of a linear layer: uniform in ±1/sqrt(D), drawn by address."""
-        def drawn(name: str, *shape: int) -> Tensor:
-            made = torch.rand(*shape, generator=rng.generator(rng.key(seed, "linear", name)))
-            return ((2 * made - 1) * width**-0.5).to(device).requires_grad_()
-
-        weight, bias = drawn("weight", classes, width), drawn("bias", classes)
-        return cls(weight, bias, torch.optim.SGD([weight, bias], lr=protocol.lr, momentum=protocol.momentum,
-                                                 weight_decay=protocol.weight_decay))
-
-    def learn(self, x_BD: Tensor, y_B: Tensor, lr: float) -> None:
-        self.optimiser.param_groups[0]["lr"] = lr
-        loss = F.cross_entropy(F.linear(x_BD, self.weight_CD, self.bias_C), y_B)
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
-        self.step += 1
-
-    @torch.no_grad()
-    def score(self, x_ND: Tensor, y_N: Tensor) -> dict[str, float]:
-        """Top-1 and top-5 in percent; among equal logits the lower class stands first."""
-        right = torch.zeros(2, dtype=torch.int64)
-        for x, y in zip(x_ND.split(4096), y_N.split(4096), strict=True):
-            logits = F.linear(x, self.weight_CD, self.bias_C)
-            if not torch.isfinite(logits).all():
-                raise EvalError("linear evaluation", got=f"NaN or infinite logits after step {self.step}",
-                                expected="finite numbers", mend="lower evals.linear.lr")
-            true = logits.gather(1, y[:, None])
-            lower = torch.arange(logits.shape[1], device=y.device) < y[:, None]
-            place = ((logits > true) | ((logits == true) & lower)).sum(1)
-            right += torch.stack(((place < 1).sum(), (place < 5).sum())).cpu()
-        top1, top5 = (100.0 * right.double() / len(x_ND)).tolist()
-        return {"top1": top1, "top5": top5}
-
-    def save(self, path: Path, identity: str) -> None:
-        moments = {name: self.optimiser.state[p]["momentum_buffer"] for name, p in self._named() if self.step}
-        tensors = dict(self._named()) | {f"momentum.{name}": value for name, value in moments.items()}
-        files.atomic_write(path, weights.pack(tensors, {
-            "identity": identity, "step": str(self.step), "scores": json.dumps(self.scores)}))
-
-    def load(self, path: Path, identity: str) -> bool:
-        """Take up the state of an earlier attempt at the same evaluation; False where there is none."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError):
-            return False
-        if meta.get("identity") != identity:
-            return False
-        self.step, self.scores = int(meta["step"]), json.loads(meta["scores"])
-        with torch.no_grad():
-            for name, parameter in self._named():
-                parameter.copy_(tensors[name])
-                if self.step:
-                    momentum = tensors[f"momentum.{name}"].to(parameter.device)
-                    self.optimiser.state[parameter]["momentum_buffer"] = momentum
-        return True
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        return [("weight", self.weight_CD), ("bias", self.bias_C)]
+    name: str
+    rates: Sequence[float]
+    index: np.ndarray
+    test: Callable[[], tuple[Tensor, Tensor]]
+    note: dict = field(default_factory=dict)
 
 
 def run(context) -> dict[str, float]:
-    """Scores in percent: ``top1`` and ``top5`` of the best epoch (by top-1, the earliest), ``…_last`` of the last."""
-    world, options = context.world, context.options
+    """Scores in percent: ``top1`` and ``top5`` of the epoch that the protocol reports, ``…_best`` of the best one (by
+    top-1, the earliest), ``…_last`` of the last; after a sweep ``held_out_lr{rate}`` of each rate.
+    """
+    options, world = context.options, context.world
     protocol = options.resolve()
-    if len(context.train) < protocol.batch:
-        raise EvalError("linear evaluation", got=f"{len(context.train)} training images, batch {protocol.batch}",
-                        expected="at least one whole batch", mend=f"train_batch={len(context.train)} or less")
-    train, val = context.features(context.train), context.features(context.val)
-    head, problem = None, None
-    if world.main:
-        head = Head.start(len(context.train.classes), train.width, protocol, options.seed, world.device)
-        if context.state is not None and head.load(context.state, context.identity):
-            log.info("linear: goes on at step %d", head.step)
-    first = int(world.tell(str(head.step) if world.main else None))
-    order = Order([len(context.train)], seed=options.seed, global_batch=protocol.batch, window="all")
-    total = protocol.epochs * order.steps_per_epoch
-    source, width = _source(context, protocol, order, train, first, total)
-    scale = _standard(train, world.device)
-    val_x = scale(val.rows(torch.arange(len(val))).to(world.device)) if world.main else None
-    for start in range(first, total, width):
-        steps = range(start, min(start + width, total))
-        batches = source(steps)  # a collective where ranks encode for one another
+    if options.interpolation == "auto":
+        options = replace(options, interpolation=protocol.interpolation)
+        context = replace(context, options=options)
+    samples = len(context.train)
+    held = np.empty(0, np.int64)
+    if protocol.sweep:
+        held = choice.held_out(samples, len(context.train.classes), options.seed, options.held_out)
+    if samples - len(held) < protocol.batch:
+        raise EvalError("linear evaluation",
+                        got=f"{samples - len(held)} training images, batch {protocol.batch}",
+                        expected="at least one whole batch", mend=f"train_batch={samples - len(held)} or less")
+    needed = protocol.standardise or protocol.augment == "center" or len(held)
+    train = context.features(context.train) if needed else None
+    val = context.features(context.val)
+    found = state.read(context.state, context.identity) if world.main else None
+    note = json.loads(world.tell(json.dumps(found[1] if found else {})))
+    work = _Work(context, protocol, train)
+    swept = note.get("swept")
+    if len(held) and swept is None:
+        kept = np.setdiff1d(np.arange(samples), held)
+        scores = work.train(_Task("sweep", protocol.sweep, kept, lambda: work.rows(train, torch.from_numpy(held))))
+        swept = [score["top1"] for score in scores[-1]]
+    lr = protocol.lr if swept is None else protocol.sweep[int(np.argmax(swept))]
+    everything = torch.arange(len(val))
+    scores = work.train(_Task("final", (lr,), np.arange(samples), lambda: work.rows(val, everything),
+                              {"swept": swept}))
+    metrics = choice.summary([score for score, in scores], protocol.report)
+    return metrics | {f"held_out_lr{rate:g}": s for rate, s in zip(protocol.sweep, swept or (), strict=False)}
+
+
+class _Work:
+    """What the trainings of one evaluation share."""
+
+    def __init__(self, context, protocol: Protocol, train: Features | None):
+        self.context, self.world, self.protocol, self.features = context, context.world, protocol, train
+        self.labels = torch.as_tensor(context.train.labels)
+        self.scale = _standard(train, self.world.device) if protocol.standardise else lambda raw: raw
+
+    def rows(self, features: Features, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the heads see of these rows, and the labels, on the device."""
+        x = self.scale(features.rows(index).to(self.world.device))
+        return x, features.labels[index].to(self.world.device)
+
+    def train(self, task: _Task) -> list[list[dict[str, float]]]:
+        """Scores by epoch and head. A collective."""
+        world, context, protocol = self.world, self.context, self.protocol
+        order = Order([len(task.index)], seed=context.options.seed, global_batch=protocol.batch, window="all")
+        heads, scores, test, problem = None, [], None, None
         if world.main:
-            try:
-                _learn(head, batches, scale, val_x, val.labels.to(world.device), protocol, order, context)
-            except (HpcsslError, OSError) as caught:
-                problem = as_error(caught)
-        stop = context.stop()
-        if stop and world.main and context.state is not None:
-            head.save(context.state, context.identity)
-        agree(world, "linear evaluation", stop=stop, error=problem)
-    return json.loads(world.tell(json.dumps(_summary(head.scores)) if world.main else None))
+            heads = Heads(len(context.train.classes), context.encoder.width, protocol, task.rates,
+                          context.options.seed, world.device, order.steps_per_epoch)
+            found = state.read(context.state, context.identity)
+            if found is not None and found[1]["task"] == task.name:
+                heads.restore(found[0], found[1]["step"])
+                scores = found[1]["scores"]
+                log.info("linear, %s: goes on at step %d", task.name, heads.step)
+            test = task.test()
+        first = int(world.tell(str(heads.step) if world.main else None))
+        total = protocol.epochs * order.steps_per_epoch
+        source, width = self._source(task, order, first, total)
+        for start in range(first, total, width):
+            batches = source(range(start, min(start + width, total)))  # a collective where ranks encode for all
+            if world.main:
+                try:
+                    self._learn(heads, batches, test, scores, order, task)
+                except (HpcsslError, OSError) as caught:
+                    problem = as_error(caught)
+            stop = context.stop()
+            if stop and world.main and problem is None:
+                try:
+                    self._save(heads, scores, task)
+                except OSError as caught:
+                    problem = as_error(caught)
+            agree(world, "linear evaluation", stop=stop, error=problem)
+        return json.loads(world.tell(json.dumps(scores)))
 
+    def _learn(self, heads: Heads, batches: Iterator[tuple[Tensor, Tensor]], test: tuple[Tensor, Tensor],
+               scores: list, order: Order, task: _Task) -> None:
+        for x, y in batches:
+            heads.learn(self.scale(x), y)
+            if heads.step % order.steps_per_epoch == 0:
+                scores.append(heads.score(*test))
+                log.info("linear, %s: epoch %d of %d, top-1 %s", task.name, len(scores), self.protocol.epochs,
+                         " ".join(f"{score['top1']:.2f}" for score in scores[-1]))
+                self._save(heads, scores, task)
 
-def _learn(head: Head, batches: Iterator[tuple[Tensor, Tensor]], scale: Callable[[Tensor], Tensor],
-           val_x: Tensor, val_y: Tensor, protocol: Protocol, order: Order, context) -> None:
-    for x, y in batches:
-        epoch = order.epoch_of(head.step)
-        head.learn(scale(x), y, protocol.lr * 0.1 ** sum(epoch >= m for m in protocol.milestones))
-        if head.step % order.steps_per_epoch == 0:
-            head.scores.append(head.score(val_x, val_y))
-            log.info("linear: epoch %d of %d, top-1 %.2f", epoch + 1, protocol.epochs, head.scores[-1]["top1"])
-            if context.state is not None:
-                head.save(context.state, context.identity)
+    def _save(self, heads: Heads, scores: list, task: _Task) -> None:
+        if self.context.state is not None:
+            state.write(self.context.state, self.context.identity, heads.tensors(),
+                        {"task": task.name, "step": heads.step, "scores": scores, **task.note})
 
+    def _source(self, task: _Task, order: Order, first: int, total: int):
+        """A function (range of steps) -> iterator of (raw features [B, D], labels [B]), and the steps per call."""
+        world, context, features = self.world, self.context, self.features
+        if self.protocol.augment == "center":
+            def cached(steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+                for step in steps:
+                    index = torch.from_numpy(task.index[order.batch(step)])
+                    yield features.rows(index).to(world.device), self.labels[index].to(world.device)
+            return cached, _ROUND
 
-def _summary(scores: list[dict[str, float]]) -> dict[str, float]:
-    best = max(scores, key=lambda score: score["top1"])  # the first of equals, as in the original
-    return {"top1": best["top1"], "top5": best["top5"],
-            "top1_last": scores[-1]["top1"], "top5_last": scores[-1]["top5"]}
+        batch, at_once = self.protocol.batch, context.options.batch
+        mine, chunks = range(first + world.rank, total, world.size), -(-batch // at_once)
+        view = ViewSpec(name="rrc_flip", size=context.encoder.meta["size"], augment=Augment(
+            scale=(0.08, 1.0), flip=0.5, interpolation=context.options.interpolation))
+        # a step's batch passes the network in chunks, which are the same on any number of ranks
+        passes = Batches(range(len(mine) * chunks),
+                         lambda i: task.index[order.batch(mine[i // chunks])[i % chunks * at_once:][:at_once]],
+                         lambda i: order.epoch_of(mine[i // chunks]), min(batch, at_once))
+        stream = Stream(context.encoder, context.train, view, passes, context.options.precision,
+                        seed=context.options.seed, threads=context.threads)
+        context.closing.enter_context(stream)
+
+        def encoded(steps: range) -> Iterator[tuple[Tensor, Tensor]]:
+            x, error = torch.zeros(batch, context.encoder.width, device=world.device), None
+            if world.rank < len(steps):
+                try:
+                    x = torch.cat([next(stream)[0] for _ in range(chunks)])
+                except (HpcsslError, OSError) as caught:
+                    error = as_error(caught)
+            agree(world, "linear evaluation", error=error)
+            every = world.gather(x).split(batch)
+            return ((every[i], self.labels[torch.from_numpy(task.index[order.batch(step)])].to(world.device))
+                    for i, step in enumerate(steps))
+        return encoded, world.size
 
 
 def _standard(train: Features, device: torch.device) -> Callable[[Tensor], Tensor]:
     mean_D, var_D = (value.to(device) for value in train.moments)
     inverse_D = (var_D + 1e-5).rsqrt()
     return lambda raw: (F.normalize(raw, dim=1) - mean_D) * inverse_D
-
-
-def _source(context, protocol: Protocol, order: Order, train: Features, first: int, total: int):
-    """A function (range of steps) -> iterator of (raw features [B, D], labels [B]), and the steps per call."""
-    world = context.world
-    labels = torch.as_tensor(context.train.labels)
-    if protocol.augment == "center":
-        def cached(steps: range) -> Iterator[tuple[Tensor, Tensor]]:
-            for step in steps:
-                index = torch.tensor(order.batch(step))
-                yield train.rows(index).to(world.device), labels[index].to(world.device)
-        return cached, _ROUND
-
-    mine = range(first + world.rank, total, world.size)
-    view = ViewSpec(name="rrc_flip", size=context.encoder.meta["size"],
-                    augment=Augment(scale=(0.08, 1.0), flip=0.5))
-    stream = Stream(context.encoder, context.train, view,
-                    Batches(mine, order.batch, order.epoch_of, protocol.batch),
-                    context.options.precision, seed=context.options.seed, threads=context.threads)
-    context.closing.enter_context(stream)
-
-    def encoded(steps: range) -> Iterator[tuple[Tensor, Tensor]]:
-        x, error = torch.zeros(protocol.batch, train.width, device=world.device), None
-        if world.rank < len(steps):
-            try:
-                x = next(stream)[0]
-            except (HpcsslError, OSError) as caught:
-                error = as_error(caught)
-        agree(world, "linear evaluation", error=error)
-        every = world.gather(x).split(protocol.batch)
-        return ((every[i], labels[torch.tensor(order.batch(step))].to(world.device))
-                for i, step in enumerate(steps))
-    return encoded, world.size
