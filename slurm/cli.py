@@ -51,9 +51,10 @@ Run = Annotated[Path, typer.Argument(help="The run folder.")]
                     "--time 2-0 -p gpu … (see `man sbatch`).")
 def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...")],
            run: Annotated[str, typer.Option("--run", help="The run folder; what it holds is continued.")],
-           evals: Annotated[str, typer.Option(help="Evaluations to chain on success, such as knn,linear.")] = "",
-           eval_every: Annotated[int | None, typer.Option(min=1, help="k-NN inside the training after every so many "
-                                                          "epochs (evals.every_epochs).")] = None,
+           evals: Annotated[str, typer.Option(help="Evaluations to chain on success, with options after colons: "
+                                              "knn,linear:protocol=msf,transfer:sets=dtd+pets.")] = "",
+           eval_every: Annotated[int, typer.Option(min=0, help="Evaluate also beside the training, by small jobs, the "
+                                                   "weights of every so many epochs (by knn without --evals).")] = 0,
            eval_sbatch: Annotated[list[str] | None, typer.Option(help="An option of sbatch for the evaluations only, "
                                                                  'such as "--time=30".')] = None,
            cluster: Annotated[str | None, typer.Option(help="A cluster profile: name or YAML file.")] = None,
@@ -69,10 +70,9 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
     from slurm import submit as submits
 
     recipe, overrides = _recipe_of(words)
-    overrides += [f"evals.every_epochs={eval_every}"] if eval_every else []
     further = {name: value for text in sbatch or [] for name, value in options.one(text).items()}
     request = submits.Request(
-        run=run, recipe=recipe, overrides=overrides, evals=[e for e in evals.split(",") if e],
+        run=run, recipe=recipe, overrides=overrides, evals=evals or "knn" * bool(eval_every), eval_every=eval_every,
         sbatch=(ctx.obj or {}) | further, local=local, profile=profiles.find(cluster),
         eval_sbatch={name: value for text in eval_sbatch or [] for name, value in options.one(text).items()})
     if local:
@@ -83,11 +83,12 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
     jobs = submits.submit(request)
     folder = RunDir(Path(run).expanduser())
     if not jobs:
-        _say(f"run {folder.root} is finished: nothing to submit (--evals adds evaluations)")
-        return EXIT_DONE
+        jobs = _nothing_to_submit(folder)
+        if parsable and jobs:
+            print(jobs[0].job, flush=True)
+        return _wait(folder, jobs) if wait else EXIT_DONE
     for job in jobs[:1] if parsable else jobs:
-        chained = "" if job is jobs[0] else f" ({job.what}, after {jobs[0].job})"
-        print(job.job if parsable else f"Submitted batch job {job.job}{chained}", flush=True)
+        print(job.job if parsable else f"Submitted batch job {job.job}{_chained(folder, job)}", flush=True)
     return _wait(folder, jobs) if wait else EXIT_DONE
 
 
@@ -155,6 +156,29 @@ def _recipe_of(words: list[str]) -> tuple[str, list[str]]:
         raise ConfigError("RECIPE", got=" and ".join(recipes) or "none", expected="one recipe, then key=value",
                           mend="name one, such as digits_msf: `hpcssl recipes` lists them")
     return recipes[0], overrides
+
+
+def _nothing_to_submit(folder: RunDir) -> list:
+    """Say why; the jobs that live."""
+    from slurm import control
+
+    living = control.living(folder)
+    if living:
+        _say("nothing to submit: " + ", ".join(f"job {job.job} ({job.what})" for job in living)
+             + f" of run {folder.root} lives (hpcssl-submit status)")
+    else:
+        _say(f"run {folder.root} is finished: nothing to submit (--evals adds evaluations)")
+    return living
+
+
+def _chained(folder: RunDir, job) -> str:
+    from slurm import records
+
+    if job.what == records.TRAIN:
+        return ""
+    train = records.submitted(folder).get(records.TRAIN)
+    waits = train is not None and not folder.done.exists() and not job.beside
+    return f" ({job.what}, after {train.job})" if waits else f" ({job.what})"
 
 
 def _say_left_out(sbatch: dict, cluster: str | None) -> None:

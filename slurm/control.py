@@ -11,19 +11,28 @@ from slurm import local, records, sched, watch
 
 
 def cancel(run: RunDir) -> list[str]:
-    """End every living job of the run; their ids. The intent is noted first: no rank then asks for a requeue."""
-    ended = []
-    for job in reversed(living(run)):  # what is chained goes first, or it would be left with a dead dependency
-        records.note(run, "cancel", job.job)
-        if job.local:
-            local.cancel(run, job)
-        else:
-            _must("scancel", job.job, job=job)
-        ended.append(job.job)
+    """End every living job of the run; their ids."""
+    with records.locked(run):  # nothing is submitted meanwhile
+        ended = [job.job for job in reversed(living(run)) if end(run, job)]  # what is chained on another goes first
     if not ended:
         raise SubmitError(f"run {run.root}", got="no job in the queue", expected="a job to cancel",
                           mend=f"see `hpcssl-submit status {run.root}`")
     return ended[::-1]
+
+
+def end(run: RunDir, job: records.Job) -> bool:
+    """End one job for good. The intent is noted first, so that no rank asks for a requeue, and taken back if SLURM
+    refuses: the job lives on, and shall go on after a preemption."""
+    records.note(run, "cancel", job.job)
+    try:
+        if job.local:
+            local.cancel(run, job)
+        else:
+            _must("scancel", job.job, job=job)
+    except SubmitError:
+        records.note(run, "cancel", job.job, refused=True)
+        raise
+    return True
 
 
 def preempt(run: RunDir) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import partial
 
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
-from slurm import attempts
+from slurm import attempts, chain
 
 
 def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[], str | None], attempt: dict) -> int:
-    """Evaluate the run's weights by ``what``; every rank calls it. 0 when the rows are there, 75 when stopped.
+    """Evaluate the run's weights by ``what`` (a ``chain.Entry``); every rank calls it. 0 when the rows are there, 75
+    when stopped.
 
     What is finished of an evaluation is kept, so a stop costs little, and asking again for finished rows is free.
     """
@@ -29,7 +32,12 @@ def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[], st
     if world.main:
         attempts.begin(run, what, attempt)
     try:
-        evaluate_run(what, run, world, stop=stop.is_set)
+        asked = chain.entry(what)
+        ask = partial(evaluate_run, asked.name, run, world, overrides=asked.overrides, stop=stop.is_set, **asked.shards)
+        ask(step="last" if asked.step is None else asked.step)
+        left = world.tell(json.dumps(chain.left_over(run, asked) if world.main else None))
+        for step in json.loads(left):
+            ask(step=step)
         cause, why, code = "done", "", EXIT_DONE
     except Stopped:  # agreed by all ranks
         refused = requeue() if world.main else None

@@ -93,7 +93,10 @@ def requeue_of(run: RunDir, job: str):
 
 def _train(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
     from hpcssl.run import train
+    from slurm import beside
 
+    if (place is None or place.rank == 0) and LOCAL_JOB not in os.environ:  # there the supervisor looks
+        beside.follow(run)
     return train(run, stop=stop, requeue=requeue_of(run, attempt["job"]), attempt=attempt)
 
 
@@ -107,7 +110,7 @@ def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place |
     rank = place.rank if place else 0
     print(f"rank {rank}: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the task's log
     if attempt is not None:
-        with contextlib.suppress(OSError):  # a full disk must not hide the first error
+        with contextlib.suppress(OSError), records.alone(run):  # a full disk must not hide the first error
             if any(a.number == attempt["attempt"] and a.cause for a in attempts.history(run, what)):
                 return  # the trainer, or another rank, has said why
             attempts.end(run, what, attempt, "error", f"rank {rank}: {sentence}")

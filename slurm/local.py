@@ -7,12 +7,14 @@ from ``jobs.jsonl`` and from /proc, never from a file that could go stale.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 
+from hpcssl import config
 from hpcssl import launch as places
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, SubmitError
 from hpcssl.files import RunDir
@@ -23,17 +25,15 @@ LOST = "LOST"
 """State of a local job whose supervisor died before its end: nobody starts another attempt."""
 
 
-def launch(run: RunDir, wanted: dict[str, dict], commit: str) -> list[records.Job]:
-    """Start one supervisor for these jobs, in order, and return at once."""
+def launch(run: RunDir, wanted: dict[str, dict], gpus: str | None = None) -> list[records.Job]:
+    """Start one supervisor for these jobs, in order, and return at once. ``gpus``: the only ones they may see."""
     base = f"local-{time.time_ns() // 1_000_000}"
-    jobs = []
-    for what, sbatch in wanted.items():
-        job = records.Job(base if what == records.TRAIN else f"{base}.{what}", what, "local", sbatch)
-        records.note(run, "submit", job.job, what=what, kind="local", options=sbatch, commit=commit)
-        jobs.append(job)
+    jobs = [note(run, base, what, sbatch) for what, sbatch in wanted.items()]
     with outside_any_job():
         environ = {k: v for k, v in os.environ.items() if k not in (*places.TORCHRUN, places.TOKEN)}
     environ |= {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    if gpus is not None:
+        environ["CUDA_VISIBLE_DEVICES"] = gpus
     with open(run.logs / f"{base}_supervisor.log", "ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "slurm.supervise", str(run.root), base], env=environ,
                                    cwd=run.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -42,6 +42,21 @@ def launch(run: RunDir, wanted: dict[str, dict], commit: str) -> list[records.Jo
     records.note(run, "supervisor", base, pid=process.pid, started=found.started if found else 0,
                  host=os.uname().nodename)
     return jobs
+
+
+def note(run: RunDir, base: str, what: str, sbatch: dict) -> records.Job:
+    """Note a job for the supervisor ``base``: its id is short, and no other job's."""
+    name = what.partition(":")[0]
+    same = sum(job.what.partition(":")[0] == name for job in of_base(run, base))
+    job = records.Job(base if what == records.TRAIN else f"{base}.{name}" + f"-{same + 1}" * bool(same), what, "local",
+                      sbatch)
+    records.note(run, "submit", job.job, what=what, kind="local", options=sbatch)
+    return job
+
+
+def of_base(run: RunDir, base: str) -> list[records.Job]:
+    """The jobs of one supervisor, in order."""
+    return [job for job in records.submitted(run).values() if job.job.partition(".")[0] == base]
 
 
 def ask(run: RunDir, job: records.Job) -> sched.State:
@@ -62,6 +77,13 @@ def ask(run: RunDir, job: records.Job) -> sched.State:
     if procs.session(holder["pid"]):
         return sched.State("RUNNING", note=f"its supervisor died, its tasks live on: hpcssl-submit cancel {run.root}")
     return sched.State(LOST, "its supervisor died", note="submit again with the same command: it goes on")
+
+
+def supervised(run: RunDir, job: records.Job) -> bool:
+    """Whether the job's supervisor lives, as far as this machine knows."""
+    holder = supervisor(run, job)
+    return holder is not None and (holder["host"] != os.uname().nodename or procs.same(holder["pid"],
+                                                                                         holder["started"]))
 
 
 def supervisor(run: RunDir, job: records.Job) -> dict | None:
@@ -99,6 +121,20 @@ def gpus(sbatch: dict) -> str:
         return "all" if seen is None else seen
     listed = [str(k) for k in range(asked)] if seen is None else seen.split(",")
     return ",".join(listed[:asked])
+
+
+def spare_gpus(run: RunDir, sbatch: dict) -> str | None:
+    """What CUDA_VISIBLE_DEVICES may be for one process beside a training with these options; None: there is no room.
+
+    A training that names no number may take every GPU that it sees.
+    """
+    count = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = [str(k) for k in range(count)] if seen is None else [k for k in seen.split(",") if k]
+    if not listed or (config.read_yaml(run.config).get("machine") or {}).get("devices") == "cpu":
+        return ""
+    spare = listed[shape.gpus_per_node(sbatch) or len(listed):]
+    return spare[0] if spare else None
 
 
 def python() -> str:

@@ -21,7 +21,7 @@ TRAIN = "train"
 
 @dataclass(frozen=True)
 class Job:
-    """One submitted job: ``what`` is ``train`` or the evaluation's name."""
+    """One submitted job: ``what`` is ``train``, or the evaluation as ``chain.Entry`` writes it."""
 
     job: str
     what: str
@@ -31,6 +31,11 @@ class Job:
     @property
     def local(self) -> bool:
         return self.kind == "local"
+
+    @property
+    def beside(self) -> bool:
+        """Whether it evaluates weights that a training exports on its way."""
+        return "@" in self.what.partition(":")[0]
 
     @property
     def cluster(self) -> str | None:
@@ -61,8 +66,9 @@ def of(run: RunDir, event: str, job: str) -> list[dict]:
 
 
 def cancelled(run: RunDir, job: str) -> bool:
-    """Whether its user asked for its end: then nothing asks for another attempt."""
-    return bool(of(run, "cancel", job))
+    """Whether its user asked for its end, and nobody refused: then nothing asks for another attempt."""
+    asked = of(run, "cancel", job)
+    return bool(asked) and not asked[-1].get("refused")
 
 
 @contextlib.contextmanager
@@ -71,4 +77,18 @@ def locked(run: RunDir) -> Iterator[None]:
     run.jobs.parent.mkdir(parents=True, exist_ok=True)
     with open(run.jobs, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def alone(run: RunDir, patience_s: float = 10.0) -> Iterator[None]:
+    """One rank at a time, for what must be read and then written. Who has waited too long goes on without: a rank
+    that has crashed must leave."""
+    limit = time.monotonic() + patience_s
+    with open(run.attempts, "ab") as file:
+        while time.monotonic() < limit:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
         yield

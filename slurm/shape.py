@@ -17,12 +17,16 @@ SIGNAL_S = 300
 """Seconds before the time limit at which a run is told to save, where a fifth of the limit is not less."""
 
 
+NICE = "10000"
+"""How far behind the training's priority the evaluations beside it stand."""
+
+
 def gpus_per_node(sbatch: dict) -> int:
     """GPUs asked for on each node, from --gpus-per-node, --gres, or --gpus over --nodes; 0 where none is."""
     if "gpus-per-node" in sbatch:
         return _count(sbatch["gpus-per-node"])
     for item in str(sbatch.get("gres", "")).split(","):
-        if item.partition(":")[0] in ("gpu", "gres/gpu"):
+        if _is_gpu(item):
             return _count(item)
     if "gpus" in sbatch:
         return max(1, _count(sbatch["gpus"]) // nodes(sbatch))
@@ -72,18 +76,42 @@ def signal(sbatch: dict) -> tuple[str, int]:
 
 
 def evaluation(train: dict, given: dict) -> dict:
-    """sbatch's options for a chained evaluation: the training's, for one task on one node, then what was given.
+    """sbatch's options for an evaluation: the training's, for one task on one node, then what was given.
 
-    Of the GPUs it keeps one; the training's dependency is met by then, and its begin time is past.
+    Of the GPUs it keeps one of their type, and of other generic resources all; the training's dependency is met by
+    then, its begin time is past, and a person who held it has let it go.
     """
     several = {"nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "gpus-per-socket",
                "gpus-per-task", "dependency", "begin", "deadline", "nodelist", "nodefile", "time-min", "switches",
-               *ELSEWHERE}
+               "hold", *ELSEWHERE}
     kept = {name: value for name, value in train.items() if name not in several}
-    if gpus_per_node(train) or "gpus-per-task" in train:
-        kind = re.match(r"(?:gpu:)?([A-Za-z]\w*):\d", str(train.get("gpus-per-node", "")))
-        kept["gpus-per-node"] = f"{kind[1]}:1" if kind else "1"
+    generic = str(train.get("gres", "")).split(",")
+    if others := [item for item in generic if item and not _is_gpu(item)]:
+        kept["gres"] = ",".join(others)
+    asked = [train[k] for k in ("gpus-per-node", "gpus", "gpus-per-task", "gpus-per-socket") if k in train]
+    asked += [item for item in generic if _is_gpu(item)]
+    if asked and not any(name.startswith("gpus") or name == "gres" for name in given):
+        kind = re.match(r"(?:(?:gres/)?gpu[:/])?([A-Za-z][\w.-]*)(?=:\d|$)", str(asked[0]))
+        kept["gpus-per-node"] = f"{kind[1]}:1" if kind and kind[1] != "gpu" else "1"
     return kept | {"nodes": "1"} | given
+
+
+def after(parent: str, sbatch: dict) -> dict:
+    """The options with ``afterok:PARENT`` beside what a user wants to wait for. Raises ``ConfigError``."""
+    theirs = str(sbatch.get("dependency", ""))
+    if "?" in theirs:
+        raise ConfigError("option --eval-sbatch --dependency", got=repr(theirs), expected="conditions that must all "
+                          "hold, since the end of the training is one of them", mend="write commas instead of ?")
+    return sbatch | {"dependency": ",".join([f"afterok:{parent}", *([theirs] if theirs else [])])}
+
+
+def beside(sbatch: dict) -> dict:
+    """The options of an evaluation beside the training, which the training's next attempt may overtake."""
+    return {"nice": NICE} | sbatch
+
+
+def _is_gpu(generic: str) -> bool:
+    return re.split(r"[:/]", generic.removeprefix("gres/"))[0] == "gpu"
 
 
 def _count(value: object, name: str = "gpus-per-node") -> int:

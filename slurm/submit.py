@@ -1,67 +1,89 @@
-"""Submitting a run: resolve and refuse first, then freeze the code, then hand over to SLURM or its local twin."""
+"""Submitting a run: resolve and refuse first, then freeze the code, then hand over to SLURM or its local twin.
+
+Asking for the same again submits only what is missing: neither a job that lives nor an evaluation whose row is there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import sys
+import typing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from hpcssl import config
 from hpcssl.errors import ConfigError, SubmitError, nearest
 from hpcssl.files import RunDir
-from slurm import cluster, freeze, local, records, sched, script, shape
-
-EVALS = ("knn", "linear")
+from slurm import beside, chain, cluster, control, freeze, local, records, sched, script, shape, watch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a person asked for, with sbatch's options apart."""
+    """What a person asked for, with sbatch's options apart. ``evals``: the text of ``--evals``. ``eval_every``:
+    epochs between two evaluations beside the training, 0 for none."""
 
     run: str
     recipe: str
     overrides: list[str] = field(default_factory=list)
-    evals: list[str] = field(default_factory=list)
+    evals: str = ""
+    eval_every: int = 0
     sbatch: dict[str, str | bool] = field(default_factory=dict)
     eval_sbatch: dict[str, str | bool] = field(default_factory=dict)
     profile: cluster.Profile = field(default_factory=cluster.Profile)
     local: bool = False
 
+    @property
+    def kind(self) -> str:
+        return "local" if self.local else "slurm"
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that nothing speaks against: where, and sbatch's options of each job in order."""
+    """A request that nothing speaks against. ``jobs``: sbatch's options of the training and of the evaluations of its
+    last weights; ``every`` and ``last``: steps between two evaluations beside the training, and of all of it."""
 
     run: RunDir
+    overrides: list[str]
     jobs: dict[str, dict]
+    every: int
+    last: int
 
 
 def plan(request: Request) -> Plan:
     """Check everything that can be checked before a job exists. Raises members of ``HpcsslError``."""
     run = _folder(request.run)
-    _check_recipe(request)
+    overrides, entries, every, last = _check_recipe(request)
     train = request.profile.options() | request.sbatch
     if request.local:
         shape.local_tasks(train)
-    jobs = {records.TRAIN: train} | {name: shape.evaluation(train, request.eval_sbatch) for name in request.evals}
-    for sbatch in jobs.values():
+    evaluation = shape.evaluation(train, request.eval_sbatch)
+    for sbatch in (train, evaluation):
         shape.signal(sbatch), shape.tasks_per_node(sbatch), shape.nodes(sbatch)  # each refuses what it cannot read
-    return Plan(run, jobs)
+    shape.after("JOBID", evaluation)
+    return Plan(run, overrides, {records.TRAIN: train} | {str(e): evaluation for e in entries}, every, last)
 
 
 def texts(request: Request) -> str:
-    """What ``--dry-run`` prints: every batch script, the chained ones waiting for ``JOBID``."""
+    """What ``--dry-run`` prints: every batch script, the chained ones waiting for ``JOBID``, those
+    beside the training for the weights of ``STEP``."""
     planned = plan(request)
     parts = []
     for what, sbatch in planned.jobs.items():
-        if what != records.TRAIN:
-            sbatch = sbatch | {"dependency": "afterok:JOBID"}
-        parts.append(f"# ---- {what}\n{script.text(planned.run, what, sbatch, request.profile)}")
-    return "\n".join(parts)
+        if what == records.TRAIN:
+            parts.append((what, sbatch))
+            continue
+        parts.append((what, shape.after("JOBID", sbatch)))
+        if planned.every:
+            name, colon, options = what.partition(":")
+            parts.append((f"{name}@STEP{colon}{options}", shape.beside(sbatch)))
+    return "\n".join(f"# ---- {what}\n{script.text(planned.run, what, sbatch, request.profile)}"
+                     for what, sbatch in parts)
 
 
 def submit(request: Request) -> list[records.Job]:
-    """Submit the training and its chained evaluations; the jobs, training first. Empty for a finished run.
+    """Submit what is missing of the training and its evaluations; the new jobs, training first.
 
-    One submission of a run at a time; a run with a living job is refused, and one that has ended continues.
+    One submission of a run at a time. A run that has ended early continues. While one of its jobs lives, only
+    evaluations can be added: ``SubmitError`` where the recipe has changed.
     """
     from hpcssl import run as runs  # imports torch, which no other verb waits for
 
@@ -70,23 +92,38 @@ def submit(request: Request) -> list[records.Job]:
     planned = plan(request)
     run = planned.run
     with records.locked(run):
-        _refuse_living(run)
-        runs.resolve(request.recipe, request.overrides, run, write=True)
-        stamp = freeze.freeze(run)
-        run.logs.mkdir(parents=True, exist_ok=True)
-        wanted = {k: v for k, v in planned.jobs.items() if k != records.TRAIN or not run.done.exists()}
-        if not wanted:
+        living = _living(run)
+        recipe = runs.resolve(request.recipe, planned.overrides, run, write=not living)
+        if living:
+            _refuse_change(run, recipe, next(iter(living.values())), request)
+        training = not run.done.exists() and records.TRAIN not in living
+        finals = {what: sbatch for what, sbatch in planned.jobs.items() if what != records.TRAIN and (
+            training or (what not in living and (not run.done.exists() or _missing(run, chain.entry(what)))))}
+        wanted = ({records.TRAIN: planned.jobs[records.TRAIN]} if training else {}) | finals
+        _write_chain(run, planned, request, keep=not training)
+        again = [e for e in chain.beside(run) if planned.every and str(replace(e, step=None)) in planned.jobs
+                 and str(e) not in living and _missing(run, e)]
+        if not wanted and not again:
             return []
-        if request.local:
-            return local.launch(run, wanted, commit=stamp)
-        return _through_sbatch(run, wanted, request.profile)
+        if not living:
+            freeze.freeze(run)
+        run.logs.mkdir(parents=True, exist_ok=True)
+        if training:  # evaluations that wait for an earlier training which did not succeed
+            for job in [living[what] for what in finals if what in living]:
+                control.end(run, job)
+        parent = living.get(records.TRAIN)
+        jobs = local.launch(run, wanted) if request.local and wanted else \
+            _through_sbatch(run, wanted, request.profile, parent.job if parent else None)
+        # a running training looks for these itself: only what it has submitted before, and in vain, is left to us
+        return jobs + beside.submit(run, again if run.done.exists() else [e for e in again if e not in chain.due(run)])
 
 
-def _through_sbatch(run: RunDir, wanted: dict[str, dict], profile: cluster.Profile) -> list[records.Job]:
-    parent, jobs = None, []
+def _through_sbatch(run: RunDir, wanted: dict[str, dict], profile: cluster.Profile,
+                    parent: str | None = None) -> list[records.Job]:
+    jobs = []
     for what, sbatch in wanted.items():
         if parent is not None:
-            sbatch = sbatch | {"dependency": f"afterok:{parent}"}
+            sbatch = shape.after(parent, sbatch)
         try:
             job = script.submit(run, what, sbatch, profile)
         except SubmitError:
@@ -110,33 +147,97 @@ def _folder(path: str) -> RunDir:
     return run
 
 
-def _check_recipe(request: Request) -> None:
-    """Refuse now what a job would find out on 64 GPUs. Raises ``ConfigError``, ``DataError``."""
+def _check_recipe(request: Request) -> tuple[list[str], list[chain.Entry], int, int]:
+    """Refuse now what a job would find out on 64 GPUs: overrides, entries, and the steps that ``Plan`` holds.
+
+    Raises ``ConfigError``, ``DataError``.
+    """
+    from math import gcd
+
     from hpcssl import run as runs
     from hpcssl.data.shards import ShardSet
-    from hpcssl.evals.run import EVALS
+    from hpcssl.optim.schedule import total_steps
     from hpcssl.train.main import open_shards
 
-    recipe = runs.compose(request.recipe, request.overrides)
-    open_shards(recipe)
-    for name in request.evals:
-        if name not in EVALS:
-            raise ConfigError("option --evals", got=repr(name), expected="names of evaluations, with commas",
-                              mend=nearest(name, EVALS))
-        if request.evals.count(name) > 1:
-            raise ConfigError("option --evals", got=",".join(request.evals), expected="each evaluation once",
-                              mend="leave out the second mention")
-        if not recipe.data.val:
-            raise ConfigError("data.val", got="no folder", expected=f"shards for {name} to score on",
-                              mend="add data.val=FOLDER to the command, or leave out --evals")
+    recipe, overrides = runs.compose(request.recipe, request.overrides), list(request.overrides)
+    shards = open_shards(recipe)
+    entries = _entries(request, recipe)
     if recipe.data.val:
         ShardSet.open(recipe.data.val)
+    per_epoch = len(shards) // recipe.optim.batch
+    if request.eval_every:
+        overrides.append(f"machine.export_epochs={gcd(recipe.machine.export_epochs, request.eval_every)}")
+    return overrides, entries, request.eval_every * per_epoch, total_steps(recipe.schedule, per_epoch)
 
 
-def _refuse_living(run: RunDir) -> None:
-    for job in records.submitted(run).values():
-        state = local.ask(run, job) if job.local else sched.ask(job.job, job.cluster)
+def _entries(request: Request, recipe) -> list[chain.Entry]:
+    """The evaluations asked for, with options that they have, each once. Raises ``ConfigError``, ``DataError``."""
+    from hpcssl.evals.run import EVALS, check_labels, question
+
+    found: dict[str, chain.Entry] = {}
+    for asked in chain.parse(request.evals):
+        if asked.name not in EVALS or asked.step is not None:
+            raise ConfigError("option --evals", got=repr(str(asked)), expected="names of evaluations, with commas",
+                              mend=nearest(asked.name, EVALS))
+        kinds = {name: list in (hint, *map(typing.get_origin, (hint, *typing.get_args(hint))))
+                 for name, hint in typing.get_type_hints(EVALS[asked.name].options).items()}
+        entry = chain.settled(asked, kinds)
+        values = config.as_dict(recipe)
+        if not (entry.shards.get("val") or recipe.data.val):
+            raise ConfigError("data.val", got="no folder", expected=f"shards for {asked.name} to score on",
+                              mend="add data.val=FOLDER to the command, or leave out --evals")
+        options, sets = question(asked.name, values, overrides=entry.overrides, **entry.shards)
+        (EVALS[asked.name].check or check_labels)(**sets)
+        same = config.fingerprint({"eval": asked.name, **{k: s.digest for k, s in sets.items()}, "options":
+                                   config.as_dict(config.load(EVALS[asked.name].options, options))})
+        if same in found:
+            raise ConfigError("option --evals", got=f"{found[same]} and {asked}, which mean the same",
+                              expected="each evaluation once", mend="leave out one of them")
+        found[same] = entry
+    return list(found.values())
+
+
+def _living(run: RunDir) -> dict[str, records.Job]:
+    """Jobs of the run that are queued or running, by what they do. ``SubmitError`` where SLURM cannot be asked."""
+    found = {}
+    for what, job in records.submitted(run).items():
+        state = watch.state_of(run, job)
+        if state.name == "UNKNOWN":
+            raise SubmitError(f"job {job.job} ({what})", got=state.note, expected="an answer of SLURM",
+                              mend="see whether `sinfo` answers, and submit again")
         if state.live:
-            raise SubmitError(f"run {run.root}", got=f"job {job.job} ({job.what}) is {state.name}",
-                              expected="no job of this run in the queue",
-                              mend=f"wait for it (hpcssl-submit status {run.root}), or cancel it")
+            found[what] = job
+    return found
+
+
+def _missing(run: RunDir, entry: chain.Entry) -> bool:
+    """Whether a row is missing of what the job of this entry would measure."""
+    from hpcssl.evals.run import missing
+
+    step = "last" if entry.step is None else entry.step
+    return bool(missing(entry.name, run, overrides=entry.overrides, step=step, **entry.shards))
+
+
+def _refuse_change(run: RunDir, recipe, job: records.Job, request: Request) -> None:
+    """What lives has read the recipe, and a job's kind is that of what it waits for."""
+    from hpcssl.train import recipe as recipes
+
+    changed = [name for name in config.differing(config.as_dict(recipe), config.as_dict(recipes.read(run.config)))
+               if not (run.done.exists() and name.startswith("machine."))]  # nobody will read these any more
+    if changed or job.kind != request.kind:
+        got = f"other values of {', '.join(changed)}" if changed else \
+            f"a submission {'with' if request.local else 'without'} --local"
+        raise SubmitError(f"run {run.root}", got=f"{got}, while job {job.job} ({job.what}) lives",
+                          expected="no job of this run in the queue, or the same command",
+                          mend=f"wait for it (hpcssl-submit status {run.root}), or cancel it")
+
+
+def _write_chain(run: RunDir, planned: Plan, request: Request, keep: bool) -> None:
+    """Note what is to be evaluated beside the training. ``keep``: beside what was asked for before."""
+    entries = chain.read(run)["entries"] if keep else {}
+    for what, sbatch in planned.jobs.items():
+        if what != records.TRAIN and planned.every:
+            entries[what] = {"every": planned.every, "sbatch": shape.beside(sbatch)}
+    profile = replace(request.profile, python=request.profile.python or sys.executable)
+    if entries or run.chain.exists():
+        chain.write(run, entries, last=planned.last, kind=request.kind, profile=profile)

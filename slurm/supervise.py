@@ -8,6 +8,7 @@ which one task has crashed, and clears what an attempt left behind.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,10 +17,10 @@ import time
 from submitit import LocalExecutor
 
 from hpcssl import launch
-from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, HpcsslError
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
-from slurm import attempts, local, procs, records, shape, start
+from slurm import attempts, beside, local, procs, records, sched, shape, start, watch
 from slurm.job import ATTEMPT, LOCAL_JOB, Work
 
 LOG = logging.getLogger("hpcssl")
@@ -41,6 +42,7 @@ class Attempt:
         self.dead: list[int] = []
         """Ranks that died without a word, as first seen: those that we end after them are not the cause."""
         self._bad_since = self._ended_at = None
+        self._looked_at = -math.inf
         self._seen: set[int] = set()
 
     def start(self) -> None:
@@ -65,9 +67,20 @@ class Attempt:
             alive = procs.tasks(os.getpid())
             self._end_if_asked(alive)
             self._end_if_crashed(alive)
+            self._evaluate_beside()
         procs.clear(os.getpid())  # a controller that was killed leaves its tasks behind
         codes = self._codes()
         return [codes.get(rank) for rank in range(self.size)]
+
+    def _evaluate_beside(self) -> None:
+        if self.job.what != records.TRAIN or time.monotonic() - self._looked_at < beside.LOCAL_POLL_S:
+            return
+        self._looked_at = time.monotonic()
+        try:
+            beside.launch_due(self.run, self.job)
+        except (HpcsslError, OSError, ValueError):  # a training never ends for want of an evaluation
+            LOG.exception("evaluations beside the training wait for its end")
+            self._looked_at = math.inf
 
     def _end_if_asked(self, alive: list[procs.Process]) -> None:
         if self._ended_at is None:
@@ -117,18 +130,33 @@ def work(run: RunDir, job: records.Job, stop: StopFlag) -> int:
 
 
 def supervise(run: RunDir, base: str) -> int:
-    """The training, then each chained evaluation once it has succeeded."""
-    stop = StopFlag().install()
-    jobs = [job for job in records.submitted(run).values() if job.job.partition(".")[0] == base]
-    parent = EXIT_DONE
-    for job in jobs:
-        if parent != EXIT_DONE:
-            _ended(run, job, EXIT_FAILED if parent != EXIT_STOPPED else EXIT_STOPPED,
-                   "DependencyNeverSatisfied: the training did not succeed")
-            continue
-        code = work(run, job, stop)
-        parent = code if job.what == records.TRAIN else parent
-    return parent
+    """The jobs of this supervisor, in order; an evaluation of the last weights once the training has succeeded."""
+    stop, code = StopFlag().install(), EXIT_DONE
+    jobs = local.of_base(run, base)
+    if all(job.beside for job in jobs):
+        os.nice(10)  # a training uses the same cores
+    while jobs:
+        for job in jobs:
+            parent = EXIT_DONE if job.what == records.TRAIN or job.beside else _training_ended(run, job, stop)
+            if parent == EXIT_DONE:
+                code = work(run, job, stop) or code
+            else:
+                code = _ended(run, job, parent, "DependencyNeverSatisfied: the training did not succeed")
+        jobs = beside.more(run, base) if jobs[0].beside and not stop.is_set() else []
+    return code
+
+
+def _training_ended(run: RunDir, job: records.Job, stop: StopFlag) -> int:
+    """How the training ended that an evaluation waits for, which may have another supervisor."""
+    while not run.done.exists():
+        train = records.submitted(run).get(records.TRAIN)
+        state = watch.state_of(run, train) if train else sched.State(sched.GONE)
+        if not state.live:
+            return EXIT_STOPPED if state.name == "CANCELLED" else EXIT_FAILED
+        if stop.is_set() or records.cancelled(run, job.job):
+            return EXIT_STOPPED
+        time.sleep(POLL_S)
+    return EXIT_DONE
 
 
 def _ended(run: RunDir, job: records.Job, code: int, why: str) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +47,13 @@ def state_of(run: RunDir, job: records.Job) -> sched.State:
     """The state of a job, wherever it runs; the run folder knows what SLURM has forgotten."""
     if job.local:
         return local.ask(run, job)
+    mine = [a for a in attempts.history(run, job.what) if a.job == job.job]
+    if job.what != records.TRAIN and mine and mine[-1].cause == "done":
+        return sched.State("COMPLETED", exit_code=EXIT_DONE)  # there may be many, and SLURM answers everybody
     state = sched.ask_quietly(job.job, job.cluster)
     if state.name != sched.GONE:
         return state
-    if job.what == records.TRAIN and run.done.exists():
-        return sched.State("COMPLETED", exit_code=EXIT_DONE)
-    history = attempts.history(run, job.what)
-    mine = [a for a in history if a.job == job.job]
-    if mine and mine[-1].cause == "done":
+    if (job.what == records.TRAIN and run.done.exists()) or (mine and mine[-1].cause == "done"):
         return sched.State("COMPLETED", exit_code=EXIT_DONE)
     note = "SLURM has forgotten it; submit again with the same command: it goes on"
     return sched.State(sched.GONE, note=note, exit_code=EXIT_FAILED)
@@ -64,13 +65,20 @@ def report(run: RunDir) -> Report:
     history = attempts.history(run)
     train = jobs.get(records.TRAIN)
     state = state_of(run, train) if train else sched.State("COMPLETED" if run.done.exists() else "NONE")
-    evals, notes = {}, [state.note]
+    evals, notes, on_the_way = {}, [state.note], {}
     for name, job in jobs.items():
-        if name != records.TRAIN:
-            at = state_of(run, job)
-            shown = at.name if not at.reason else f"{at.name} ({at.reason})"
-            evals[name] = f"{shown} job {job.job}"
-            notes.append(at.note and f"{name}: {at.note}")
+        if name == records.TRAIN:
+            continue
+        at = state_of(run, job)
+        crashed = [a for a in attempts.history(run, name)[-1:] if a.job == job.job and a.crashed and not at.live]
+        told = at.note or "".join(f"job {job.job} crashed: {a.error}; submit again to ask again" for a in crashed)
+        notes.append(told and f"{name}: {told}")
+        if job.beside:
+            group = re.sub(r"@\d+", "@*", name, count=1)
+            on_the_way.setdefault(group, Counter())[at.name] += 1
+        else:
+            evals[name] = f"{at.name}{f' ({at.reason})' if at.reason else ''} job {job.job}"
+    evals |= {group: ", ".join(f"{n} {word}" for word, n in counts.items()) for group, counts in on_the_way.items()}
     crash = attempts.verdict(history)
     if history and not state.live and not crash.again and history[-1].crashed:
         notes.append(crash.why)
@@ -103,8 +111,12 @@ def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = 
     failed evaluation's. ``between`` is called between two looks at the training.
     """
     bar, told, code = _Bar(run, say), None, EXIT_DONE
-    for job in records.submitted(run).values() if jobs is None else jobs:
+    todo, seen = list(records.submitted(run).values() if jobs is None else jobs), set()
+    before = {job.job for job in records.submitted(run).values()}
+    while todo:
+        job = todo.pop(0)
         what = job.what
+        seen.add(job.job)
         while True:
             state = state_of(run, job)
             shown = f"{what} {job.job}: {state.name}" + (f" ({state.reason})" if state.reason else "")
@@ -120,6 +132,9 @@ def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = 
         if what == records.TRAIN:
             bar.close()
         code = code or _code(run, job, state)
+        if not todo:  # what the training has submitted beside itself
+            todo = [job for job in records.submitted(run).values() if job.beside and job.job not in seen
+                    and (job.job not in before or state_of(run, job).live)]
     return code
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hpcssl.errors import SubmitError
 from hpcssl.files import read_lines
-from slurm import attempts, control, local, procs, records, sched, submit, watch
+from slurm import attempts, control, local, procs, records, sched, watch
 
 TWO = {"ntasks-per-node": "2"}
 
@@ -16,11 +16,7 @@ TWO = {"ntasks-per-node": "2"}
 def launch(run, evals=(), **more):
     sbatch = TWO | more
     wanted = {"train": sbatch} | {name: {"nodes": "1"} for name in evals}
-    return local.launch(run, wanted, commit="test")[0]
-
-
-def ended(run, job):
-    return lambda: not local.ask(run, job).live
+    return local.launch(run, wanted)[0]
 
 
 def training(run, step):
@@ -150,16 +146,6 @@ def test_a_dead_supervisor_is_seen_and_the_run_can_go_on(stand_in, until):
     assert again.job != job.job
     assert watch.wait(run, lambda text: None) == 0
     assert causes(run)[-1] == "done"
-
-
-def test_a_living_run_is_not_submitted_twice(stand_in, until):
-    run = stand_in(steps=10_000)
-    job = launch(run)
-    with pytest.raises(SubmitError, match=rf"job {job.job} \(train\) is RUNNING|PENDING"):
-        submit._refuse_living(run)
-    control.cancel(run)
-    until(ended(run, job), "end")
-    submit._refuse_living(run)
 
 
 def test_logs_are_those_of_the_newest_attempt(stand_in, until):

@@ -107,6 +107,16 @@ def test_dry_run_prints_what_sbatch_would_get_and_writes_nothing(call, data, tmp
     (["digits_msf", "--run", "r", "--local", "optim.rl=1"], 2, "did you mean 'lr'"),
     (["digits_msf", "--run", "r", "--local", "--evals", "knm"], 2, "did you mean 'knn'"),
     (["digits_msf", "--run", "r", "--local", "--evals", "knn,knn"], 2, "each evaluation once"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "linear,linear:protocol=msf_center"], 2, "mean the same"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn:taw=1"], 2, "did you mean 'tau'"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn:tau=warm"], 2, "tau"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn:k=0"], 2, "k=[1,20]"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn:k"], 2, "NAME:key=value"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn:k=[1"], 2, "in pairs"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn@3"], 2, "names of evaluations"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "linear:val=nowhere"], 1, "no such folder"),
+    (["digits_msf", "--run", "r", "--local", "--evals", "knn", "--eval-sbatch=--dependency=afterok:1?afterok:2"], 2,
+     "commas instead"),
     (["digits_msf", "--run", "r", "--local", "data.train=nowhere"], 1, "no such folder"),
     (["digits_msf", "--run", "r", "--local", "--nodes=2"], 2, "leave out --local"),
     (["digits_msf", "--run", "r", "--local", "--ntasks-per-node=two"], 2, "--ntasks-per-node=4"),
@@ -124,13 +134,6 @@ def test_mistakes_are_one_sentence_before_anything_is_submitted(call, data, tmp_
     assert said in got[2]
     assert len(got[2].strip().splitlines()) == 1
     assert not (tmp_path / "r").exists()
-
-
-def test_eval_every_is_the_recipes_own_key(call, data, tmp_path):
-    code, _, _ = call("digits_msf", "--run=r", "--local", *data, "--eval-every=2", "schedule.steps=1")
-    assert code == 0
-    assert watch.wait(RunDir(tmp_path / "r"), lambda text: None) == 0
-    assert "every_epochs: 2" in (tmp_path / "r" / "config.yaml").read_text()
 
 
 def test_without_slurm_its_mend_is_named(call, data, monkeypatch, tmp_path):
@@ -224,9 +227,11 @@ def test_a_real_training_preempted_once_equals_one_that_was_not(call, data, unti
     assert len(out.splitlines()) == 1
     assert "--partition=gpu mean nothing without SLURM" in err
     run, other = RunDir(tmp_path / "one"), RunDir(tmp_path / "other")
-    code, _, err = call(*recipe, "--run=one")
+    assert call(*recipe, "--run=one", "--evals", "knn")[:2] == (0, out)
+    code, _, err = call(*recipe, "--run=one", "machine.log_steps=2")
     assert code == 1
     assert out.strip() in err
+    assert "machine.log_steps" in err
     until(lambda: attempts.reached(run) >= 5, "step 5", 120)
     control.preempt(run)
     assert watch.wait(run, lambda text: None) == 0
