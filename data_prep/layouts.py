@@ -187,6 +187,14 @@ def cars(at: Source) -> Listing:
                              for part, name in lists.items() for row in _mat(at, name, "annotations")])
 
 
+def cars_in_one(at: Source) -> Listing:
+    """The later release: all photographs in one folder, and one table that says which are for the test."""
+    table = "cars_annos.mat"
+    return Listing([str(name) for name in _mat(at, table, "class_names")],
+                   [Item(str(row["relative_im_path"]), "test" if row["test"] else "train", int(row["class"]) - 1)
+                    for row in _mat(at, table, "annotations")])
+
+
 def _mat(at: Source, name: str, variable: str) -> np.ndarray:
     """One array of a MATLAB file, flat."""
     from scipy.io import loadmat, matlab  # scikit-learn brings it, and only two of the sets need it

@@ -68,8 +68,9 @@ SETS = {
             "ClassName.txt", "Training_{split:02d}.txt", "Testing_{split:02d}.txt")))),
     "cars": Published(
         classes=196, sizes=(6494, 1650, 8041), val="share", page="ai.stanford.edu/~jkrause/cars/car_dataset.html",
-        layouts=_one(layouts.cars, ["stanford_cars"], "cars_train/", "cars_test/", "devkit/cars_meta.mat",
-                     "devkit/cars_train_annos.mat", layouts.CARS_TEST)),
+        layouts=(*_one(layouts.cars, ["stanford_cars"], "cars_train/", "cars_test/", "devkit/cars_meta.mat",
+                       "devkit/cars_train_annos.mat", layouts.CARS_TEST),
+                 *_one(layouts.cars_in_one, ["stanford_cars"], "car_ims/", "cars_annos.mat"))),
     "aircraft": Published(
         classes=100, sizes=(3334, 3333, 3333), val="list", page="www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft",
         layouts=_one(layouts.aircraft, ["data", "fgvc-aircraft-2013b/data"], "images/", "variants.txt",

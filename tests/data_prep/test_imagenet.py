@@ -65,6 +65,20 @@ def test_labels_are_those_of_the_archives(archives, devkit, tmp_path, shard, tra
     assert shard("verify", out / "train", "--workers", 1) == shard("verify", out / "val", "--workers", 1) == 0
 
 
+def test_edges_and_a_list_of_one_per_cent(archives, labels, tmp_path, shard):
+    """The lists that SimCLR published hold names such as n01440764_10026.JPEG."""
+    out = tmp_path / "out"
+    assert shard("imagenet", *archives, out, "--labels", labels, "--second", "edges", "--workers", 1) == 0
+    assert ShardSet.open(out / "train").has_second and ShardSet.open(out / "val").second == "edges (surrogate)"
+    (tmp_path / "1percent.txt").write_text("n01440764_2.JPEG\nn03000134_4.JPEG\n")
+    assert shard("subset", out / "train", tmp_path / "semi", "--list", tmp_path / "1percent.txt", "--rest",
+                 "unlabelled", "--workers", 1) == 0
+    found = ShardSet.open(tmp_path / "semi")
+    assert found.has_second and len(found) == 12
+    assert {found.key(i): int(found.labels[i]) for i in np.flatnonzero(found.labels >= 0)} == {
+        "n01440764/n01440764_2": 0, "n03000134/n03000134_4": 2}
+
+
 def test_labels_file_gives_what_the_devkit_gives(archives, devkit, labels, tmp_path, shard, content):
     shard("imagenet", *archives, tmp_path / "a", "--devkit", devkit, "--workers", 1)
     shard("imagenet", *archives, tmp_path / "b", "--labels", labels, "--workers", 1)
