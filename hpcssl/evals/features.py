@@ -103,7 +103,7 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        return resnet.width_of(self.backbone)
+        return getattr(self.backbone, "width", None) or resnet.width_of(self.backbone)
 
     def view(self, options: ViewOptions) -> ViewSpec:
         size, name, kind = self.meta["size"], options.view, options.interpolation

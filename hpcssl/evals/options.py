@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hpcssl.evals.detect import DetectOptions
+from hpcssl.evals.finetune import FinetuneOptions
 from hpcssl.evals.knn import KnnOptions
 from hpcssl.evals.linear import LinearOptions
+from hpcssl.evals.lowshot import LowshotOptions
+from hpcssl.evals.svm import SvmOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,9 @@ class EvalsOptions:
 
     knn: KnnOptions = field(default_factory=KnnOptions)
     linear: LinearOptions = field(default_factory=LinearOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    svm: SvmOptions = field(default_factory=SvmOptions)
+    lowshot: LowshotOptions = field(default_factory=LowshotOptions)
     detect: DetectOptions = field(default_factory=DetectOptions)
     baseline: bool = True
     every_epochs: int = 0

@@ -22,7 +22,7 @@ import hpcssl
 from hpcssl import config, files
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, EvalError, nearest
-from hpcssl.evals import detect, knn, linear
+from hpcssl.evals import detect, finetune, knn, linear, lowshot, svm
 from hpcssl.evals.features import Encoder, FeatureOptions, Features, extract
 from hpcssl.evals.together import Stop, never
 from hpcssl.files import RunDir
@@ -46,7 +46,8 @@ class Evaluation:
 @dataclass(kw_only=True)
 class Context:
     """What an evaluation is given. ``state``: a file of its own that outlives a kill, or None; ``identity``: the
-    sha256 of everything that decides the scores; ``closing``: closed when the evaluation ends, however it ends.
+    sha256 of everything that decides the scores; ``closing``: closed when the evaluation ends, however it ends;
+    ``details``: plain values for the row beside its scores, on rank 0.
     """
 
     options: FeatureOptions
@@ -60,15 +61,23 @@ class Context:
     state: Path | None = None
     threads: int = 1
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    details: dict = field(default_factory=dict)
 
     def features(self, data: ShardSet) -> Features:
         return extract(self.encoder, data, self.options, self.world, root=self.cache, threads=self.threads,
                        stop=self.stop)
 
 
+def _check_several(train: ShardSet, val: ShardSet) -> None:
+    check_labels(train, val, several=True)
+
+
 EVALS: dict[str, Evaluation] = {
     "knn": Evaluation(knn.KnnOptions, knn.run),
     "linear": Evaluation(linear.LinearOptions, linear.run),
+    "finetune": Evaluation(finetune.FinetuneOptions, finetune.run),
+    "svm": Evaluation(svm.SvmOptions, svm.run, _check_several),
+    "lowshot": Evaluation(lowshot.LowshotOptions, lowshot.run, _check_several),
     "detect": Evaluation(detect.DetectOptions, detect.run, detect.check),
 }
 
@@ -103,7 +112,8 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     row = {"eval": name, "identity": identity, "step": encoder.meta["step"], "weights": encoder.path.name,
            "weights_sha256": encoder.sha256, "fingerprint": encoder.meta["fingerprint"],
            "method": encoder.meta["method"], "arch": encoder.meta["arch"].arch,
-           "options": config.as_dict(resolved), "metrics": metrics, "train": train.digest, "val": val.digest,
+           "options": config.as_dict(resolved), "metrics": metrics, "details": context.details,
+           "train": train.digest, "val": val.digest,
            "train_name": _called(train), "val_name": _called(val),
            "world": world.size, "device": world.device.type, "seconds": round(time.monotonic() - began, 3),
            "commit": code_commit(run), "time": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -223,13 +233,17 @@ def _threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def check_labels(train: ShardSet, val: ShardSet) -> None:
-    """Raise ``EvalError`` unless both sets are labelled, with the same classes."""
+def check_labels(train: ShardSet, val: ShardSet, *, several: bool = False) -> None:
+    """Raise ``EvalError`` unless both sets are labelled, with the same classes. ``several``: images of several classes
+    at once will do."""
     for data in (train, val):
         if len(data) == 0:
             raise EvalError(f"shard folder {data.root}", got="no samples", expected="at least one",
                             mend="name another folder, or write the shards again")
-        if (data.labels < 0).any():
+        if data.targets is not None and not several:
+            raise EvalError(f"shard folder {data.root}", got="images of several classes at once",
+                            expected="one class for each image", mend="svm, lowshot and transfer take such a set")
+        if data.targets is None and (data.labels < 0).any():
             raise EvalError(f"shard folder {data.root}", got=f"{int((data.labels < 0).sum())} images without a label",
                             expected="a label for each image", mend="write the shards again from class folders")
     if train.classes != val.classes:
