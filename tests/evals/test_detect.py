@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torchvision.ops import roi_align
 
 from hpcssl.config import load
 from hpcssl.data.order import Order
 from hpcssl.errors import ConfigError, EvalError
 from hpcssl.evals import detect as detection
-from hpcssl.evals import detect_model
+from hpcssl.evals import detect_model, detect_train
 from hpcssl.evals.detect import DetectOptions, network
 from hpcssl.evals.detect_data import Pictures, Stream, resized, usable
 from hpcssl.evals.detect_model import Pool, Sampler
@@ -58,13 +59,26 @@ def test_a_kill_changes_no_number(squares, weights_file, tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "precision", lambda seen, *a, **k: found.append(seen) or told(seen, *a, **k))
     short = {"iterations": 6, "milestones": [4], "precise_bn": 2}
     whole = row(squares, weights_file, RunDir(tmp_path / "a"), **short)
-    run, asked = RunDir(tmp_path / "b"), iter(range(1000))
+    run, learn = RunDir(tmp_path / "b"), Training.learn
+
+    def dies(t, *a):
+        if t.step == 2:
+            raise KeyboardInterrupt
+        return learn(t, *a)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # without a word: the last save stands
+        patch.setattr(detect_train, "_SAVED_EVERY", 0.0)
+        patch.setattr(Training, "learn", dies)
+        row(squares, weights_file, run, **short)
+    asked = iter(range(1000))
     with pytest.raises(Stopped):  # in the middle of the training
-        row(squares, weights_file, run, stop=lambda: next(asked) >= 3, **short)
+        row(squares, weights_file, run, stop=lambda: next(asked) >= 2, **short)
     asked = iter(range(1000))
     with pytest.raises(Stopped):  # after it, while the norms are estimated anew
-        row(squares, weights_file, run, stop=lambda: next(asked) >= 4, **short)
-    assert list((run.evals / "unfinished").iterdir())
+        row(squares, weights_file, run, stop=lambda: next(asked) >= 3, **short)
+    state, = (run.evals / "unfinished").iterdir()
+    with safe_open(state, framework="pt") as file:
+        assert file.metadata()["step"] == "6"
     again = row(squares, weights_file, run, **short)
     assert found[0] == found[1] and any(picture["scores"] for picture in found[0])
     assert whole["metrics"] == again["metrics"]
