@@ -85,17 +85,22 @@ def digest(run: Annotated[Path, typer.Argument(help="The run folder.")]) -> None
 
 
 @app.command()
-def results(runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-            write: Annotated[Path | None, typer.Option(help="Write the table into this markdown file.")] = None,
+def results(runs: Annotated[list[Path] | None, typer.Argument(help="Run folders.")] = None,
+            write: Annotated[Path | None, typer.Option(help="Bring this RESULTS.md up to date as well.")] = None,
             as_csv: Annotated[bool, typer.Option("--csv")] = False,
-            as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Print the measured rows of runs as a table, and write them into a RESULTS.md."""
-    from hpcssl import results as tables
+            as_json: Annotated[bool, typer.Option("--json")] = False,
+            steps: Annotated[bool, typer.Option(help="Tables with the encoders between the first and the last.")]
+            = False,
+            published: Annotated[bool, typer.Option("--published", help="What the papers print, instead.")] = False,
+            plots: Annotated[Path | None, typer.Option(help="Draw learning curves into this folder, instead.")] = None,
+            gallery: Annotated[Path | None, typer.Option(help="Draw validation images with their nearest training "
+                                                              "images into this .png, of one run, instead.")] = None,
+            ) -> None:
+    """Tables and pictures of what runs measured, beside what the papers print."""
+    from hpcssl.results import door as show
 
-    if as_csv and as_json:
-        raise ConfigError("hpcssl results", got="--csv and --json", expected="one of them", mend="leave one out")
-    print(tables.show(runs, write=write, style="csv" if as_csv else "json" if as_json else "table",
-                      terminal=sys.stdout.isatty()), end="")
+    show.main(runs or [], write=write, as_csv=as_csv, as_json=as_json, steps=steps, published=published, plots=plots,
+              gallery=gallery)
 
 
 @app.command()

@@ -27,13 +27,14 @@ DOCUMENTS = ("msf", "cmsf", "nnclr", "bsim", "peers")
 
 TITLES = {
     "linear_top1": "linear", "linear_top5": "linear top-5", "knn1_top1": "1-NN", "knn20_top1": "20-NN",
-    "knn200_top1": "200-NN weighted", "labels1_top1": "1 % labels", "labels1_top5": "1 % labels top-5",
-    "labels10_top1": "10 % labels", "labels10_top5": "10 % labels top-5", "svm_voc07": "VOC07 SVM",
-    **{f"lowshot{k}": f"VOC07 SVM {k}-shot" for k in (1, 2, 4, 8, 16, 32, 64, 96)},
+    "knn200_top1": "200-NN weighted", "svm_voc07": "SVM mAP",
+    **{f"{kind}_{share}pct_top{k}": f"{kind} {share} %" + ("" if k == 1 else f" top-{k}")
+       for kind in ("finetune", "linear") for share in (1, 10) for k in (1, 5)},
+    **{f"lowshot{k}": f"SVM {k}-shot" for k in (1, 2, 4, 8, 16, 32, 64, 96)},
     "food101": "Food101", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "birdsnap": "Birdsnap", "sun397": "SUN397",
     "cars": "Cars", "aircraft": "Aircraft", "voc07": "VOC2007", "dtd": "DTD", "pets": "Pets",
     "caltech101": "Caltech-101", "flowers": "Flowers", "transfer_mean": "transfer mean",
-    "voc_ap50": "VOC AP50", "voc_ap": "VOC AP", "voc_ap75": "VOC AP75",
+    "voc_ap50": "detect AP50", "voc_ap": "detect AP", "voc_ap75": "detect AP75",
     "flops_e17": "FLOPs ×1e17", "memory_mb": "memory (MB)", "steps_per_s": "steps/s", "memory_gb": "memory (GB)",
 }
 """What tables call a column; a measured column of the same title is the same quantity."""

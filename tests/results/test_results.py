@@ -2,135 +2,296 @@ import csv
 import io
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from hpcssl import config, files, results
-from hpcssl.errors import EvalError
+from hpcssl import config, files
+from hpcssl.errors import ConfigError, EvalError
 from hpcssl.files import RunDir
+from hpcssl.results import columns, page, tables
+from hpcssl.results.door import main, show
+from hpcssl.results.records import collect, shown
+from hpcssl.train import recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+ROW = "msf_r50_ep200_1m"  # MSF w/s (1M): linear 72.4, 1-NN 62.0, 20-NN 64.9
 
 
-def make_run(root, *, seed=0, knn=(88.1, 95.26), linear=97.2, last=100, done=True):
+@pytest.fixture(scope="module")
+def resolved():
+    """Resolved recipes as a run folder stores them, each composed once."""
+    known = {}
+    def get(name):
+        if name not in known:
+            known[name] = config.as_dict(recipe.compose(name))
+        return json.loads(json.dumps(known[name]))
+    return get
+
+
+@pytest.fixture
+def make_run(resolved):
     """A run folder as training and evaluations leave it: two attempts of two ranks, 36 s and 54 s."""
-    run = RunDir(root)
-    recipe = {"name": "digits_msf", "seed": seed, "data": {"train": "T", "val": "V"}, "method": {"name": "msf"},
-              "optim": {"batch": 128}, "schedule": {"epochs": 100}, "machine": {"threads": seed},
-              "about": {"published": {"20-NN": 95.3}}}
-    files.atomic_write(run.config, json.dumps(recipe))  # JSON is YAML
-    assert config.read_yaml(run.config) == recipe
-    for attempt, cause, seconds in ((1, "stopped", 36), (2, "done", 54)):
-        about = {"attempt": attempt, "world": 2}
-        files.append_line(run.attempts, about | {"event": "start", "first_step": 0, "time": 1000.0 * attempt})
-        files.append_line(run.attempts, about | {"event": "end", "cause": cause, "last_step": last,
-                                                 "time": 1000.0 * attempt + seconds})
-    if done:
-        files.atomic_write(run.done, json.dumps({"step": last, "weights": f"weights/step-{last:08d}.safetensors"}))
-    for step, scores in ((0, (81.4, 88.06)), (last, knn)):
-        add(run, "knn", step, {"knn1": scores[0], "knn20": scores[1], "knn20_top5": 99.0}, identity=f"k{step}")
-    add(run, "linear", last, {"top1": linear, "top5": 99.9, "top1_last": 97.0, "top5_last": 99.8})
-    return run
+    def make(root, *, name="digits_msf", seed=0, knn=(88.1, 95.26), linear=97.2, last=100, done=True, trained_on="t",
+             **sections):
+        run = RunDir(root)
+        values = config.merge(resolved(name), {"seed": seed, "machine": {"threads": seed}}, sections)
+        files.atomic_write(run.config, json.dumps(values))  # JSON is YAML
+        files.atomic_write(run.data, json.dumps({"train": trained_on}))
+        for attempt, cause, seconds in ((1, "stopped", 36), (2, "done", 54)):
+            about = {"attempt": attempt, "world": 2}
+            files.append_line(run.attempts, about | {"event": "start", "first_step": 0, "time": 1000.0 * attempt})
+            files.append_line(run.attempts, about | {"event": "end", "cause": cause, "last_step": last,
+                                                     "time": 1000.0 * attempt + seconds})
+        if done:
+            files.atomic_write(run.done, json.dumps({"step": last, "weights": f"weights/step-{last:08d}.safetensors"}))
+        for step, scores in ((0, (81.4, 88.06)), (last, knn)):
+            add(run, "knn", step, {"knn1": scores[0], "knn20": scores[1], "knn20_top5": 99.0}, identity=f"k{step}")
+        add(run, "linear", last, {"top1": linear, "top5": 99.9, "top1_last": 97.0, "top5_last": 99.8})
+        return run
+    return make
 
 
-def add(run, name, step, metrics, identity="x", **options):
+def add(run, name, step, metrics, identity="x", data="digits", **options):
     if name == "linear":
         options = {"protocol": "msf"} | options
     files.append_line(run.eval_rows(name), {
         "eval": name, "identity": f"{name}{identity}{options}", "step": step, "weights_sha256": f"{step:04d}" * 16,
-        "method": "msf", "arch": "resnet_tiny", "options": options, "metrics": metrics, "train": "t", "val": "v",
-        "world": 2, "commit": "abc123", "fingerprint": "f", "time": f"2026-01-01T00:00:0{len(name)}+00:00"})
+        "method": "msf", "arch": "resnet_tiny", "options": options, "metrics": metrics,
+        "train": "t" if data == "digits" else data, "val": "v", "train_name": f"{data}/train",
+        "val_name": f"{data}/val", "world": 2, "commit": "abc123", "fingerprint": "f",
+        "time": f"2026-01-01T00:00:0{len(name)}+00:00"})
 
 
 GOLDEN = """\
-| recipe | encoder | method | arch | epochs | batch | 1-NN | 20-NN | linear | linear top-5 | published | seed | world | \
-rank·h | run | weights | commit |
-| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- | --- | --- |
-| digits_msf | untrained | msf | resnet_tiny | 0 | 128 | 81.4 | 88.1 |  |  |  | 0 | 2 | 0.0 | demo | 000000000000 | abc123 |
-| digits_msf | trained | msf | resnet_tiny | 100 | 128 | 88.1 | 95.3 | 97.2 | 99.9 | 20-NN 95.3 | 0 | 2 | 0.05 | demo | \
+| recipe | encoder | method | arch | data | epochs | batch | changed | 1-NN | 20-NN | linear | linear top-5 | seed | \
+world | rank·h | run | weights | commit |
+| --- | --- | --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- | --- | --- |
+| digits_msf | untrained | msf | resnet_tiny | digits | 0 | 128 |  | 81.4 | 88.1 |  |  | 0 | 2 | 0.0 | demo | \
+000000000000 | abc123 |
+| digits_msf | trained | msf | resnet_tiny | digits | 100 | 128 |  | 88.1 | 95.3 | 97.2 | 99.9 | 0 | 2 | 0.05 | demo | \
 010001000100 | abc123 |
-"""  # noqa: E501
+"""
 
 
-def test_markdown_is_the_golden_text(tmp_path):
-    run = make_run(tmp_path / "demo")
-    results.write_markdown(tmp_path / "RESULTS.md", results.collect([run.root]))
-    text = (tmp_path / "RESULTS.md").read_text()
-    assert text.startswith("# Results\n") and GOLDEN in text
+# -- records ------------------------------------------------------------------------------------------------
 
 
-def test_only_the_part_between_the_markers_is_replaced(tmp_path):
-    page = tmp_path / "RESULTS.md"
-    page.write_text("# Mine\n\nPublished part.\n")
-    run = make_run(tmp_path / "demo")
-    results.write_markdown(page, results.collect([run.root]))
-    with page.open("a") as file:
-        file.write("\nNotes below.\n")
-    add(run, "knn", 100, {"knn200": 93.0}, identity="later")
-    results.write_markdown(page, results.collect([run.root]))
-    text = page.read_text()
-    assert text.startswith("# Mine\n\nPublished part.\n") and text.endswith("\nNotes below.\n")
-    assert text.count(results.BEGIN) == 1 and "200-NN" in text
-    results.write_markdown(page, results.collect([run.root]))
-    assert page.read_text() == text  # nothing new, nothing changed
-    page.write_text(text.replace(results.END, ""))
-    with pytest.raises(EvalError, match="markers"):
-        results.write_markdown(page, results.collect([run.root]))
-
-
-def test_seeds_give_mean_and_deviation(tmp_path):
+def test_seeds_give_mean_and_deviation(tmp_path, make_run):
     scores = [94.0, 95.0, 97.5]
     runs = [make_run(tmp_path / f"s{i}", seed=i, knn=(90.0, x)).root for i, x in enumerate(scores)]
-    records = results.collect(runs)
+    records = collect(runs)
     mean = next(r for r in records if r["seed"] == "3 seeds" and r["encoder"] == "trained")
     average = sum(scores) / 3
     spread = math.sqrt(sum((x - average) ** 2 for x in scores) / 2)
     assert mean["metrics"]["20-NN"] == pytest.approx(average) and mean["deviation"]["20-NN"] == pytest.approx(spread)
-    assert f"{average:.1f} ± {spread:.1f}" in results.markdown(records)
+    assert mean["run"] == "mean of s0, s1, s2"
+    assert f"{average:.1f} ± {spread:.1f}" in page.measured_part(records)
     make_run(tmp_path / "again", seed=2)  # the same seed twice is no third sample
-    assert not [r for r in results.collect([runs[2], tmp_path / "again"]) if "seeds" in str(r["seed"])]
+    assert not [r for r in collect([runs[2], tmp_path / "again"]) if "seeds" in str(r["seed"])]
 
 
-def test_other_options_never_overwrite_a_number(tmp_path):
+def test_a_score_that_one_seed_lacks_says_so(tmp_path, make_run):
+    runs = [make_run(tmp_path / f"s{i}", seed=i) for i in range(3)]
+    for run, score in zip(runs, (60.0, 62.0), strict=False):
+        add(run, "knn", 100, {"knn200": score}, identity="more")
+    add(runs[2], "linear", 100, {"top1": 10.0}, protocol="moco")
+    mean = next(r for r in collect([run.root for run in runs]) if "n" in r and r["step"] == 100)
+    assert mean["metrics"]["200-NN"] == 61.0 and mean["n"]["200-NN"] == 2 and mean["n"]["20-NN"] == 3
+    assert "linear:moco" not in mean["metrics"]
+    assert "61.0 ± 1.4 [n 2]" in tables.as_plain([mean])
+
+
+def test_scores_under_other_options_are_never_averaged(tmp_path, make_run):
+    """One run measured the short protocol first, the other the long one first."""
+    runs = [make_run(tmp_path / f"s{i}", seed=i, linear=(97.0, 50.0)[i]) for i in range(2)]
+    for run, score, epochs in ((runs[0], 51.0, 1), (runs[1], 96.0, 40)):
+        files.append_line(run.eval_rows("linear"), files.read_lines(run.eval_rows("linear"))[0] | {
+            "identity": "later", "metrics": {"top1": score}, "options": {"protocol": "msf", "epochs": epochs}})
+    means = [r for r in collect([run.root for run in runs]) if "n" in r and "linear" in r["metrics"]]
+    assert [m["metrics"]["linear"] for m in means] == [pytest.approx(73.5)], "97 and 50 share their options"
+
+
+def test_other_options_never_overwrite_a_number(tmp_path, make_run):
     run = make_run(tmp_path / "demo")
     add(run, "linear", 100, {"top1": 50.0}, epochs=1)
     add(run, "linear", 100, {"top1": 96.0}, protocol="moco")
     add(run, "knn", 100, {"knn1": 1.0}, identity="k100")  # the same identity: the first stands
-    trained = [r["metrics"] for r in results.collect([run.root]) if r["step"] == 100]
+    trained = [r["metrics"] for r in collect([run.root]) if r["step"] == 100]
     assert [m.get("linear") for m in trained] == [97.2, 50.0]
-    assert trained[0]["linear moco"] == 96.0 and trained[0]["1-NN"] == 88.1
+    assert trained[0]["linear:moco"] == 96.0 and trained[0]["1-NN"] == 88.1
 
 
-def test_plain_csv_and_json_hold_everything(tmp_path):
-    run = make_run(tmp_path / "demo")
-    plain = results.show([run.root]).splitlines()
-    assert len(plain) == 3 and len({line.count("\t") for line in plain}) == 1
-    rows = list(csv.DictReader(io.StringIO(results.show([run.root], style="csv"))))
-    assert rows[1]["20-NN"] == "95.26" and rows[1]["linear, last epoch"] == "97.0" and rows[0]["linear"] == ""
-    records = json.loads(results.show([run.root], style="json"))
-    assert records[1]["metrics"]["20-NN top-5"] == 99.0 and records[1]["fingerprint"] == "f"
+def test_every_evaluation_has_a_column(tmp_path, make_run):
+    """Known ones under the papers' names; an unknown one, and one of tomorrow's metrics, without a word here."""
+    run = make_run(tmp_path / "demo", name=ROW)
+    add(run, "svm", 100, {"svm_map": 84.0}, protocol="oss", data="voc07")
+    add(run, "lowshot", 100, {"lowshot_k96": 81.0, "lowshot_k96_std": 0.2}, protocol="vissl", data="voc07")
+    add(run, "detect", 100, {"AP50": 82.0, "AP": 56.0}, protocol="voc_c4", data="voc07")
+    add(run, "probe", 100, {"top1": 1.5, "top5": 2.5, "mean_rank": 3.5, "note": "text"}, protocol="new")
+    names = [name for record in collect([run.root]) for name in record["metrics"]]
+    for name in ("SVM mAP", "SVM:vissl 96-shot", "SVM:vissl 96-shot std", "detect AP50", "probe:new",
+                 "probe:new top-5", "probe:new mean rank"):
+        assert name in names, name
+    assert not any("note" in name for name in names)
+    order = columns.in_order([*reversed(names)], wide=False)
+    places = [order.index(name) for name in ("20-NN", "linear", "SVM mAP", "SVM:vissl 96-shot", "detect AP",
+                                             "probe:new")]
+    assert places == sorted(places) and "SVM:vissl 96-shot std" not in order
+    assert set(columns.in_order(names)) == set(names)
+    voc = [r for r in collect([run.root]) if r["data"] == "voc07"]
+    assert voc[0]["published"]["detect AP50"]["text"] == "82.2"
 
 
-def test_the_terminal_table_drops_columns_that_say_nothing(tmp_path):
-    run = make_run(tmp_path / "demo")
-    drawn = results.show([run.root], terminal=True, width=200)
-    assert "95.3" in drawn and "untrained" in drawn and "resnet_tiny" not in drawn
+def test_published_values_stand_beside_the_row_they_belong_to(tmp_path, make_run):
+    run = make_run(tmp_path / "right", name=ROW, knn=(61.9, 64.7), linear=72.1)
+    untrained, trained = collect([run.root])
+    texts = {column: anchor["text"] for column, anchor in trained["published"].items()}
+    assert texts == {"1-NN": "62.0", "20-NN": "64.9", "linear": "72.4"}
+    assert "MSF w/s (1M)" in trained["published"]["linear"]["source"] and untrained["published"] == {}
+    text = page.measured_part(collect([run.root]))
+    assert "| 61.9 (62.0) | 64.7 (64.9) | 72.1 (72.4) |" in text
+    assert f"- {ROW}: MSF, " in text and text.count("row MSF w/s (1M)") == 1
+    # another recipe than the packaged one, an unfinished run, another data set: no such row was published
+    changed = make_run(tmp_path / "changed", name=ROW, schedule={"epochs": 10})
+    record = collect([changed.root])[-1]
+    assert record["changed"] == ["schedule.epochs=10"] and record["published"] == {}
+    assert collect([make_run(tmp_path / "half", name=ROW, done=False).root])[-1]["published"] == {}
+    assert collect([make_run(tmp_path / "other", name=ROW, trained_on="imagenet").root])[-1]["published"] == {}
+    assert collect([make_run(tmp_path / "own", name=ROW, bank={"placement": "replicated"}).root])[-1]["changed"] == []
 
 
-def test_an_attempt_without_an_end_makes_the_cost_a_lower_bound(tmp_path):
+def test_ones_own_recipe_has_nothing_to_differ_from(tmp_path, make_run):
+    run = make_run(tmp_path / "own")
+    files.atomic_write(run.config, run.config.read_text().replace('"digits_msf"', '"mine"'))
+    assert collect([run.root])[-1]["changed"] == [] and collect([run.root])[-1]["recipe"] == "mine"
+
+
+def test_an_attempt_without_an_end_makes_the_cost_a_lower_bound(tmp_path, make_run):
     run = make_run(tmp_path / "demo")
     files.append_line(run.attempts, {"attempt": 3, "event": "start", "world": 2, "time": 5000.0})
-    assert results.collect([run.root])[1]["rank·h"] == "≥ 0.05"
+    assert collect([run.root])[1]["rank·h"] == "≥ 0.05"
 
 
-def test_an_unfinished_run_names_the_step(tmp_path):
+def test_tables_show_the_first_and_the_newest_encoder(tmp_path, make_run):
     run = make_run(tmp_path / "demo", done=False)
-    record = results.collect([run.root])[1]
-    assert record["encoder"] == "step 100" and record["published"] == ""
+    add(run, "knn", 50, {"knn20": 91.0}, identity="half")
+    records = collect([run.root])
+    assert [r["encoder"] for r in records] == ["untrained", "step 50", "step 100"]
+    assert [r["step"] for r in shown(records)] == [0, 100] and len(shown(records, steps=True)) == 3
+    assert records[1]["rank·h"] == "" and records[2]["rank·h"] == 0.05
 
 
-def test_wrong_folders_are_one_sentence(tmp_path):
+def test_wrong_folders_are_one_sentence(tmp_path, make_run, caplog):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.yaml").write_text("seed: 0\n")
     for name, got in (("absent", "no such folder"), ("empty", "no config.yaml"), ("bare", "no results yet")):
         with pytest.raises(EvalError, match=got):
-            results.show([tmp_path / name])
+            collect([tmp_path / name])
+    run = make_run(tmp_path / "demo")
+    assert len(collect([run.root, tmp_path / "bare", run.root])) == 2, "left out, and no run counts twice"
+    assert "bare has no results yet" in caplog.text
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
+def test_plain_csv_and_json_hold_everything(tmp_path, make_run):
+    run = make_run(tmp_path / "demo", name=ROW)
+    add(run, "knn", 50, {"knn20": 91.0}, identity="half")
+    records = collect([run.root])
+    plain = show(records).splitlines()
+    assert len(plain) == 3 and len({line.count("\t") for line in plain}) == 1
+    rows = list(csv.DictReader(io.StringIO(show(records, style="csv"))))
+    assert rows[2]["20-NN"] == "95.26" and rows[2]["linear, last epoch"] == "97.0" and rows[0]["linear"] == ""
+    assert rows[2]["20-NN published"] == "64.9" and rows[1]["step"] == "50"
+    found = json.loads(show(records, style="json"))
+    assert found[2]["metrics"]["20-NN top-5"] == 99.0 and found[2]["fingerprint"] == "f"
+
+
+@pytest.mark.parametrize("width", (200, 60))
+def test_the_terminal_table_drops_columns_that_say_nothing(tmp_path, make_run, width):
+    records = collect([make_run(tmp_path / "demo").root])
+    drawn = show(records, terminal=True, width=width)
+    assert "95.3" in drawn and "untrained" in drawn and "resnet_tiny" not in drawn and "abc123" not in drawn
+    upright = drawn.index("encoder") < drawn.index("20-NN") < drawn.index("untrained")
+    assert upright == (width == 200), "too narrow: on its side, one column per encoder"
+
+
+# -- RESULTS.md ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_this_repository_is_derived():
+    """Its published part is what the data files say, and nobody edited its measured rows."""
+    text = (ROOT / "RESULTS.md").read_text()
+    assert page.published_part() in text, "run `hpcssl results --published --write RESULTS.md`"
+    kept = page.rows_of(ROOT / "RESULTS.md")
+    assert page.measured_part([], keep=kept) in text and len(kept) >= 4
+
+
+def test_markdown_is_the_golden_text(tmp_path, make_run):
+    run = make_run(tmp_path / "demo")
+    page.write(tmp_path / "RESULTS.md", collect([run.root]))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text.startswith("# Results\n") and GOLDEN in text
+
+
+def test_only_the_part_between_the_markers_is_replaced(tmp_path, make_run):
+    sheet = tmp_path / "RESULTS.md"
+    sheet.write_text("# Mine\n\nPublished part.\n")
+    run = make_run(tmp_path / "demo")
+    page.write(sheet, collect([run.root]))
+    with sheet.open("a") as file:
+        file.write("\nNotes below.\n")
+    add(run, "knn", 100, {"knn200": 93.0}, identity="later")
+    page.write(sheet, collect([run.root]))
+    text = sheet.read_text()
+    assert text.startswith("# Mine\n\nPublished part.\n") and text.endswith("\nNotes below.\n")
+    assert text.count(page.BEGIN) == 1 and "200-NN" in text and page.PUBLISHED_BEGIN not in text
+    page.write(sheet, collect([run.root]))
+    assert sheet.read_text() == text  # nothing new, nothing changed
+    page.write(sheet, None, with_published=True)
+    assert page.published_part() in sheet.read_text() and page.measured_part(collect([run.root])) in sheet.read_text()
+    for broken in (text.replace(page.END, ""), text + page.END):
+        sheet.write_text(broken)
+        with pytest.raises(EvalError, match="markers"):
+            page.write(sheet, collect([run.root]))
+
+
+def test_rows_of_runs_that_are_not_named_stay(tmp_path, make_run):
+    sheet = tmp_path / "RESULTS.md"
+    runs = [make_run(tmp_path / f"s|{i}", seed=i).root for i in range(3)]  # a bar in a name ends no cell
+    page.write(sheet, collect(runs[:2]))
+    before = page.rows_of(sheet)
+    assert [row["run"] for row in before] == ["s|0"] * 2 + ["s|1"] * 2 + ["mean of s|0, s|1"] * 2
+    add(RunDir(runs[1]), "svm", 100, {"svm_map": 70.0})
+    page.write(sheet, collect([runs[1], runs[2]]))
+    after = page.rows_of(sheet)
+    assert [row["run"] for row in after] == ["s|0"] * 2 + ["s|1"] * 2 + ["s|2"] * 2 + ["mean of s|1, s|2"] * 2, \
+        "the mean of a run that is named again is made anew"
+    assert after[0] == before[0] | {"SVM mAP": ""} and after[3]["SVM mAP"] == "70.0"
+
+
+def test_rows_that_were_edited_by_hand_are_refused(tmp_path, make_run):
+    sheet = tmp_path / "RESULTS.md"
+    run = make_run(tmp_path / "demo")
+    page.write(sheet, collect([run.root]))
+    edited = sheet.read_text().replace("| 95.3 |", "| 98.3 |")
+    sheet.write_text(edited)
+    with pytest.raises(EvalError, match="edited by hand"):
+        page.write(sheet, collect([run.root]))
+    assert sheet.read_text() == edited
+
+
+def test_the_door_refuses_what_cannot_be_meant(tmp_path, capsys):
+    for words, got in (({}, "no run folders"), ({"runs": ["a"], "as_csv": True, "as_json": True}, "--csv and --json"),
+                       ({"runs": ["a"], "published": True}, "--published and runs"),
+                       ({"runs": ["a", "b"], "gallery": "g.png"}, "2 runs"),
+                       ({"runs": ["a"], "plots": "p", "write": "w"}, "a table and a picture")):
+        with pytest.raises(ConfigError, match=got):
+            main(**{"runs": []} | words)
+    main([], published=True, as_csv=True)
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {"document": "BSIM", "source": "Table 5", "row": "SimSiam-WBSIM", "column": "linear_top1", "value": "70.8",
+            "deviation": "", "difference": "0.8", "recipe": "simsiam_r50_ep200_wbsim"} in rows
