@@ -40,6 +40,11 @@ def _picture(index: int, height: int = 60, width: int = 80) -> np.ndarray:
     return (127.5 + 60 * np.stack(waves, -1)).clip(0, 255).astype(np.uint8)
 
 
+def _changes(index: int) -> np.ndarray:
+    gray = _picture(index).mean(2)
+    return np.abs(np.diff(gray, axis=0, prepend=gray[:1])).clip(0, 25).astype(np.uint8) * 10
+
+
 def _encode(image: np.ndarray | Image.Image, kind: str = "JPEG", **options) -> bytes:
     out = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
@@ -103,8 +108,8 @@ def make_shards():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> ShardSet:
-    """40 pictures of 60 x 80 in 5 shards, labels index % 2."""
-    samples = [(f"p/{i:03d}", _encode(_picture(i)), i % 2) for i in range(40)]
+    """40 pictures of 60 x 80 in 5 shards, labels index % 2; as second modality how their rows change."""
+    samples = [(f"p/{i:03d}", _encode(_picture(i)), i % 2, _encode(_changes(i), "PNG")) for i in range(40)]
     return _write_shards(tmp_path_factory.mktemp("shards"), samples)
 
 

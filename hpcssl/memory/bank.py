@@ -107,12 +107,12 @@ class Bank:
     def push(self, slots: Tensor | None = None, /, **rows: Tensor) -> Ticket:
         """Write every rank's rows, [b, D] or [b] for each column, over the oldest slots, in the batch's order.
 
-        ``slots`` [W·b] int64 (``slots_at``): write there instead, and leave the pointer where it is.
+        ``slots`` [W·b] int64 (``slots_at``): write there instead (below 0: nowhere), and leave the pointer where it is.
         Raises ``ConfigError`` for other columns or shapes than the bank's, ``WorldError`` if W·b > N.
         """
         self._check(rows)
         count = len(next(iter(rows.values()))) * self.world.size
-        if count > self.size:
+        if slots is None and count > self.size:
             raise WorldError("a push into the bank", got=f"{count} rows from {self.world.size} ranks at once",
                              expected=f"at most its {self.size} slots",
                              mend="raise bank.size to the global batch or more")

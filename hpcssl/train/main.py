@@ -17,7 +17,7 @@ from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
 from hpcssl.data.stage import stage
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
 from hpcssl.files import RunDir
 from hpcssl.journal import Journal, set_up_logging
 from hpcssl.signals import StopFlag
@@ -26,7 +26,7 @@ from hpcssl.train.checkpoint import Store
 from hpcssl.train.lock import RunLock
 from hpcssl.train.loop import Loop, Watch
 from hpcssl.train.recipe import MachineOptions, Recipe
-from hpcssl.train.state import Training
+from hpcssl.train.state import Training, method_of, plan_of
 from hpcssl.train.support import attach
 from hpcssl.world import World
 
@@ -137,7 +137,12 @@ def open_shards(recipe: Recipe) -> ShardSet:
     if not recipe.data.train:
         raise ConfigError("data.train", got="no folder", expected="a folder written by hpcssl-shard",
                           mend="add data.train=FOLDER to the command")
-    return ShardSet.open(recipe.data.train)
+    shards = ShardSet.open(recipe.data.train)
+    if any(view.second for view in plan_of(recipe, method_of(recipe)).views) and not shards.has_second:
+        raise DataError(f"shard folder {shards.root}", got="images without a second modality", expected="a KEY.b.png "
+                        "beside each image, since the method's views show it",
+                        mend="write the shards with `hpcssl-shard images SRC OUT --second edges`")
+    return shards
 
 
 class _Attempt:

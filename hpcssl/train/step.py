@@ -85,13 +85,15 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
         t.optimizer.zero_grad()
         t.skipped_in_a_row += 1
     else:
-        if t.step < t.method.heads.still_steps:
+        still = t.step < t.method.heads.still_steps
+        if still:
             t.pair.online.predictor.zero_grad()
         t.scaler.step(t.optimizer)
         t.scaler.update()
         t.optimizer.zero_grad()
         norm.commit(t.norms, t.world)
-        t.pair.settle()
+        if not still:
+            t.pair.settle()
         t.pair.follow(momentum)
         if bank and bank.push == "after":
             _push(t, ctx)
