@@ -28,6 +28,13 @@ VARIANTS = {
     "nnclr-oracle-ema-nt_xent": ("digits_nnclr", ["method.neighbours.rule=oracle", "method.momentum_encoder=true",
                                                   "method.contrast=nt_xent", "bank.start=empty"]),
     "nnsiam-random-of-3": ("digits_nnsiam", ["method.neighbours.k=3"]),
+    "nnclr-present-encoder": ("digits_nnclr", ["method.neighbours.support=encoder", "bank.size=16"]),
+    "simclr-permutation": ("digits_simclr", ["mix.kind=mixup", "mix.pairing=permutation"]),
+    "msf-flip": ("digits_msf", ["mix.kind=cutmix", "mix.loss=wbsim", "mix.pairing=flip"]),
+    "byol-micro-batches": ("digits_byol", ["machine.accumulate=2"]),
+    "msf-micro-batches-shuffled": ("digits_msf", ["machine.accumulate=2", "model.shuffle=true"]),
+    "nnsiam-micro-batches": ("digits_nnsiam", ["machine.accumulate=2", "method.neighbours.k=3"]),
+    "swav-larc-2-crops": ("digits_swav", ["optim.name=larc", "views.crops.number=0"]),
 }
 CASES = {name: (name, []) for name in recipe.names() if name.startswith("digits_")} | VARIANTS
 

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from hpcssl import rng
+from hpcssl.errors import ConfigError
 from hpcssl.train import recipe, step
 from hpcssl.views import mix
-from hpcssl.views.mix import MixOptions, Mixture
+from hpcssl.views.mix import MixOptions, Mixture, Pairs
 from hpcssl.views.plan import Term, View, both_ways, one_way
+from hpcssl.world import World
 
 BSIM = ["mix.kind=cutmix"]
 SWAP = [1, 0, 3, 2]
@@ -51,11 +53,19 @@ def test_rewriting_a_plan():
     assert mix.rewrite(plan, MixOptions()) is plan
 
 
+def partners(made):
+    """Whose image each of the 16 is mixed with in the first step."""
+    pairing = made.training.recipe.mix.pairing
+    by_name = {"neighbours": [i ^ 1 for i in range(16)], "flip": [15 - i for i in range(16)],
+               "permutation": rng.permutation(rng.key(0, "pairs", 0), 16).tolist()}
+    return torch.tensor(by_name[pairing])
+
+
 def literal_byol(made, mixtures, *, plain):
     """Eq. 4 (as distances: + 4 for the two directions), and the plain loss beside it for WBSIM."""
     pair = made.training.pair
     x1, x2 = made.training.images(made.batch(0))
-    swap = torch.tensor([i ^ 1 for i in range(len(x1))])
+    swap = partners(made)
     total = 0.0
     seen = [x1, x2] * plain + [mix.apply(x, m, x[swap]) for x, m in zip((x1, x2), mixtures, strict=True)]
     u = [u for _, u in pair.embed(seen)]
@@ -68,10 +78,11 @@ def literal_byol(made, mixtures, *, plain):
     return float(total.detach())
 
 
-@pytest.mark.parametrize("loss", ["bsim", "wbsim"])
-@pytest.mark.parametrize("kind", ["cutmix", "mixup"])
-def test_byol_against_equation_4(small_training, kind, loss):
-    made = small_training("digits_byol", [f"mix.kind={kind}", f"mix.loss={loss}"])
+@pytest.mark.parametrize("kind,loss,pairing", [
+    ("cutmix", "bsim", "neighbours"), ("mixup", "bsim", "neighbours"), ("cutmix", "wbsim", "neighbours"),
+    ("mixup", "wbsim", "neighbours"), ("cutmix", "bsim", "flip"), ("mixup", "wbsim", "permutation")])
+def test_byol_against_equation_4(small_training, kind, loss, pairing):
+    made = small_training("digits_byol", [f"mix.kind={kind}", f"mix.loss={loss}", f"mix.pairing={pairing}"])
     options = made.training.recipe.mix
     mixtures = [mix.draw(options, rng.key(0, "mix", 0, view), 16) for view in (0, 1)]
     assert 0 < mixtures[0].lam < 1 and mixtures[0].lam != mixtures[1].lam
@@ -110,22 +121,27 @@ def test_the_control_asks_for_the_own_image_alone(small_training):
     assert abs(float(bsim.step(batch).scalars["loss"]) - float(control.step(batch).scalars["loss"])) > 1e-4
 
 
-def test_simclr_against_equations_1_and_2(small_training):
-    """Both parents positive over one denominator; the other mixtures are negatives, but for the one of the same two."""
-    made = small_training("digits_simclr", [*BSIM, "method.reduction=mean", "method.tau=0.2"])
+@pytest.mark.parametrize("pairing", ["neighbours", "flip", "permutation"])
+def test_simclr_against_equations_1_and_2(small_training, pairing):
+    """Both parents positive over one denominator; the other mixtures are negatives, but for those that show one of the
+    two images."""
+    made = small_training("digits_simclr", [*BSIM, "method.reduction=mean", "method.tau=0.2",
+                                            f"mix.pairing={pairing}"])
+    other = partners(made).tolist()
     mixtures = [mix.draw(made.training.recipe.mix, rng.key(0, "mix", 0, view), 16) for view in (0, 1)]
     x = made.training.images(made.batch(0))
     n = len(x[0])
     z = [z.detach().numpy() for z, _ in made.training.pair.embed(x)]
     m = [z.detach().numpy() for z, _ in made.training.pair.embed(
-        [mix.apply(view, mixture, view[np.arange(n) ^ 1]) for view, mixture in zip(x, mixtures, strict=True)])]
+        [mix.apply(view, mixture, view[other]) for view, mixture in zip(x, mixtures, strict=True)])]
     total = 0.0
     for view, lam in ((0, mixtures[0].lam), (1, mixtures[1].lam)):
         anchor, clean = m[view], z[1 - view]
         for i in range(n):
-            j = i ^ 1
+            j = other[i]
             close = [np.exp(anchor[i] @ clean[k] / 0.2) for k in range(n)]
-            den = sum(close) + sum(np.exp(anchor[i] @ anchor[k] / 0.2) for k in range(n) if k not in (i, j))
+            den = sum(close) + sum(np.exp(anchor[i] @ anchor[k] / 0.2) for k in range(n)
+                                   if not {k, other[k]} & {i, j})
             total -= lam * np.log(close[i] / den) + (1 - lam) * np.log(close[j] / den)
     assert float(made.step(made.batch(0)).scalars["loss"]) == pytest.approx(total / (2 * n), abs=1e-11)
 
@@ -146,3 +162,24 @@ def test_moco_against_equation_3(small_training):
             positive = np.exp(float(q[i] @ k[j]) / 0.2)
             total -= weight * np.log(positive / (positive + queue))
     assert float(made.step(made.batch(0)).scalars["loss"]) == pytest.approx(total / len(q), abs=1e-11)
+
+
+def test_pairs_find_their_kin_in_either_order():
+    """Of mixture i those that show i or its partner, whether rows stand in the own images' order or the partners'."""
+    for pairing in ("neighbours", "flip", "permutation"):
+        pairs = Pairs.draw(MixOptions(kind="cutmix", pairing=pairing), 5, 12, World.alone())
+        rows = torch.arange(12)
+        other = (pairs.order if pairs.order is not None else rows ^ 1).tolist()
+        assert torch.equal(pairs.partners(rows.float()), torch.tensor(other).float())
+        moved = pairs.to_partner(rows).tolist()
+        assert [other[i] for i in moved] == rows.tolist()
+        kin = pairs.kin(rows)
+        for i in range(12):
+            for order in (rows.tolist(), moved):
+                own = {order[i], other[order[i]]}
+                assert set(kin[i].tolist()) == {k for k in range(12) if {order[k], other[order[k]]} & own}
+
+
+def test_mixtures_that_leave_their_process_refuse_micro_batches(small_training):
+    with pytest.raises(ConfigError, match=r"mix\.pairing=flip"):
+        small_training("digits_byol", [*BSIM, "mix.pairing=flip", "machine.accumulate=2"])

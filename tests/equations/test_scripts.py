@@ -196,9 +196,11 @@ def test_the_mean_over_views_is_half_their_sum(small_training):
     assert float(added.step(batch).scalars["loss"]) == pytest.approx(2 * float(mean.step(batch).scalars["loss"]))
 
 
-def test_moco_in_micro_batches_is_the_whole_batch(small_training):
+@pytest.mark.parametrize("name", ["moco_v2", "simsiam", "nnsiam"])
+def test_micro_batches_are_the_whole_batch(small_training, name):
+    """Also where targets come from the queries' own pass."""
     ghost = ["model.norm=ghost", "model.norm_group=4"]
-    same(small_training, ("digits_moco_v2", ghost), ("digits_moco_v2", [*ghost, "machine.accumulate=2"]), steps=5)
+    same(small_training, (f"digits_{name}", ghost), (f"digits_{name}", [*ghost, "machine.accumulate=2"]), steps=5)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in SCRIPTS.values()}))
