@@ -65,7 +65,6 @@ def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
 def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Source | Path | None, train: Path | None,
              val: Path | None, devices: str, step: str) -> int:
     """The door's ``eval``: a run's encoder, or a weights file between two shard folders. Prints the scores."""
-    from hpcssl.data.shards import ShardSet
     from hpcssl.evals.together import Stopped
 
     if (run is None) == (weights is None):
@@ -79,12 +78,9 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Sour
             rows = evals.evaluate_run(name, RunDir(run), world, train=train, val=val, overrides=overrides, step=step,
                                       stop=stop.is_set)
         else:
-            if train is None or val is None:
-                raise ConfigError("hpcssl eval --weights", got="no --train or no --val", expected="two shard folders",
-                                  mend="add --train SHARDS --val SHARDS")
-            rows = [evals.evaluate(name, run=None, weights=weights, train=ShardSet.open(train),
-                                   val=ShardSet.open(val), world=world, stop=stop.is_set,
-                                   options=config.read_overrides(overrides))]
+            options, sets = evals.question(name, {}, train=train, val=val, overrides=overrides)
+            rows = evals.evaluate_sets(name, run=None, weights=weights, world=world, options=options, sets=sets,
+                                       stop=stop.is_set)
     except Stopped:
         return EXIT_STOPPED
     world.close()

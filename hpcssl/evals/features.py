@@ -167,6 +167,17 @@ class Features:
         return mean.float(), var.float()
 
 
+class Union:
+    """Shard sets one after another, as if they were one set of images, for ``Context.features``."""
+
+    def __init__(self, *sets: ShardSet):
+        self.sets, self.classes = sets, sets[0].classes
+        self.labels = np.concatenate([data.labels for data in sets])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 def extract(encoder: Encoder, data: ShardSet, options: FeatureOptions, world: World, *, root: Path | None = None,
             threads: int = 1, stop: Stop = never) -> Features:
     """Features of the whole set, on every rank. A collective.

@@ -10,6 +10,7 @@ from hpcssl.evals.knn import KnnOptions
 from hpcssl.evals.linear import LinearOptions
 from hpcssl.evals.lowshot import LowshotOptions
 from hpcssl.evals.svm import SvmOptions
+from hpcssl.evals.transfer import TransferOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class EvalsOptions:
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     svm: SvmOptions = field(default_factory=SvmOptions)
     lowshot: LowshotOptions = field(default_factory=LowshotOptions)
+    transfer: TransferOptions = field(default_factory=TransferOptions)
     detect: DetectOptions = field(default_factory=DetectOptions)
     baseline: bool = True
     every_epochs: int = 0

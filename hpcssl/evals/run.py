@@ -22,8 +22,8 @@ import hpcssl
 from hpcssl import config, files
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, EvalError, nearest
-from hpcssl.evals import detect, finetune, knn, linear, lowshot, svm
-from hpcssl.evals.features import Encoder, FeatureOptions, Features, extract
+from hpcssl.evals import detect, finetune, knn, linear, lowshot, svm, transfer
+from hpcssl.evals.features import Encoder, FeatureOptions, Features, Union, extract
 from hpcssl.evals.together import Stop, never
 from hpcssl.files import RunDir
 from hpcssl.world import World
@@ -36,18 +36,22 @@ class Evaluation:
     """An evaluation: its options and the function (Context) -> scores in percent, which is a collective.
 
     ``check``: refuses two sets that it cannot use; None asks for labels of the same classes (``check_labels``).
+    ``split``: (options) -> the sets train, val and test of each of the data sets that it scores, by name, for one that
+    has data of its own; each gets a row. ``total``: those rows -> scores over all of them, or None.
     """
 
     options: type
     run: Callable[[Context], dict[str, float]]
     check: Callable[[ShardSet, ShardSet], None] | None = None
+    split: Callable[[FeatureOptions], dict[str, dict[str, ShardSet]]] | None = None
+    total: Callable[[list[dict]], dict[str, float] | None] | None = None
 
 
 @dataclass(kw_only=True)
 class Context:
     """What an evaluation is given. ``state``: a file of its own that outlives a kill, or None; ``identity``: the
     sha256 of everything that decides the scores; ``closing``: closed when the evaluation ends, however it ends;
-    ``details``: plain values for the row beside its scores, on rank 0.
+    ``details``: plain values for the row beside its scores, on rank 0; ``test``: of an evaluation with a ``split``.
     """
 
     options: FeatureOptions
@@ -57,13 +61,17 @@ class Context:
     world: World
     stop: Stop
     identity: str
+    test: ShardSet | None = None
     cache: Path | None = None
     state: Path | None = None
     threads: int = 1
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     details: dict = field(default_factory=dict)
 
-    def features(self, data: ShardSet) -> Features:
+    def features(self, data: ShardSet | Union) -> Features:
+        if isinstance(data, Union):
+            found = [self.features(part) for part in data.sets]
+            return Features([part for f in found for part in f.parts], data.labels, data.classes)
         return extract(self.encoder, data, self.options, self.world, root=self.cache, threads=self.threads,
                        stop=self.stop)
 
@@ -78,13 +86,14 @@ EVALS: dict[str, Evaluation] = {
     "finetune": Evaluation(finetune.FinetuneOptions, finetune.run),
     "svm": Evaluation(svm.SvmOptions, svm.run, _check_several),
     "lowshot": Evaluation(lowshot.LowshotOptions, lowshot.run, _check_several),
+    "transfer": Evaluation(transfer.TransferOptions, transfer.run, _check_several, transfer.split, transfer.total),
     "detect": Evaluation(detect.DetectOptions, detect.run, detect.check),
 }
 
 
 def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: ShardSet, val: ShardSet, world: World,
-             options: dict | None = None, stop: Stop | None = None, threads: int | None = None,
-             cache: bool = True) -> dict:
+             test: ShardSet | None = None, options: dict | None = None, stop: Stop | None = None,
+             threads: int | None = None, cache: bool = True) -> dict:
     """The row of one evaluation; computed, or found in the run folder. A collective.
 
     ``options``: values over the evaluation's defaults. ``run`` None: nothing is written, and a kill loses everything.
@@ -94,16 +103,17 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     if name not in EVALS:
         raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
     resolved = config.load(EVALS[name].options, options or {}, where=f"options of {name}")
-    (EVALS[name].check or check_labels)(train, val)
+    for other in (val, *([test] if test else [])):
+        (EVALS[name].check or check_labels)(train, other)
     began = time.monotonic()
     encoder = Encoder.open(weights, world)
-    identity = identity_of(name, resolved, train, val, encoder.sha256)
-    found = next((row for row in _rows(run, name) if row.get("identity") == identity), None)
-    found = json.loads(world.tell(json.dumps(found) if world.main else None))
+    sets = {"train": train, "val": val} | ({"test": test} if test else {})
+    identity = identity_of(name, resolved, sets, encoder.sha256)
+    found = _found(run, name, identity, world)
     if found is not None:
         log.info("%s of step %d: done before, taken from %s", name, found["step"], run.eval_rows(name))
         return found
-    context = Context(options=resolved, encoder=encoder, train=train, val=val, world=world, stop=stop or never,
+    context = Context(options=resolved, encoder=encoder, **sets, world=world, stop=stop or never,
                       identity=identity, threads=threads or _threads(),
                       cache=run.features if run is not None and cache else None,
                       state=run.eval_state(name, identity) if run is not None else None)
@@ -113,8 +123,8 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
            "weights_sha256": encoder.sha256, "fingerprint": encoder.meta["fingerprint"],
            "method": encoder.meta["method"], "arch": encoder.meta["arch"].arch,
            "options": config.as_dict(resolved), "metrics": metrics, "details": context.details,
-           "train": train.digest, "val": val.digest,
-           "train_name": _called(train), "val_name": _called(val),
+           **{kind: data.digest for kind, data in sets.items()},
+           **{f"{kind}_name": _called(data) for kind, data in sets.items()},
            "world": world.size, "device": world.device.type, "seconds": round(time.monotonic() - began, 3),
            "commit": code_commit(run), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     row = json.loads(world.tell(json.dumps(row) if world.main else None))
@@ -135,8 +145,53 @@ def evaluate_run(name: str, run: RunDir, world: World, *, train: Path | str | No
     """
     recipe = config.read_yaml(run.config) if run.config.exists() else {}
     options, sets = question(name, recipe, train=train, val=val, overrides=overrides)
-    return [evaluate(name, run=run, weights=path, world=world, options=options, stop=stop, threads=threads, **sets)
-            for path in _chosen(run, recipe, step)]
+    return [row for path in _chosen(run, recipe, step) for row in
+            evaluate_sets(name, run=run, weights=path, world=world, options=options, sets=sets, stop=stop,
+                          threads=threads)]
+
+
+def evaluate_sets(name: str, *, run: RunDir | None, weights: Path | str, world: World, options: dict,
+                  sets: dict[str, ShardSet], stop: Stop | None = None, threads: int | None = None) -> list[dict]:
+    """The rows of one encoder for an answer of ``question``: one, or one per data set and one of them all."""
+    rows = [evaluate(name, run=run, weights=weights, world=world, options=values, stop=stop, threads=threads, **parts)
+            for values, parts in _parts(name, options, sets)]
+    total = EVALS[name].total
+    metrics = total(rows) if total else None
+    if metrics:
+        rows.append(_total(name, run, rows, metrics, world))
+    return rows
+
+
+def _parts(name: str, options: dict, sets: dict[str, ShardSet]) -> list[tuple[dict, dict[str, ShardSet]]]:
+    """Options and sets of each row. A row's own say which data set it is, and not where it lies."""
+    if EVALS[name].split is None:
+        return [(options, sets)]
+    names = dict.fromkeys(key.split("/")[0] for key in sets)
+    return [(options | {"sets": one, "root": ""},
+             {kind: sets[f"{one}/{kind}"] for kind in ("train", "val", "test")}) for one in names]
+
+
+def _total(name: str, run: RunDir | None, rows: list[dict], metrics: dict[str, float], world: World) -> dict:
+    identity = config.fingerprint({"eval": name, "rows": [row["identity"] for row in rows]})
+    found = _found(run, name, identity, world)
+    if found is not None:
+        return found
+    over = {kind: config.fingerprint({"sets": [row[kind] for row in rows]}) for kind in ("train", "val", "test")}
+    row = rows[0] | over | {f"{kind}_name": f"{len(rows)} sets" for kind in over} | {
+        "identity": identity, "metrics": metrics, "details": {"rows": [row["identity"] for row in rows]},
+        "options": rows[0]["options"] | {"sets": "+".join(row["options"]["sets"] for row in rows)},
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
+        "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    row = json.loads(world.tell(json.dumps(row) if world.main else None))
+    if world.main and run is not None:
+        files.append_line(run.eval_rows(name), row)
+    return row
+
+
+def _found(run: RunDir | None, name: str, identity: str, world: World) -> dict | None:
+    """The row that is there, as rank 0 sees it."""
+    found = next((row for row in _rows(run, name) if row.get("identity") == identity), None)
+    return json.loads(world.tell(json.dumps(found) if world.main else None))
 
 
 def missing(name: str, run: RunDir, *, train: Path | str | None = None, val: Path | str | None = None,
@@ -144,23 +199,31 @@ def missing(name: str, run: RunDir, *, train: Path | str | None = None, val: Pat
     """The weights files for which ``evaluate_run``, asked the same, would find no row."""
     recipe = config.read_yaml(run.config)
     options, sets = question(name, recipe, train=train, val=val, overrides=overrides)
-    resolved = config.load(EVALS[name].options, options, where=f"options of {name}")
+    asked = [(config.load(EVALS[name].options, values, where=f"options of {name}"), parts)
+             for values, parts in _parts(name, options, sets)]
     known = {row.get("identity") for row in _rows(run, name)}
     return [path for path in _chosen(run, recipe, step)
-            if identity_of(name, resolved, sets["train"], sets["val"], files.digest(path)) not in known]
+            if any(identity_of(name, *one, files.digest(path)) not in known for one in asked)]
 
 
 def question(name: str, recipe: dict, *, train: Path | str | None = None, val: Path | str | None = None,
              overrides: Sequence[str] = ()) -> tuple[dict, dict[str, ShardSet]]:
     """Option values and shard sets of an evaluation under a recipe (nested plain values).
 
+    The sets are ``train`` and ``val``, or ``NAME/train``, ``NAME/val`` and ``NAME/test`` of an evaluation's own data.
     Raises ``ConfigError`` (name, options, no shards named) and ``DataError`` (shards that cannot be read).
     """
     if name not in EVALS:
         raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
     data, evals = recipe.get("data") or {}, recipe.get("evals") or {}
     options = config.merge(evals.get(name) or {}, config.read_overrides(list(overrides)))
-    config.load(EVALS[name].options, options, where=f"options of {name}")
+    resolved = config.load(EVALS[name].options, options, where=f"options of {name}")
+    if EVALS[name].split is not None:
+        if train or val:
+            raise ConfigError(f"evaluation {name}", got="--train or --val", expected="data sets by root and sets",
+                              mend="root=FOLDER, and sets=dtd+pets to choose among those in it")
+        return options, {f"{one}/{kind}": data for one, parts in EVALS[name].split(resolved).items()
+                         for kind, data in parts.items()}
     folders = {"train": train or data.get("train"), "val": val or data.get("val")}
     for kind, folder in folders.items():
         if not folder:
@@ -170,10 +233,10 @@ def question(name: str, recipe: dict, *, train: Path | str | None = None, val: P
     return options, {kind: ShardSet.open(folder) for kind, folder in folders.items()}
 
 
-def identity_of(name: str, options: object, train: ShardSet, val: ShardSet, weights_sha256: str) -> str:
+def identity_of(name: str, options: object, sets: dict[str, ShardSet], weights_sha256: str) -> str:
     """sha256 of everything that decides the scores."""
-    return config.fingerprint({"eval": name, "options": config.as_dict(options), "train": train.digest,
-                               "val": val.digest, "weights": weights_sha256})
+    return config.fingerprint({"eval": name, "options": config.as_dict(options), "weights": weights_sha256,
+                               **{kind: data.digest for kind, data in sets.items()}})
 
 
 def _chosen(run: RunDir, recipe: dict, step: int | str) -> list[Path]:

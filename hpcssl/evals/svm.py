@@ -113,4 +113,5 @@ def check(context, *, positives: int, negatives: int) -> None:
             if there.min() < least:
                 c = int(there.argmin())
                 raise EvalError(f"shard folder {data.root}", got=f"{there[c]} images {word} class {data.classes[c]}",
-                                expected=f"at least {least}", mend="name larger shards, or ask for fewer shots: k=[1,2]")
+                                expected=f"at least {least}",
+                                mend="name larger shards, or, for lowshot, ask for fewer images: k=[1,2]")

@@ -70,6 +70,11 @@ def shards_of():
 
 
 @pytest.fixture(scope="session")
+def pictures_of():
+    return pictures
+
+
+@pytest.fixture(scope="session")
 def weights_file(tmp_path_factory):
     """Weights of a tiny network with random values; MSF's normalisation, 16 pixels."""
     backbone = resnet.build(TINY)

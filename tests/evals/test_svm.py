@@ -258,7 +258,7 @@ def test_wrong_input_is_one_sentence(voc, data, weights_file):
                                  (LowshotOptions, {"draws": 0}, r"evals\.lowshot\.draws")):
         with pytest.raises(ConfigError, match=told):
             load(options, wrong, where="options")
-    with pytest.raises(EvalError, match="images with class .; expected at least 96"):
+    with pytest.raises(EvalError, match=r"images with class \w; expected at least 96"):
         measure("lowshot", {}, weights_file, data)
     with pytest.raises(EvalError, match="several classes at once; expected one class for each image"):
         measure("knn", {}, weights_file, voc)
