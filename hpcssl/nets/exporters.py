@@ -73,19 +73,23 @@ def _timm_folder(target: Path, tensors: dict[str, Tensor], meta: dict, width: in
         raise EvalError(f"layout timm, target {target}", got="a path that exists", expected="a folder to make",
                         mend="name another one, or a file that ends in .safetensors or .pth")
     size = meta["size"]
-    seen = round(size * 256 / 224) if size > weights.WHOLE_UP_TO else size
-    crop = size / seen
-    if math.floor(size / crop) < seen:  # timm takes the whole part, and a rounding error would cost a pixel
-        crop = math.nextafter(crop, 0)
     config = {"architecture": meta["arch"].arch, "num_classes": 0, "num_features": width, "global_pool": "avg",
               "pretrained_cfg": {"input_size": [3, size, size], "mean": meta["mean"], "std": meta["std"],
-                                 "crop_pct": crop, "crop_mode": "center", "interpolation": "bilinear",
+                                 "crop_pct": crop_of(size), "crop_mode": "center", "interpolation": "bilinear",
                                  "fixed_input_size": False, "pool_size": None, "num_classes": 0,
                                  "first_conv": "conv1", "classifier": "fc", "custom_load": False}}
     with files.atomic_dir(target) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "model.safetensors").write_bytes(weights.pack(tensors, {"format": "pt"}))
     return files.digest(target / "model.safetensors")
+
+
+def crop_of(size: int) -> float:
+    """timm's ``crop_pct`` for which it resizes as our evaluations do. It takes the whole part of size / crop_pct, where
+    a rounding error would cost a pixel."""
+    seen = round(size * 256 / 224) if size > weights.WHOLE_UP_TO else size
+    crop = size / seen
+    return crop if math.floor(size / crop) == seen else math.nextafter(crop, 0)
 
 
 def _detectron2(target: Path, backbone: nn.Module, meta: dict) -> str:

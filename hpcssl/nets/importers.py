@@ -132,9 +132,13 @@ def _foreign(source: Source) -> tuple[nn.Module, dict]:
     if match.layout.name == "mmselfsup" and re.search(r"style\W+caffe", str(tree.get("meta", ""))):
         raise EvalError(f"weights {source.path}", got="a backbone of style caffe, whose blocks stride elsewhere",
                         expected="style pytorch, which has the same keys", mend="name a checkpoint of style pytorch")
-    backbone = resnet.build(match.arch)
+    with torch.device("meta"):
+        backbone = resnet.build(match.arch)
+    backbone = backbone.to_empty(device="cpu")
     # the counters of training batches are not taken over; load_state_dict would ask for them
-    backbone.load_state_dict(backbone.state_dict() | match.tensors)
+    counters = {name: torch.zeros_like(value) for name, value in backbone.state_dict().items()
+                if name.endswith(weights.COUNTERS)}
+    backbone.load_state_dict(counters | match.tensors)
     (mean, std), look = match.look.colours, match.look
     log.info("%s: %s of %s, %s with the %s stem; images of %d pixels, mean %s, std %s", source.path, match.encoder,
              match.layout.name, match.arch.arch, look.stem, source.size or look.size, source.mean or mean,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
@@ -65,10 +66,15 @@ def _from_detectron2(key: str) -> str:
 def _in_order(keys: Sequence[str]) -> dict[str, str]:
     """Names by their place, for a file whose own are unknown: ResNet-50's order, and each key's last word must agree.
     """
-    with torch.device("meta"):
-        names = list(resnet.build(resnet.Arch()).state_dict())
+    names = _names()
     same = [key.rpartition(".")[2] for key in keys] == [name.rpartition(".")[2] for name in names]
     return dict(zip(keys, names, strict=True)) if same else {}
+
+
+@cache
+def _names() -> list[str]:
+    with torch.device("meta"):
+        return list(resnet.build(resnet.Arch()).state_dict())
 
 
 PLAIN: Form = _each(lambda key: key)
@@ -119,6 +125,10 @@ LAYOUTS = (
         forms=(DETECTRON2,), beside=r"(stem\.)?fc\.|linear\.|proposal_generator\.|roi_heads\.|pixel_(mean|std)|fpn_",
         read="detectron2 02b5c4e2 tools/convert-torchvision-to-d2.py:43-55"),
     Layout(
+        names=("moco", "moco-v1", "moco-v2"), beside=r"fc\.|encoder_[qk]\.|queue",
+        encoders={"online": ("module.encoder_q.", "encoder_q."), "target": ("module.encoder_k.", "encoder_k.")},
+        read="moco 132aea9d moco/builder.py:41-63, main_moco.py:393, main_lincls.py:254"),
+    Layout(
         names=("msf", "cmsf"), at=ANYWHERE,
         # DataParallel wraps each encoder on its own; self_supervised/eval_linear.py:102 takes encoder_q
         encoders={"online": ("encoder_q.module.", "encoder_q.", "module.encoder_q."),
@@ -127,10 +137,6 @@ LAYOUTS = (
                r"pseudo_labels|index_queue|pool",
         read="MSF 130191c4 train_msf.py:105-145,385-386; CMSF 7f40a519 self_supervised/train_cmsf_self.py:94-138,319, "
              "semi_supervised/pseudo_cmsf.py:34-104"),
-    Layout(
-        names=("moco", "moco-v1", "moco-v2"), beside=r"fc\.|encoder_[qk]\.|queue",
-        encoders={"online": ("module.encoder_q.", "encoder_q."), "target": ("module.encoder_k.", "encoder_k.")},
-        read="moco 132aea9d moco/builder.py:41-63, main_moco.py:393, main_lincls.py:254"),
     Layout(
         names=("moco-v3",), beside=r"fc\.|(base|momentum)_encoder\.|predictor\.",
         encoders={"online": ("module.base_encoder.", "base_encoder."),

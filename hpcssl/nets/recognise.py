@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,9 +15,7 @@ from hpcssl.errors import EvalError
 from hpcssl.nets import resnet
 from hpcssl.nets.layouts import BY_NAME, LAYOUTS, NAME, Layout, Look
 from hpcssl.nets.resnet import Arch
-from hpcssl.nets.weights import some
-
-_COUNTERS = ".num_batches_tracked"  # nothing reads them, and not every project keeps them
+from hpcssl.nets.weights import COUNTERS, some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,7 @@ def find(tree: Mapping, what: str, layout: str | None, encoder: str | None) -> M
         raise EvalError(what, got=f"keys that fit {' and '.join(names)}, which would read them differently",
                         expected="one reading", mend=f"--layout {' or --layout '.join(names)}" if len(names) > 1
                         else "keep one of the encoders in the file")
-    raise _nothing(found or _elsewhere(rows[0], tree), tree, what, layout)
+    raise _nothing(found or _elsewhere(rows, tree), tree, what, layout)
 
 
 def _matches(layout: Layout, tree: Mapping, encoder: str) -> Iterator[Match]:
@@ -100,7 +97,7 @@ def _dig(tree: object, path: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _match(layout: Layout, encoder: str, prefix: str, state: dict[str, Tensor], names: dict[str, str]) -> Match:
-    tensors = {name: state[key] for key, name in names.items() if not name.endswith(_COUNTERS)}
+    tensors = {name: state[key] for key, name in names.items() if not name.endswith(COUNTERS)}
     arch, look, blocks = _arch(tensors, layout)
     wanted = {} if arch is None else _shapes(arch)
     back = {name: key for key, name in names.items()}
@@ -117,10 +114,11 @@ def _match(layout: Layout, encoder: str, prefix: str, state: dict[str, Tensor], 
 
 
 def _known(layout: Layout, key: str, prefix: str) -> bool:
-    """Whether the layout knows a key as something beside the encoder."""
+    """Whether the layout knows a key as something beside the encoder, such as another encoder."""
     if key.startswith(prefix):
         return layout.pattern.match(key, len(prefix)) is not None
-    return layout.pattern.match(key.removeprefix("module.")) is not None
+    others = tuple(p for prefixes in layout.encoders.values() for p in prefixes if p not in ("", "module."))
+    return key.startswith(others) or layout.pattern.match(key.removeprefix("module.")) is not None
 
 
 def _arch(tensors: dict[str, Tensor], layout: Layout) -> tuple[Arch | None, Look, str]:
@@ -144,23 +142,29 @@ def _arch(tensors: dict[str, Tensor], layout: Layout) -> tuple[Arch | None, Look
 def _shapes(arch: Arch) -> dict[str, torch.Size]:
     with torch.device("meta"):
         state = resnet.build(arch).state_dict()
-    return {name: value.shape for name, value in state.items() if not name.endswith(_COUNTERS)}
+    return {name: value.shape for name, value in state.items() if not name.endswith(COUNTERS)}
 
 
-def _elsewhere(layout: Layout, tree: Mapping) -> list[Match]:
-    """A ResNet under a prefix or a place of its own, as a reading under which all its keys are unused."""
+def _elsewhere(rows: Sequence[Layout], tree: Mapping) -> list[Match]:
+    """A ResNet under a prefix or at a place of its own, as a reading under which all its keys are unused."""
+    layout = rows[0]
     encoder, (prefix, *_) = next(iter(layout.encoders.items()))
+    best: tuple[str, dict[str, str], dict[str, Tensor]] = "", {}, {}
     for state in _states(tree):
-        prefixes = Counter(key[:found.start()] for key in state if (found := re.search(rf"\b{NAME.pattern}$", key)))
-        if prefixes:
-            theirs = prefixes.most_common(1)[0][0]
-            tensors = {name: value for key, value in state.items() if key.startswith(theirs)
-                       and NAME.fullmatch(name := key.removeprefix(theirs)) and not name.endswith(_COUNTERS)}
-            arch, look, blocks = _arch(tensors, layout)
-            missing = sorted(prefix + name for name in (_shapes(arch) if arch else tensors))
-            return [Match(layout=layout, encoder=encoder, tensors={}, missing=missing, strange=[], wrong=[], arch=arch,
-                          look=look, blocks=blocks, unused=sorted(theirs + name for name in tensors))]
-    return []
+        parts = [key.split(".") for key in state]
+        tails = {("".join(f"{word}." for word in words[:at]), ".".join(words[at:]))
+                 for words in parts for at in range(len(words))}
+        for form in {form for row in rows for form in row.forms}:
+            for theirs in sorted(head for head, tail in tails if form([tail]).get(tail) == "conv1.weight"):
+                names = form([key.removeprefix(theirs) for key in state if key.startswith(theirs)])
+                best = max(best, (theirs, names, state), key=lambda found: len(found[1]))
+    theirs, names, state = best
+    if not any(name.startswith("layer") for name in names.values()):
+        return []
+    tensors = {name: state[theirs + key] for key, name in names.items()}
+    arch, look, blocks = _arch(tensors, layout)
+    return [Match(layout=layout, encoder=encoder, tensors={}, missing=sorted(prefix + key for key in names), strange=[],
+                  unused=sorted(theirs + key for key in names), wrong=[], arch=arch, look=look, blocks=blocks)]
 
 
 def _states(tree: object, depth: int = 5) -> Iterator[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,12 +49,14 @@ def read(path: Path | str) -> Mapping:
             raise EvalError(f"weights {path}", got=f"a file that safetensors cannot read ({error})",
                             expected="a whole .safetensors file", mend="copy or download it again") from error
     try:
-        with torch.serialization.safe_globals([(_Ignored, name) for name in HARMLESS]):
+        with (torch.serialization.safe_globals([(_Ignored, name) for name in HARMLESS]),
+              warnings.catch_warnings(action="ignore")):  # of scripted files, which are refused below
             # mapped: a bank or an optimiser beside the encoder may be larger than the memory
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+            AssertionError) as error:
         raise EvalError(f"weights {path}", got=f"a file that torch cannot read ({_line(error)})",
                         expected="a whole checkpoint written by torch.save, or a .safetensors file",
                         mend="copy or download it again; a scripted model must be saved as its state_dict()") from error

@@ -24,6 +24,8 @@ from hpcssl.nets.resnet import Arch
 FORMAT = "hpcssl-weights-1"
 PREFIX = "backbone."
 FIELDS = ("format", "arch", "mean", "std", "size", "fingerprint", "step", "method")
+COUNTERS = "num_batches_tracked"
+"""Of training batches, in norm layers: nothing reads them, and not every project keeps them."""
 WHOLE_UP_TO = 64
 """Pixels a side up to which an evaluation looks at the whole image, and not at its centre."""
 
@@ -87,8 +89,8 @@ def load(path: Path | str) -> tuple[nn.Module, dict]:
 
 
 def state_of(backbone: nn.Module) -> dict[str, Tensor]:
-    """The backbone's tensors without the counters of training batches, which nothing reads."""
-    return {n: t for n, t in backbone.state_dict().items() if not n.endswith("num_batches_tracked")}
+    """The backbone's tensors without ``COUNTERS``."""
+    return {n: t for n, t in backbone.state_dict().items() if not n.endswith(COUNTERS)}
 
 
 def _open(path: Path | str):
