@@ -40,13 +40,23 @@ class Batches:
         return self.batch(step)
 
 
+class Among:
+    """An order that counts positions in ``index``, over the samples that stand there."""
+
+    def __init__(self, order: Order, index: np.ndarray):
+        self.order, self.index, self.epoch_of, self.rows = order, index, order.epoch_of, order.rows
+
+    def part(self, step: int, rank: int, size: int) -> np.ndarray:
+        return self.index[self.order.part(step, rank, size)]
+
+
 class Images:
     """An order's batches, one after another. Raises ``EvalError`` at a damaged image."""
 
-    def __init__(self, data: ShardSet, view: ViewSpec, order: Batches | Order, steps: range, *, seed: int = 0,
+    def __init__(self, data: ShardSet, view: ViewSpec, order: Batches | Among, steps: range, *, seed: int = 0,
                  rank: int = 0, size: int = 1, threads: int = 1, pin: bool = False):
         """Neighbouring ``steps`` of ``order``; this rank's part of each."""
-        self.reader = Reader(data, limit=0)
+        self.first, self.reader = steps.start, Reader(data, limit=0)
         self.loader = Loader(self.reader, order, [view], seed=seed, rank=rank, size=size, threads=threads, pin=pin)
         self.batches = self.loader.run(steps.start, steps.stop)
 

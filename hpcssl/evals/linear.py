@@ -110,7 +110,7 @@ class _Task:
 
 def run(context) -> dict[str, float]:
     """Scores in percent: ``top1`` and ``top5`` of the epoch that the protocol reports, ``…_best`` of the best one (by
-    top-1, the earliest), ``…_last`` of the last; after a sweep ``held_out_lr{rate}`` of each rate.
+    top-1, the earliest), ``…_last`` of the last. The row's details say the rate, and what a sweep found.
     """
     options, world = context.options, context.world
     protocol = options.resolve()
@@ -140,8 +140,11 @@ def run(context) -> dict[str, float]:
     everything = torch.arange(len(val))
     scores = work.train(_Task("final", (lr,), np.arange(samples), lambda: work.rows(val, everything),
                               {"swept": swept}))
-    metrics = choice.summary([score for score, in scores], protocol.report)
-    return metrics | {f"held_out_lr{rate:g}": s for rate, s in zip(protocol.sweep, swept or (), strict=False)}
+    context.details["lr"] = lr
+    if swept is not None:
+        context.details["held_out"] = {"images": len(held), "top1": dict(zip(map(str, protocol.sweep), swept,
+                                                                             strict=True))}
+    return choice.summary([score for score, in scores], protocol.report)
 
 
 class _Work:

@@ -210,15 +210,16 @@ def test_best_and_last_epochs_are_told_and_one_is_the_score():
 def test_a_sweep_is_judged_by_held_out_images_alone_and_its_best_rate_trains_on_all(data, weights_file, monkeypatch):
     options, tasks, train = SWEEP | {"protocol": "moco", "sweep": [1e-6, RATE, 1e-5]}, [], linear._Work.train
     monkeypatch.setattr(linear._Work, "train", lambda work, task: tasks.append(task) or train(work, task))
-    found = metrics(ALONE, weights_file, data, options)
-    swept = {rate: found.pop(f"held_out_lr{rate:g}") for rate in options["sweep"]}
-    assert max(swept, key=swept.get) == RATE and len(set(swept.values())) > 1
+    row = evaluate("linear", run=None, weights=weights_file, train=data[0], val=data[1], options=options, world=ALONE)
+    swept = row["details"]["held_out"]["top1"]
+    assert list(swept) == [str(rate) for rate in options["sweep"]] and len(set(swept.values())) > 1
+    assert max(swept, key=swept.get) == str(RATE) and row["details"]["lr"] == RATE
     sweep, final = tasks
     held = np.setdiff1d(np.arange(90), sweep.index)
     assert len(held) == 30 and sweep.test()[1].tolist() == data[0].labels[held].tolist()
     assert final.index.tolist() == list(range(90)) and final.test()[1].tolist() == data[1].labels.tolist()
     alone = {k: v for k, v in options.items() if k not in ("sweep", "held_out")} | {"lr": RATE}
-    assert metrics(ALONE, weights_file, data, alone) == found and len(tasks) == 3
+    assert metrics(ALONE, weights_file, data, alone) == row["metrics"] and len(tasks) == 3
 
 
 @pytest.mark.parametrize("samples, classes, held", [(1281167, 1000, 10009), (50000, 10, 391), (1400, 10, 100),
