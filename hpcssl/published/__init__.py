@@ -31,9 +31,10 @@ TITLES = {
     **{f"{kind}_{share}pct_top{k}": f"{kind} {share} %" + ("" if k == 1 else f" top-{k}")
        for kind in ("finetune", "linear") for share in (1, 10) for k in (1, 5)},
     **{f"lowshot{k}": f"SVM {k}-shot" for k in (1, 2, 4, 8, 16, 32, 64, 96)},
-    "food101": "Food101", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "birdsnap": "Birdsnap", "sun397": "SUN397",
-    "cars": "Cars", "aircraft": "Aircraft", "voc07": "VOC2007", "dtd": "DTD", "pets": "Pets",
-    "caltech101": "Caltech-101", "flowers": "Flowers", "transfer_mean": "transfer mean",
+    **{name.lower().replace("-", ""): f"transfer {name}" for name in (
+        "Food101", "CIFAR10", "CIFAR100", "Birdsnap", "SUN397", "Cars", "Aircraft", "VOC07", "DTD", "Pets",
+        "Caltech-101", "Flowers")},
+    "transfer_mean": "transfer mean of 10",
     "voc_ap50": "detect AP50", "voc_ap": "detect AP", "voc_ap75": "detect AP75",
     "flops_e17": "FLOPs ×1e17", "memory_mb": "memory (MB)", "steps_per_s": "steps/s", "memory_gb": "memory (GB)",
 }

@@ -1,8 +1,8 @@
 """What the columns of the tables are called, and in which order they stand.
 
 A known score has the papers' name (``20-NN``, ``linear``, ``SVM mAP``), by which it finds its published value; any
-other is called EVALUATION[:PROTOCOL] METRIC, so that a new evaluation shows without a word here. Top-1 is what a name
-without an ending means.
+other is called EVALUATION[:PROTOCOL] METRIC, so that a new evaluation shows without a word here. A protocol is named
+where it is not the evaluation's usual one. Top-1 is what a name without an ending means.
 """
 
 from __future__ import annotations
@@ -12,56 +12,72 @@ from collections.abc import Iterable
 
 from hpcssl import published
 
-_DEFAULT = {"linear": "msf", "svm": "oss", "lowshot": "oss", "detect": "voc_c4"}  # the protocol that a bare name means
-_BASE = {"svm": "SVM", "lowshot": "SVM"}
-_METRICS = {"svm": {r"svm_map": "mAP"}, "lowshot": {r"lowshot_k(\d+)(_std)?": r"\1-shot\2"}}
+OWN_DATA = ("finetune", "svm", "lowshot", "transfer", "detect")
+"""Evaluations with data sets of their own, which the column tells; those of the others stand beside the encoder."""
+
+_USUAL = {"knn": "msf", "linear": "msf", "finetune": "bsim", "svm": "oss", "lowshot": "oss", "transfer": "logistic",
+          "detect": "voc_c4"}
+_BASE = {"svm": "SVM", "lowshot": "SVM", "knn": ""}
+_HOME = ("svm", "lowshot", "detect")  # on VOC, unless a column says otherwise
+_METRICS = {
+    "knn": {r"knn(\d+)(_weighted)?(_top5)?": r"\1-NN\2\3"},
+    "svm": {r"svm_map": "mAP"},
+    "lowshot": {r"lowshot_k(\d+)(_std)?": r"\1-shot\2"},
+    "transfer": {r"transfer_mean(\d+)": r"mean of \1"}
+    | {key: title.removeprefix("transfer ") for key, title in published.TITLES.items()
+       if title.startswith("transfer ") and not key.startswith("transfer")},
+}
 _ORDER = tuple(re.compile(pattern) for pattern in (
-    r"\d+-NN|one label", r"linear", r"finetune", r"SVM\S* mAP", r"SVM", r"transfer", r"detect"))
-_WIDE = re.compile(r"last epoch$|(NN|weighted) top-5$| std$")
+    r"(knn\S* )?(\d+-NN|one label)", r"linear", r"finetune", r"SVM\S* mAP", r"SVM", r"transfer", r"detect"))
+_WIDE = re.compile(r"(last|best) epoch$|(NN|weighted) top-5$| std$")
 _OF_TRAINING_SET = re.compile(r"\d+-NN|linear( top-5)?$")
-_OF_VOC = re.compile(r"SVM|detect")
 
 
 def of_row(row: dict) -> dict[str, float]:
     """The scores of an evaluation's row under the names of their columns; what is no number is left out."""
     evaluation, protocol = row["eval"], row["options"].get("protocol") or ""
     name = _BASE.get(evaluation, evaluation)
-    if protocol and protocol != _DEFAULT.get(evaluation):
-        name = f"{name}:{protocol}"
-    return {_called(evaluation, name, metric): value for metric, value in row["metrics"].items()
+    if protocol and protocol != _USUAL.get(evaluation):
+        name = f"{name or evaluation}:{protocol}"
+    return {" ".join(filter(None, (name, _share(row), _metric(evaluation, metric)))).replace(" ,", ",")
+            + _elsewhere(row): value for metric, value in row["metrics"].items()
             if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
-def _called(evaluation: str, name: str, metric: str) -> str:
-    if evaluation == "knn":
-        neighbours = re.fullmatch(r"knn(\d+)(_weighted)?(_top5)?", metric)
-        if neighbours:
-            k, weighted, top5 = neighbours.groups()
-            return f"{k}-NN" + (" weighted" if weighted else "") + (" top-5" if top5 else "")
-        return metric.replace("_", " ")
-    top = re.fullmatch(r"top(\d)(_last)?", metric)
-    if top:
-        return name + ("" if top[1] == "1" else f" top-{top[1]}") + (", last epoch" if top[2] else "")
+def _metric(evaluation: str, metric: str) -> str:
     for pattern, words in _METRICS.get(evaluation, {}).items():
         metric = re.sub(f"^{pattern}$", words, metric)
-    return f"{name} {metric.replace('_', ' ')}"
+    metric = re.sub(r"_(last|best)$", r" , \1 epoch", metric).replace("_", " ")
+    metric = re.sub(r"^top1\b", "", metric)
+    return re.sub(r"\btop(\d)", r"top-\1", metric).strip()
+
+
+def _share(row: dict) -> str:
+    """Of the labels, where the evaluation is on one: its option, its row's details or its folder's name say it."""
+    if row["eval"] != "finetune":
+        return ""
+    named = re.search(r"(?<!\d)(1|10)[-_ ]?(?:pct|percent)", row.get("train_name", ""))
+    share = row["options"].get("percent") or row.get("details", {}).get("percent") or (named and named[1])
+    return f"{share} %" if share else ""
+
+
+def _elsewhere(row: dict) -> str:
+    """`` on NAME`` of an evaluation on other data than the papers'."""
+    data = row.get("train_name", "")
+    at_home = "voc" in data.lower() if row["eval"] in _HOME else row["eval"] != "finetune" or _share(row)
+    return "" if at_home or not data else f" on {data.partition('/')[0]}"
 
 
 def quantity(column: str) -> str:
     """The column without its protocol: what a published column of that title is the same quantity as."""
-    return re.sub(r"^(\w+):\S+", r"\1", column)
+    return re.sub(r"^(\w+):[^\s,]+", r"\1", column).removeprefix("knn ")
 
 
-def anchors(recipe: str, *, same_labels: bool = True, data: str = "VOC07") -> dict[str, published.Anchor]:
-    """Title of a column -> the published score of a recipe.
-
-    ``same_labels`` False: scored with other labelled images than the training's, so that k-NN and linear of the
-    recipe's row are other quantities; ``data``: the data's name, without ``voc`` in which SVM and detection are.
-    """
+def anchors(recipe: str, *, same_labels: bool = True) -> dict[str, published.Anchor]:
+    """Title of a column -> the published score of a recipe. ``same_labels`` False: scored with other labelled images
+    than the training's, so that k-NN and linear of the recipe's row are other quantities."""
     found = {published.TITLES[column]: anchor for column, anchor in published.of_recipe(recipe).items()}
-    return {title: anchor for title, anchor in found.items()
-            if (same_labels or not _OF_TRAINING_SET.match(title))
-            and ("voc" in data.lower() or not _OF_VOC.match(title))}
+    return {title: anchor for title, anchor in found.items() if same_labels or not _OF_TRAINING_SET.match(title)}
 
 
 def in_order(columns: Iterable[str], *, wide: bool = True) -> list[str]:

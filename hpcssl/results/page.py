@@ -147,7 +147,7 @@ def published_part() -> str:
 
 def _table(table: published.Table) -> list[str]:
     score = [column in published.TITLES for column in table.columns]
-    head = [published.TITLES.get(column, column) for column in table.columns]
+    head = [published.TITLES.get(column, column).removeprefix("transfer ") for column in table.columns]
     rows = [[row.get(column, "") for column in table.columns] for row in table.rows.values()]
     if table.columns[-1] == "recipe":
         rows = [[*row[:-1], row[-1] and f"`{row[-1]}`"] for row in rows]

@@ -78,7 +78,7 @@ def _of_run(run: RunDir) -> list[dict]:
     recipe = config.read_yaml(run.config)
     records: list[dict] = []
     seen, changed = set(), _changed(run, recipe) if rows else []
-    for row in sorted(rows, key=lambda row: (row["step"], row["time"])):
+    for row in sorted(rows, key=lambda row: (row["step"], row["eval"] in columns.OWN_DATA, row["time"])):
         if row["identity"] in seen:  # two jobs measured the same at the same time
             continue
         seen.add(row["identity"])
@@ -90,21 +90,27 @@ def _of_run(run: RunDir) -> list[dict]:
         if 0 < record["step"] < newest:
             record["rank·h"] = ""  # the cost is of the whole training
         if record["encoder"] == "trained" and not record["changed"]:
-            known = columns.anchors(record["recipe"], same_labels=record["sets"][0] == trained_on, data=record["data"])
+            known = columns.anchors(record["recipe"], same_labels=record["sets"][:1] == [trained_on])
             record["published"] = _published(known, record["metrics"])
     return records
 
 
 def _place(records: list[dict], about: dict, metrics: dict[str, float], options: str) -> None:
-    """Into the record of the same encoder and data, unless other options have already given it such a column."""
+    """Into the record of the same encoder and data, unless other options have already given it another number there.
+
+    What has data sets of its own goes to the encoder's record, whatever that one's are.
+    """
     for record in records:
-        same = all(record[key] == about[key] for key in ("weights", "step", "sets"))
-        if same and not metrics.keys() & record["metrics"].keys():
+        same = all(record[key] == about[key] for key in ("weights", "step")) \
+            and about["sets"] in ([], record["sets"])
+        if same and all(record["metrics"].get(column, score) == score for column, score in metrics.items()):
             break
     else:
         records.append(record := about | {"metrics": {}, "asked": {}})
-    record["metrics"] |= metrics
-    record["asked"] |= dict.fromkeys(metrics, options)
+    for column, score in metrics.items():
+        record["metrics"].setdefault(column, score)
+        record["asked"].setdefault(column, options)
+    record["data"] = record["data"] or about["data"]
 
 
 def _about(run: RunDir, recipe: dict, changed: list[str], row: dict) -> dict:
@@ -113,12 +119,13 @@ def _about(run: RunDir, recipe: dict, changed: list[str], row: dict) -> dict:
     trained = "trained" if step == done else f"step {step}"
     length = schedule.get("epochs") or (f"{schedule['steps']} steps" if schedule.get("steps") else "")
     world, hours = _cost(run)
+    own = row["eval"] in columns.OWN_DATA
     return {"recipe": name, "encoder": "untrained" if step == 0 else trained, "step": step, "method": row["method"],
-            "arch": row["arch"], "data": _data(row), "epochs": 0 if step == 0 else length,
+            "arch": row["arch"], "data": "" if own else _data(row), "epochs": 0 if step == 0 else length,
             "batch": (recipe.get("optim") or {}).get("batch", ""), "changed": changed,
             "published": {}, "seed": recipe.get("seed", 0), "world": world, "rank·h": 0.0 if step == 0 else hours,
             "run": run.root.name, "weights": row["weights_sha256"][:12], "commit": row["commit"],
-            "time": row["time"], "fingerprint": row["fingerprint"], "sets": [row["train"], row["val"]],
+            "time": row["time"], "fingerprint": row["fingerprint"], "sets": [] if own else [row["train"], row["val"]],
             "science": config.fingerprint(science(recipe) | {"name": name})}
 
 

@@ -127,20 +127,41 @@ def test_every_evaluation_has_a_column(tmp_path, make_run):
     run = make_run(tmp_path / "demo", name=ROW)
     add(run, "svm", 100, {"svm_map": 84.0}, protocol="oss", data="voc07")
     add(run, "lowshot", 100, {"lowshot_k96": 81.0, "lowshot_k96_std": 0.2}, protocol="vissl", data="voc07")
-    add(run, "detect", 100, {"AP50": 82.0, "AP": 56.0}, protocol="voc_c4", data="voc07")
+    add(run, "detect", 100, {"AP50": 82.0, "AP": 56.0}, protocol="voc_c4", data="voc0712")
+    add(run, "detect", 100, {"AP": 40.0, "AP_mask": 35.0}, protocol="coco_fpn_1x", data="coco17")
+    for name, score in (("dtd", 73.0), ("caltech101", 92.0)):
+        add(run, "transfer", 100, {name: score}, protocol="logistic", sets=name, data=name)
+    add(run, "transfer", 100, {"transfer_mean10": 75.4}, protocol="msf", data="10 sets")
+    add(run, "finetune", 100, {"top1": 60.0, "top5": 80.0, "top1_best": 61.0}, protocol="bsim", data="imagenet_1pct")
+    add(run, "finetune", 100, {"top1": 70.0}, protocol="swav", percent=10, data="imagenet_part")
+    add(run, "knn", 100, {"knn200_weighted": 66.0}, protocol="lightly")
     add(run, "probe", 100, {"top1": 1.5, "top5": 2.5, "mean_rank": 3.5, "note": "text"}, protocol="new")
-    names = [name for record in collect([run.root]) for name in record["metrics"]]
-    for name in ("SVM mAP", "SVM:vissl 96-shot", "SVM:vissl 96-shot std", "detect AP50", "probe:new",
+    _, trained = collect([run.root])
+    names = trained["metrics"]
+    assert set(names) == set(columns.in_order(names))
+    for name in ("1-NN", "20-NN", "linear", "SVM mAP", "SVM:vissl 96-shot", "SVM:vissl 96-shot std", "detect AP50",
+                 "detect:coco_fpn_1x AP on coco17", "detect:coco_fpn_1x AP mask on coco17", "transfer DTD",
+                 "transfer Caltech-101", "transfer:msf mean of 10", "finetune 1 %", "finetune 1 % top-5",
+                 "finetune 1 %, best epoch", "finetune:swav 10 %", "knn:lightly 200-NN weighted", "probe:new",
                  "probe:new top-5", "probe:new mean rank"):
         assert name in names, name
-    assert not any("note" in name for name in names)
-    order = columns.in_order([*reversed(names)], wide=False)
-    places = [order.index(name) for name in ("20-NN", "linear", "SVM mAP", "SVM:vissl 96-shot", "detect AP",
-                                             "probe:new")]
-    assert places == sorted(places) and "SVM:vissl 96-shot std" not in order
-    assert set(columns.in_order(names)) == set(names)
-    voc = [r for r in collect([run.root]) if r["data"] == "voc07"]
-    assert voc[0]["published"]["detect AP50"]["text"] == "82.2"
+    assert not any("note" in name for name in names) and trained["data"] == "digits", "one row per encoder"
+    order = columns.in_order(reversed(names), wide=False)
+    places = [order.index(name) for name in ("20-NN", "linear", "finetune 1 %", "SVM mAP", "SVM:vissl 96-shot",
+                                             "transfer DTD", "detect AP", "probe:new")]
+    assert places == sorted(places)
+    assert not {"SVM:vissl 96-shot std", "finetune 1 %, best epoch", "20-NN top-5"} & set(order)
+    published = {name: value["text"] for name, value in trained["published"].items()}
+    assert published == {"1-NN": "62.0", "20-NN": "64.9", "linear": "72.4", "detect AP50": "82.2", "detect AP": "56.6",
+                         "transfer DTD": "73.2", "transfer Caltech-101": "92.7", "transfer:msf mean of 10": "75.5"}
+
+
+def test_a_number_that_was_measured_again_is_one_number(tmp_path, make_run):
+    """New options whose defaults change nothing give a row another identity, not another record."""
+    run = make_run(tmp_path / "demo")
+    add(run, "knn", 100, {"knn1": 88.1, "knn20": 95.26, "knn5": 90.0}, identity="again", store="fp32")
+    trained = [r for r in collect([run.root]) if r["step"] == 100]
+    assert len(trained) == 1 and trained[0]["metrics"]["5-NN"] == 90.0
 
 
 def test_published_values_stand_beside_the_row_they_belong_to(tmp_path, make_run):
@@ -265,7 +286,7 @@ def test_rows_of_runs_that_are_not_named_stay(tmp_path, make_run):
     page.write(sheet, collect(runs[:2]))
     before = page.rows_of(sheet)
     assert [row["run"] for row in before] == ["s|0"] * 2 + ["s|1"] * 2 + ["mean of s|0, s|1"] * 2
-    add(RunDir(runs[1]), "svm", 100, {"svm_map": 70.0})
+    add(RunDir(runs[1]), "svm", 100, {"svm_map": 70.0}, data="voc07")
     page.write(sheet, collect([runs[1], runs[2]]))
     after = page.rows_of(sheet)
     assert [row["run"] for row in after] == ["s|0"] * 2 + ["s|1"] * 2 + ["s|2"] * 2 + ["mean of s|1, s|2"] * 2, \
