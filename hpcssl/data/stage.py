@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcssl.data.shards import INDEX, ROWS, Shard, ShardSet
+from hpcssl.data.shards import INDEX, ROWS, TARGETS, Shard, ShardSet
 from hpcssl.errors import DataError
 from hpcssl.files import atomic_file, atomic_write
 
@@ -70,8 +70,9 @@ def _copy_all(shards: ShardSet, target: Path) -> None:
     try:
         for number, shard in todo:
             _copy(shards.path(number), target / shard.name, shard)
-        atomic_write(target / ROWS, (shards.root / ROWS).read_bytes())
-        atomic_write(target / INDEX, (shards.root / INDEX).read_bytes())
+        targets = [] if shards.targets is None else [TARGETS]
+        for name in (ROWS, *targets, INDEX):  # the index last: with it the copy counts
+            atomic_write(target / name, (shards.root / name).read_bytes())
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -10,6 +10,7 @@ import pytest
 from data_prep import build
 from data_prep.catalogue import Catalogue, Sample
 from hpcssl.data.shards import ShardSet
+from hpcssl.data.stage import stage
 from hpcssl.errors import DataError
 
 TRUTH = {f"{i}.jpg": [(-1, 0, 1)[(i + c) % 3] for c in range(4)] for i in range(10)}
@@ -61,6 +62,12 @@ def test_a_subset_keeps_targets_and_the_data_set(out, tmp_path, shard):
     assert shard("subset", tmp_path / "out", tmp_path / "semi", "--fraction", 0.5, "--rest", "unlabelled",
                  "--workers", 1) == 0
     assert by_key(tmp_path / "semi") == {key: t if key in half else [0] * 4 for key, t in TRUTH.items()}
+
+
+def test_staged_targets_are_the_same(out, tmp_path):
+    found = ShardSet.open(tmp_path / "out")
+    staged = stage(found, tmp_path / "disk")
+    assert staged.root != found.root and np.array_equal(staged.targets, found.targets)
 
 
 def test_single_labels_have_no_targets(tree, tmp_path, shard):
