@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 
 from hpcssl import config
 from hpcssl import launch as places
@@ -21,6 +22,8 @@ from hpcssl.files import RunDir
 from slurm import procs, records, sched, shape, start
 from slurm.script import outside_any_job
 
+START_S = 10
+"""Between the note of a job and that of its supervisor."""
 LOST = "LOST"
 """State of a local job whose supervisor died before its end: nobody starts another attempt."""
 
@@ -68,6 +71,9 @@ def ask(run: RunDir, job: records.Job) -> sched.State:
         return sched.State(name, why, exit_code=code)
     holder = supervisor(run, job)
     if holder is None:
+        asked = datetime.fromisoformat(records.of(run, "submit", job.job)[-1]["time"])
+        if (datetime.now(UTC) - asked).total_seconds() < START_S:
+            return sched.State("PENDING")
         return sched.State(LOST, "no supervisor", note="it never started: submit again")
     if holder["host"] != os.uname().nodename:
         return sched.State("RUNNING", note=f"on {holder['host']}: ask there")

@@ -26,6 +26,7 @@ MENDS = {
     "jobhelduser": "`scontrol release {job}`",
     "jobheldadmin": "ask the administrators why they hold it",
     "begintime": "it was requeued and starts by itself, after about two minutes",
+    "preempted": "its partition cancels what it preempts: submit again with the same command, and it goes on",
 }
 
 
@@ -39,6 +40,8 @@ class State:
     note: str = ""
     exit_code: int | None = None
     out_of_time: bool = False
+    preempted: bool = False
+    """By a partition that cancels what it preempts (PreemptMode=CANCEL): nobody but us requeues it."""
 
     @property
     def live(self) -> bool:
@@ -85,23 +88,26 @@ def parse(job: str, text: str) -> State:
     state = fields.get("JobState", GONE)
     if state not in LIVE and reason != "DependencyNeverSatisfied":
         reason = words = "None"  # what it once waited for
+    words += " preempted" * (state == "PREEMPTED")
     note = next((mend.format(job=job) for key, mend in MENDS.items() if key in words), "")
     code, _, signal = fields.get("ExitCode", "0:0").partition(":")
     ran, allowed = _seconds(fields.get("RunTime", "")), _seconds(fields.get("TimeLimit", ""))
     return State(state, "" if reason == "None" else reason, int(fields.get("Restarts") or 0),
                  note, 128 + int(signal) if signal not in ("", "0") else int(code or 0),
-                 out_of_time=ran is not None and allowed is not None and ran >= allowed)
+                 out_of_time=ran is not None and allowed is not None and ran >= allowed,
+                 preempted=fields.get("PreemptTime", "None") not in ("None", "(null)"))
 
 
 def requeue(job: str) -> str | None:
     """Ask for another attempt of the job that this process belongs to. None if granted, else why not.
 
-    A job that SLURM is already ending is left alone: it is requeued without us (preemption without a grace time, a
-    lost node) or was cancelled, and `scontrol requeue` would bring a cancelled job back to life (measured on 22.05).
-    Only at the end of its time would nobody else ask.
+    A job that SLURM is already ending is left alone: it is requeued without us (preemption by requeue without a grace
+    time, a lost node) or was cancelled, and `scontrol requeue` would bring a cancelled job back to life (measured on
+    22.05). Only at the end of its time, and where a preemption cancels, would nobody else ask; a preemption by requeue
+    without a grace time shows no PreemptTime, and a job that was cancelled none of an earlier attempt (measured).
     """
     now = ask_quietly(job)
-    if now.name not in ("RUNNING", "UNKNOWN", "SUSPENDED") and not now.out_of_time:
+    if now.name not in ("RUNNING", "UNKNOWN", "SUSPENDED") and not now.out_of_time and not now.preempted:
         return f"SLURM is already ending the job ({now.name}): it requeues it by itself, unless it was cancelled"
     for patience_s in (1, 3, None):  # a controller that is busy for a moment must not cost the run its next attempt
         answer = call("scontrol", "requeue", job)

@@ -172,7 +172,7 @@ def _check_recipe(request: Request) -> tuple[list[str], list[chain.Entry], int, 
 
 def _entries(request: Request, recipe) -> list[chain.Entry]:
     """The evaluations asked for, with options that they have, each once. Raises ``ConfigError``, ``DataError``."""
-    from hpcssl.evals.run import EVALS, check_labels, question
+    from hpcssl.evals.run import EVALS, check_sets, question
 
     found: dict[str, chain.Entry] = {}
     for asked in chain.parse(request.evals):
@@ -183,11 +183,11 @@ def _entries(request: Request, recipe) -> list[chain.Entry]:
                  for name, hint in typing.get_type_hints(EVALS[asked.name].options).items()}
         entry = chain.settled(asked, kinds)
         values = config.as_dict(recipe)
-        if not (entry.shards.get("val") or recipe.data.val):
+        if EVALS[asked.name].split is None and not (entry.shards.get("val") or recipe.data.val):
             raise ConfigError("data.val", got="no folder", expected=f"shards for {asked.name} to score on",
                               mend="add data.val=FOLDER to the command, or leave out --evals")
         options, sets = question(asked.name, values, overrides=entry.overrides, **entry.shards)
-        (EVALS[asked.name].check or check_labels)(**sets)
+        check_sets(asked.name, options, sets)
         same = config.fingerprint({"eval": asked.name, **{k: s.digest for k, s in sets.items()}, "options":
                                    config.as_dict(config.load(EVALS[asked.name].options, options))})
         if same in found:

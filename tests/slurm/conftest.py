@@ -44,10 +44,12 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+JobRequeue=0
 KillWait=10
 MinJobAge=3000
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=4 RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=cancel Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -127,7 +129,8 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
-    """A private SLURM of two nodes with four CPUs each; partitions ``main`` (preemptable) and ``high``."""
+    """A private SLURM of two nodes with four CPUs each; partitions ``main`` (preemptable), ``cancel`` (preempted
+    jobs are cancelled, without grace) and ``high``. Jobs are requeued only where they ask for it themselves."""
     missing = [p for p in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not _which(p)]
     if missing:
         pytest.skip(f"no {missing[0]} here: apt-get install slurm-wlm munge")
@@ -213,7 +216,8 @@ def train(run, *, stop, requeue, attempt):
 
 STAND_IN_EVALUATION = '''
 import json, os, time
-from hpcssl.files import append_line
+from dataclasses import replace
+from hpcssl.files import append_line, read_lines
 from slurm import attempts, chain
 
 def evaluate(run, what, *, stop, requeue, attempt):
@@ -227,9 +231,9 @@ def evaluate(run, what, *, stop, requeue, attempt):
             requeue()
             return 75
         time.sleep(0.02)
-    append_line(run.eval_rows(asked.name), {"eval": what, "trained": run.done.exists()})
-    for step in chain.left_over(run, asked):
-        append_line(run.eval_rows(asked.name), {"eval": f"{asked.name}@{step}", "by": what})
+    for name in (what, *(str(replace(asked, step=step)) for step in chain.left_over(run, asked))):
+        if not any(row["eval"] == name for row in read_lines(run.eval_rows(asked.name))):
+            append_line(run.eval_rows(asked.name), {"eval": name, "trained": run.done.exists()})
     attempts.end(run, what, attempt, "done")
     return 0
 '''

@@ -11,13 +11,13 @@ import pytest
 
 from hpcssl.errors import SubmitError
 from hpcssl.files import RunDir, read_lines
-from slurm import attempts, control, procs, records, sched, script, submit, watch
+from slurm import attempts, chain, control, procs, records, sched, script, submit, watch
 from slurm.cluster import Profile
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 FOUR = {"nodes": "2", "ntasks-per-node": "2"}
-RECIPE = ["optim.batch=32", "bank.size=128", "schedule.steps=30", "machine.log_steps=1", "machine.devices=cpu",
+RECIPE = ["optim.batch=64", "bank.size=128", "schedule.steps=30", "machine.log_steps=1", "machine.devices=cpu",
           "machine.checkpoint_steps=7", "evals.linear.epochs=1"]
 
 
@@ -112,27 +112,35 @@ def test_the_end_of_the_time_changes_nothing(cluster, submit_msf, undisturbed):
     assert say("hpcssl", "digest", str(run.root)) == say("hpcssl", "digest", str(undisturbed[0].root))
 
 
-def test_a_preemption_changes_nothing_and_evaluations_run_once(cluster, submit_msf, undisturbed):
-    run, jobs = submit_msf("--time", "10", "--evals", "knn,linear")
+def test_a_preemption_changes_nothing_and_evaluations_run_once(cluster, submit_msf, undisturbed, digits):
+    chained = ("knn:k=1+20", "linear")
+    words = ["--time", "10", "--evals", ",".join(chained), "--eval-every", "1"]  # an epoch ends at step 22
+    run, jobs = submit_msf(*words)
+    chained = jobs.keys() - {"train"}
+    assert chained == {"knn:k=[1,20]", "linear"}
     cluster.until(training(run, 5), "step 5", 120)
     cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
     cluster.until(lambda: cluster.field(jobs["train"], "Restarts") == "1", "requeue")
-    for job in ("knn", "linear"):
+    for job in chained:
         assert cluster.field(jobs[job], "JobState") == "PENDING"
     ends(cluster, jobs["train"])
     assert watch.wait(run, lambda text: None) == 0
     assert causes(run) == ["stopped", "done"]
     assert attempts.history(run)[0].error == "SIGTERM"
     assert cluster.field(jobs["train"], "Restarts") == "1"
-    for name in ("knn", "linear"):
-        assert [a.cause for a in attempts.history(run, name)] == ["done"]
-        assert [row["step"] for row in read_lines(run.eval_rows(name))] == [0, 30]
+    for job in chained:
+        assert [a.cause for a in attempts.history(run, job)] == ["done"]
+        assert sorted(row["step"] for row in read_lines(run.eval_rows(job.partition(":")[0]))) == [0, 22, 30]
     ends(cluster, undisturbed[1]["train"])
     assert say("hpcssl", "digest", str(run.root)) == say("hpcssl", "digest", str(undisturbed[0].root))
     line = say("slurm", "status", str(run.root)).strip()
     assert "\n" not in line
     assert all(word in line for word in (f"job={jobs['train']}", "state=COMPLETED", "attempt=2", "step=30/30",
-                                         f"knn=COMPLETED job {jobs['knn']}"))
+                                         f"linear=COMPLETED job {jobs['linear']}"))
+    before = run.jobs.read_text()
+    assert say("slurm", "digits_msf", "--run", str(run.root), "-N2", "--ntasks-per-node=2", *words, *RECIPE,
+               f"data.train={digits / 'train'}", f"data.val={digits / 'val'}") == ""
+    assert run.jobs.read_text() == before
 
 
 def by_stand_in(run, evals=()):
@@ -191,6 +199,27 @@ def test_two_crashes_at_the_same_step_end_the_job_and_its_chain(cluster, stand_i
     assert "two crashes in a row at the same step" in report.note
     assert watch.wait(run, lambda text: None) == 1
     assert not run.eval_rows("knn").exists()
+
+
+def test_a_partition_that_cancels_what_it_preempts_loses_nothing(cluster, stand_in):
+    """And what is evaluated beside it is submitted from inside the job, in whichever attempt."""
+    run = stand_in(steps=150, step_s=0.05, export=[10, 80])
+    look = run.code / "slurm" / "beside.py"
+    look.write_text(look.read_text().replace("POLL_S = 5.0", "POLL_S = 0.2"))
+    chain.write(run, {"knn": {"every": 10, "sbatch": {"nice": "1"}}}, last=150, kind="slurm",
+                profile=Profile(python=sys.executable))
+    job = script.submit(run, "train", FOUR | {"partition": "cancel"}, Profile())
+    child = script.submit(run, "knn", {"dependency": f"afterok:{job}"}, Profile())
+    cluster.until(lambda: "knn@10" in records.submitted(run), "evaluation beside the training")
+    cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+    ends(cluster, job)
+    ends(cluster, child)
+    assert causes(run) == ["stopped", "done"]
+    assert cluster.field(job, "Restarts") == "1"
+    for what in ("knn@10", "knn@80"):
+        ends(cluster, records.submitted(run)[what].job)
+    assert watch.report(run).evals["knn@*"] == "2 COMPLETED"
+    assert sorted(row["eval"] for row in read_lines(run.eval_rows("knn"))) == ["knn", "knn@10", "knn@80"]
 
 
 def test_sbatchs_refusal_is_one_sentence_and_leaves_no_half_chain(cluster, stand_in):

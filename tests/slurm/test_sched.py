@@ -30,6 +30,13 @@ def test_states_that_need_a_person_name_the_mend(state, reason, mend):
     assert mend in line(state, reason).note
 
 
+def test_a_partition_that_cancels_what_it_preempts():
+    text = LINE.format(state="PREEMPTED", reason="None", code="143:0", ran="00:01:00")
+    ended = sched.parse("12", text + " PreemptTime=2026-11-20T18:37:38")
+    assert ended.preempted and not ended.live and "submit again" in ended.note
+    assert not sched.parse("12", text + " PreemptTime=None").preempted
+
+
 def test_an_ended_job_waits_for_nothing():
     assert line("CANCELLED", "BeginTime").note == line("RUNNING").note == ""
     assert not line("COMPLETED").live
@@ -42,7 +49,8 @@ def test_exit_codes(code, shown):
 
 @pytest.mark.parametrize(("state", "granted"), [
     (sched.State("RUNNING"), True), (sched.State("COMPLETING"), False), (sched.State("CANCELLED"), False),
-    (sched.State("COMPLETING", out_of_time=True), True), (sched.State("UNKNOWN"), True)])
+    (sched.State("COMPLETING", out_of_time=True), True), (sched.State("UNKNOWN"), True),
+    (sched.State("COMPLETING", preempted=True), True)])
 def test_only_a_job_that_slurm_is_not_ending_is_requeued(monkeypatch, state, granted):
     asked = []
     monkeypatch.setattr(sched, "ask_quietly", lambda job: state)

@@ -213,7 +213,7 @@ def test_status_never_imports_torch(stand_in):
     records.note(run, "submit", "local-1", what="train", kind="local", options={})
     done = subprocess.run([sys.executable, "-c", probe, str(run.root)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{run.root}\tjob=local-1\tstate=LOST (no supervisor)\tattempt=0\tstep=0/7")
+    assert done.stdout.startswith(f"{run.root}\tjob=local-1\tstate=PENDING\tattempt=0\tstep=0/7")
 
 
 @pytest.mark.timeout(300)
