@@ -6,7 +6,8 @@ import sys
 
 import benchmarks
 
-_PARTS = ("common", "peers", "__main__")  # shared by the others, nothing to run
+# shared by the others, nothing to run
+_PARTS = ("common", "peers", "official_code", "official_literal", "official_methods", "__main__")
 
 
 def main() -> int:
