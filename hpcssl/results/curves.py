@@ -7,6 +7,7 @@ and Ito's, which people with any colour vision tell apart; line styles and marke
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ import numpy as np
 from hpcssl import config, files
 from hpcssl.errors import EvalError
 from hpcssl.files import RunDir
-from hpcssl.results.records import open_run, science
+from hpcssl.results.records import open_runs, science
+
+log = logging.getLogger("hpcssl")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -41,7 +44,15 @@ class Group:
 
 def draw(runs: Sequence[Path | str], folder: Path | str) -> list[Path]:
     """Write ``curves.png`` and a picture of each quantity there is; returns their paths. Raises ``EvalError``."""
-    groups = _groups([open_run(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)])
+    opened = open_runs(runs)
+    begun = [run for run in opened if _steps(run)]
+    for run in opened:
+        if run not in begun:
+            log.warning("%s has no steps yet", run.root)
+    if not begun:
+        raise EvalError(f"run folder {opened[0].root}", got="a journal without steps",
+                        expected="a run that has trained", mend="draw it once it has made its first steps")
+    groups = _groups(begun)
     there = [name for name in AXES if any(name in group.curves for group in groups)]
     return [_save(Path(folder) / f"{called}.png", groups, names)
             for called, names in (("curves", there), *((name, [name]) for name in there))]
@@ -80,11 +91,8 @@ def _labels(groups: Sequence[Sequence[RunDir]]) -> list[str]:
 
 
 def curves_of(run: RunDir) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Quantity -> line -> (epochs, values), from the journal and the k-NN rows. Raises ``EvalError`` without steps."""
-    journal = [line for line in files.read_lines(run.journal) if not line.get("eval")]
-    if not journal:
-        raise EvalError(f"run folder {run.root}", got="a journal without steps", expected="a run that has trained",
-                        mend="draw it once it has made its first steps")
+    """Quantity -> line -> (epochs, values), from the journal, which has steps, and the k-NN rows."""
+    journal = _steps(run)
     per_epoch = _steps_per_epoch(journal)
     found = {}
     for name in ("loss", "spread", "purity", "lr"):
@@ -95,6 +103,10 @@ def curves_of(run: RunDir) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]
                            if name in _NOISY else (epochs, values)}
     knn = _knn(run, per_epoch)
     return found | ({"knn": knn} if knn else {})
+
+
+def _steps(run: RunDir) -> list[dict]:
+    return [line for line in files.read_lines(run.journal) if not line.get("eval")]
 
 
 def _steps_per_epoch(journal: Sequence[dict]) -> float:

@@ -34,7 +34,7 @@ def collect(runs: Sequence[Path | str]) -> list[dict]:
     seeds) besides. A run without results is named in the log and left out.
     Raises ``EvalError`` for a path that is no run folder, and where no run has results.
     """
-    opened = [open_run(path) for path in dict.fromkeys(Path(run).resolve() for run in runs)]
+    opened = open_runs(runs)
     records = [record for run in opened for record in _of_run(run)]
     if not records:
         raise EvalError(f"run folder {opened[0].root}", got="no results yet", expected="rows in evals/NAME.jsonl",
@@ -45,6 +45,18 @@ def collect(runs: Sequence[Path | str]) -> list[dict]:
 def shown(records: Sequence[dict], *, steps: bool = False) -> list[dict]:
     """What a table shows: the untrained and the newest encoder of each run; with ``steps`` those between as well."""
     return [r for r in records if steps or r["newest"] or r["step"] == 0]
+
+
+def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
+    """Each once. Of several, a folder that is no run (``runs/*`` may hold shards) is named in the log and left out.
+    Raises ``EvalError`` for a path that is no folder, and where none is a run."""
+    opened = []
+    for path in dict.fromkeys(Path(path).resolve() for path in paths):
+        if len(paths) > 1 and path.is_dir() and not RunDir(path).config.exists():
+            log.warning("%s is no run folder", path)
+        else:
+            opened.append(open_run(path))
+    return opened or [open_run(path) for path in paths]
 
 
 def open_run(path: Path | str) -> RunDir:
@@ -111,6 +123,8 @@ def _place(records: list[dict], about: dict, metrics: dict[str, float], options:
         record["metrics"].setdefault(column, score)
         record["asked"].setdefault(column, options)
     record["data"] = record["data"] or about["data"]
+    if about["commit"] not in record["commit"].split(", "):
+        record["commit"] += ", " + about["commit"]
 
 
 def _about(run: RunDir, recipe: dict, changed: list[str], row: dict) -> dict:

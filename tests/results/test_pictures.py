@@ -22,14 +22,18 @@ def make_run(root, *, name="mine", seed=0, lr=0.1, steps=STEPS, start=0.0, knn=T
     """A run folder of 4 epochs whose loss falls by 0.01 a step from ``start``."""
     run = RunDir(root)
     files.atomic_write(run.config, json.dumps({"name": name, "seed": seed, "optim": {"lr": lr}}))
-    for step in range(1, steps + 1):
-        files.append_line(run.journal, {"step": step, "epoch": (step - 1) / PER_EPOCH, "loss": start - step / 100}
-                          | ({"lr": lr, "spread": 0.8, "purity": 0.25} if more else {}))
-    files.append_line(run.journal, {"step": steps, "eval": True, "knn1": 1.0})
-    for step in (0, 20, 40) if knn else ():
-        files.append_line(run.eval_rows("knn"), {"step": step, "metrics": {
-            "knn1": 50.0 + step, "knn20": 40.0 + step, "knn20_weighted": 41.0, "knn20_top5": 99.0, "one_label": 3.0}})
+    lines = [{"step": step, "epoch": (step - 1) / PER_EPOCH, "loss": start - step / 100}
+             | ({"lr": lr, "spread": 0.8, "purity": 0.25} if more else {}) for step in range(1, steps + 1)]
+    write_lines(run.journal, [*lines, {"step": steps, "eval": True, "knn1": 1.0}])
+    if knn:
+        write_lines(run.eval_rows("knn"), [{"step": step, "metrics": {
+            "knn1": 50.0 + step, "knn20": 40.0 + step, "knn20_weighted": 41.0, "knn20_top5": 99.0, "one_label": 3.0}}
+            for step in (0, 20, 40)])
     return run
+
+
+def write_lines(path, lines):
+    files.atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def size_of(path):
@@ -51,7 +55,7 @@ def test_curves_have_the_run_s_own_numbers(tmp_path):
 def test_a_long_run_is_averaged_and_a_bad_loss_is_a_gap(tmp_path):
     run = make_run(tmp_path / "run", steps=0, knn=False)
     lines = [{"step": s, "epoch": (s - 1) / 100, "loss": "nan" if s == 7 else float(s)} for s in range(1, 1001)]
-    files.atomic_write(run.journal, "".join(json.dumps(line) + "\n" for line in lines))
+    write_lines(run.journal, lines)
     epochs, loss = curves.curves_of(run)["loss"][""]
     assert len(loss) == curves.WINDOWS and np.isnan(loss[0]) and loss[1] == np.mean(range(11, 21))
     assert epochs[1] == pytest.approx(0.2)
@@ -70,15 +74,16 @@ def test_seeds_are_one_line_and_other_settings_another(tmp_path):
     assert len(curves._mean([groups[0].curves["loss"][""][0], short])[0]) == 5, "as far as both have come"
 
 
-def test_pictures_are_written_whole(tmp_path):
+def test_pictures_are_written_whole(tmp_path, caplog):
     runs = [make_run(tmp_path / name, seed=seed, more=False).root for seed, name in enumerate("ab")]
-    made = curves.draw(runs, tmp_path / "plots")
+    made = curves.draw([*runs, make_run(tmp_path / "new", steps=0, knn=False).root], tmp_path / "plots")
+    assert "new has no steps yet" in caplog.text
     assert [path.name for path in made] == ["curves.png", "loss.png", "knn.png"]
     assert all(size_of(path)[0] == "PNG" for path in made)
     colours = {tuple(c) for c in np.asarray(Image.open(made[1]).convert("RGB")).reshape(-1, 3)}
     assert (0x00, 0x72, 0xB2) in colours
     with pytest.raises(EvalError, match="journal without steps"):
-        curves.draw([make_run(tmp_path / "empty", steps=0, knn=False).root], tmp_path / "plots")
+        curves.draw([make_run(tmp_path / "new", steps=0, knn=False).root], tmp_path / "plots")
 
 
 # -- gallery ------------------------------------------------------------------------------------------------

@@ -213,6 +213,11 @@ def test_wrong_folders_are_one_sentence(tmp_path, make_run, caplog):
     run = make_run(tmp_path / "demo")
     assert len(collect([run.root, tmp_path / "bare", run.root])) == 2, "left out, and no run counts twice"
     assert "bare has no results yet" in caplog.text
+    assert len(collect([run.root, tmp_path / "empty"])) == 2 and "empty is no run folder" in caplog.text
+    with pytest.raises(EvalError, match=r"no config\.yaml"):
+        collect([tmp_path / "empty", tmp_path / "empty"])
+    with pytest.raises(EvalError, match="no such folder"):
+        collect([run.root, tmp_path / "absent"])
 
 
 # -- tables -------------------------------------------------------------------------------------------------
