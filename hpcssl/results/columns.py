@@ -73,11 +73,20 @@ def quantity(column: str) -> str:
     return re.sub(r"^(\w+):[^\s,]+", r"\1", column).removeprefix("knn ")
 
 
-def anchors(recipe: str, *, same_labels: bool = True) -> dict[str, published.Anchor]:
-    """Title of a column -> the published score of a recipe. ``same_labels`` False: scored with other labelled images
-    than the training's, so that k-NN and linear of the recipe's row are other quantities."""
-    found = {published.TITLES[column]: anchor for column, anchor in published.of_recipe(recipe).items()}
-    return {title: anchor for title, anchor in found.items() if same_labels or not _OF_TRAINING_SET.match(title)}
+def anchors(recipe: str, header: dict | None = None) -> dict[str, dict]:
+    """Title of a column -> ``value``, ``text`` and ``source`` of the score that a recipe is to reach: what the tables
+    print, and what its header (``about``) says where they print none."""
+    found = {published.TITLES[column]: {"value": anchor.value.number, "text": anchor.value.text, "source": str(anchor)}
+             for column, anchor in published.of_recipe(recipe).items()}
+    header = header or {}
+    said = {published.TITLES[key]: {"value": score, "text": str(score), "source": header.get("source", "")}
+            for key, score in (header.get("published") or {}).items() if key in published.TITLES}
+    return said | found
+
+
+def of_training_set(title: str) -> bool:
+    """Whether a published score is of the labels that the recipe trains on, and so means nothing on others."""
+    return _OF_TRAINING_SET.match(title) is not None
 
 
 def in_order(columns: Iterable[str], *, wide: bool = True) -> list[str]:

@@ -30,7 +30,9 @@ def main(runs: Sequence[Path], *, write: Path | None = None, as_csv: bool = Fals
     if published:
         if write is not None:
             page.write(write, None, with_published=True)
-        out.write(tables.published_as(style) if style else page.published_part() + "\n")
+            out.write(f"{write}\n")
+        else:
+            out.write(tables.published_as(style) if style else page.published_part() + "\n")
         return
     records = collect(runs)
     if write is not None:
@@ -54,6 +56,9 @@ def _check(runs, as_csv, as_json, published, write, pictures) -> None:
     if published and (runs or any(pictures)):
         raise ConfigError(what, got="--published and runs or pictures", expected="--published alone, or with --write",
                           mend="leave --published out: a row's published values stand beside it anyway")
+    if published and write is not None and (as_csv or as_json):
+        raise ConfigError(what, got="--published --write with --csv or --json", expected="one of the two",
+                          mend="the page is markdown; leave --write out to get the values")
     if not runs and not published:
         raise ConfigError(what, got="no run folders", expected="at least one, or --published",
                           mend="name the folders of runs, such as runs/demo")

@@ -93,10 +93,10 @@ def _notes(rows: Sequence[dict[str, str]]) -> list[str]:
     if bracketed:
         notes += ["", "In brackets the published value of the recipe's row, under the paper's own protocol:", ""]
     for recipe in bracketed:
-        places = dict.fromkeys(str(anchor) for title, anchor in columns.anchors(recipe).items()
+        places = dict.fromkeys(anchor["source"] for title, anchor in columns.anchors(recipe).items()
                                if any(columns.quantity(column) == title for row in rows if row["recipe"] == recipe
                                       for column in _bracketed(row)))
-        notes.append(f"- {recipe}: {'; '.join(places)}")
+        notes.append(f"- {recipe}: {'; '.join(places) or 'its own header'}")
     return notes
 
 

@@ -102,8 +102,10 @@ def _of_run(run: RunDir) -> list[dict]:
         if 0 < record["step"] < newest:
             record["rank·h"] = ""  # the cost is of the whole training
         if record["encoder"] == "trained" and not record["changed"]:
-            known = columns.anchors(record["recipe"], same_labels=record["sets"][:1] == [trained_on])
-            record["published"] = _published(known, record["metrics"])
+            known = columns.anchors(record["recipe"], recipe.get("about"))
+            record["published"] = {
+                column: known[title] for column in record["metrics"] if (title := columns.quantity(column)) in known
+                and (record["sets"][:1] == [trained_on] or not columns.of_training_set(title))}
     return records
 
 
@@ -174,12 +176,6 @@ def _at(values: dict, key: str) -> object:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def _published(known: dict, metrics: dict[str, float]) -> dict[str, dict]:
-    found = {column: known[columns.quantity(column)] for column in metrics if columns.quantity(column) in known}
-    return {column: {"value": anchor.value.number, "text": anchor.value.text, "source": str(anchor)}
-            for column, anchor in found.items()}
 
 
 def _cost(run: RunDir) -> tuple[int | str, float | str]:

@@ -182,10 +182,13 @@ def test_published_values_stand_beside_the_row_they_belong_to(tmp_path, make_run
     assert collect([make_run(tmp_path / "own", name=ROW, bank={"placement": "replicated"}).root])[-1]["changed"] == []
 
 
-def test_ones_own_recipe_has_nothing_to_differ_from(tmp_path, make_run):
-    run = make_run(tmp_path / "own")
+def test_ones_own_recipe_has_its_header_to_reach(tmp_path, make_run):
+    run = make_run(tmp_path / "own", about={"published": {"linear_top1": 97.5, "a_word": 1.0}, "source": "us"})
     files.atomic_write(run.config, run.config.read_text().replace('"digits_msf"', '"mine"'))
-    assert collect([run.root])[-1]["changed"] == [] and collect([run.root])[-1]["recipe"] == "mine"
+    record = collect([run.root])[-1]
+    assert record["changed"] == [] and record["recipe"] == "mine"
+    assert record["published"] == {"linear": {"value": 97.5, "text": "97.5", "source": "us"}}
+    assert "- mine: its own header" in page.measured_part([record])
 
 
 def test_an_attempt_without_an_end_makes_the_cost_a_lower_bound(tmp_path, make_run):
@@ -313,6 +316,7 @@ def test_rows_that_were_edited_by_hand_are_refused(tmp_path, make_run):
 def test_the_door_refuses_what_cannot_be_meant(tmp_path, capsys):
     for words, got in (({}, "no run folders"), ({"runs": ["a"], "as_csv": True, "as_json": True}, "--csv and --json"),
                        ({"runs": ["a"], "published": True}, "--published and runs"),
+                       ({"published": True, "as_csv": True, "write": "w"}, "--published --write with"),
                        ({"runs": ["a", "b"], "gallery": "g.png"}, "2 runs"),
                        ({"runs": ["a"], "plots": "p", "write": "w"}, "a table and a picture")):
         with pytest.raises(ConfigError, match=got):
