@@ -135,8 +135,8 @@ def left_over(run: RunDir, final: Entry) -> list[int]:
 def settled(e: Entry, kinds: dict[str, bool]) -> Entry:
     """The entry with ``a+b`` written as ``[a,b]`` where ``kinds`` says that an option is a list, and whole paths.
 
-    A job works in another folder than the person who asked: ``train`` and ``val`` become absolute, and so does every
-    value with a slash that is a path here.
+    A job works in another folder than the person who asked: ``train``, ``val`` and ``root`` become absolute, and so
+    does every value with a slash that is a path here.
     """
     words = []
     for word in e.words:
@@ -144,7 +144,7 @@ def settled(e: Entry, kinds: dict[str, bool]) -> Entry:
         plain = Path(value.strip("'\"")).expanduser()
         if kinds.get(key) and value[0] not in "['\"":
             value = f"[{','.join(value.split('+'))}]"
-        elif key in SHARDS or (os.sep in value and plain.exists()):
+        elif key in (*SHARDS, "root") or (os.sep in value and plain.exists()):
             value = str(plain.absolute())
             value = f"'{value}'" if re.search(r"[^\w./+-]", value) else value
         words.append(f"{key}={value}")

@@ -56,7 +56,8 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
            eval_every: Annotated[int, typer.Option(min=0, help="Evaluate also beside the training, by small jobs, the "
                                                    "weights of every so many epochs (by knn without --evals).")] = 0,
            eval_sbatch: Annotated[list[str] | None, typer.Option(help="An option of sbatch for the evaluations only, "
-                                                                 'such as "--time=30".')] = None,
+                                                                 'such as "--time=30", or for one of them: '
+                                                                 '"detect:--gpus-per-node=8".')] = None,
            cluster: Annotated[str | None, typer.Option(help="A cluster profile: name or YAML file.")] = None,
            sbatch: Annotated[list[str] | None, typer.Option(help='An option that only a newer SLURM knows, such as '
                                                             '"--any=thing".')] = None,
@@ -74,7 +75,7 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
     request = submits.Request(
         run=run, recipe=recipe, overrides=overrides, evals=evals or "knn" * bool(eval_every), eval_every=eval_every,
         sbatch=(ctx.obj or {}) | further, local=local, profile=profiles.find(cluster),
-        eval_sbatch={name: value for text in eval_sbatch or [] for name, value in options.one(text).items()})
+        eval_sbatch=_by_evaluation(eval_sbatch or []))
     if local:
         _say_left_out({k: v for k, v in request.sbatch.items() if k not in shape.LOCAL}, cluster)
     if dry_run:
@@ -156,6 +157,15 @@ def _recipe_of(words: list[str]) -> tuple[str, list[str]]:
         raise ConfigError("RECIPE", got=" and ".join(recipes) or "none", expected="one recipe, then key=value",
                           mend="name one, such as digits_msf: `hpcssl recipes` lists them")
     return recipes[0], overrides
+
+
+def _by_evaluation(texts: list[str]) -> dict[str, dict]:
+    """Options of sbatch by the evaluation that they are for, under '' those for all."""
+    found: dict[str, dict] = {}
+    for text in texts:
+        name, option = re.fullmatch(r"(?:([a-z]\w*):(?=--))?(.*)", text.strip(), re.S).groups()
+        found.setdefault(name or "", {}).update(options.one(option))
+    return found
 
 
 def _nothing_to_submit(folder: RunDir) -> list:

@@ -39,8 +39,7 @@ def launch(run: RunDir, wanted: dict[str, dict], gpus: str | None = None) -> lis
         environ["CUDA_VISIBLE_DEVICES"] = gpus
     with open(run.logs / f"{base}_supervisor.log", "ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "slurm.supervise", str(run.root), base], env=environ,
-                                   cwd=run.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   start_new_session=True)
+                                   stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     found = procs.look(process.pid)
     records.note(run, "supervisor", base, pid=process.pid, started=found.started if found else 0,
                  host=os.uname().nodename)

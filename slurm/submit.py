@@ -19,7 +19,8 @@ from slurm import beside, chain, cluster, control, freeze, local, records, sched
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What a person asked for, with sbatch's options apart. ``evals``: the text of ``--evals``. ``eval_every``:
-    epochs between two evaluations beside the training, 0 for none."""
+    epochs between two evaluations beside the training, 0 for none. ``eval_sbatch``: options of sbatch by evaluation,
+    those of all under ''."""
 
     run: str
     recipe: str
@@ -27,7 +28,7 @@ class Request:
     evals: str = ""
     eval_every: int = 0
     sbatch: dict[str, str | bool] = field(default_factory=dict)
-    eval_sbatch: dict[str, str | bool] = field(default_factory=dict)
+    eval_sbatch: dict[str, dict[str, str | bool]] = field(default_factory=dict)
     profile: cluster.Profile = field(default_factory=cluster.Profile)
     local: bool = False
 
@@ -55,11 +56,17 @@ def plan(request: Request) -> Plan:
     train = request.profile.options() | request.sbatch
     if request.local:
         shape.local_tasks(train)
-    evaluation = shape.evaluation(train, request.eval_sbatch)
-    for sbatch in (train, evaluation):
+    given = request.eval_sbatch
+    if unknown := given.keys() - {"", *(e.name for e in entries)}:
+        raise ConfigError("option --eval-sbatch", got=f"options for {min(unknown)}", expected="those of --evals",
+                          mend=nearest(min(unknown), {e.name for e in entries}) if entries else "add --evals")
+    jobs = {records.TRAIN: train} | {
+        str(e): shape.evaluation(train, given.get("", {}) | given.get(e.name, {})) for e in entries}
+    for what, sbatch in jobs.items():
         shape.signal(sbatch), shape.tasks_per_node(sbatch), shape.nodes(sbatch)  # each refuses what it cannot read
-    shape.after("JOBID", evaluation)
-    return Plan(run, overrides, {records.TRAIN: train} | {str(e): evaluation for e in entries}, every, last)
+        if what != records.TRAIN:
+            shape.after("JOBID", sbatch)
+    return Plan(run, overrides, jobs, every, last)
 
 
 def texts(request: Request) -> str:

@@ -191,7 +191,7 @@ def test_of_a_finished_run_only_what_is_missing(ask):
 
 def test_a_running_training_submits_what_is_due_once(ask, capfd):
     ask("knn", 2, "machine.export_epochs=3", sbatch={"gres": "gpu:h100:4", "hold": True},
-        eval_sbatch={"dependency": "singleton", "time": "30"})
+        eval_sbatch={"": {"dependency": "singleton", "time": "9"}, "knn": {"time": "30"}})
     assert ask.sbatch["2"] == {"nodes": "1", "gpus-per-node": "h100:1", "dependency": "afterok:1,singleton",
                                "time": "30"}
     assert "export_epochs: 1" in ask.run.config.read_text()

@@ -88,9 +88,12 @@ def test_dry_run_prints_what_sbatch_would_get_and_writes_nothing(call, data, tmp
     (tmp_path / "site.yaml").write_text(PROFILE)
     code, out, err = call("digits_msf", "--run", "r", "-N2", "--gpus-per-node", "a100:4", "--cluster", "./site.yaml",
                           *data, "-A", "vision", "--comment", "it's mine", "--sbatch", "--something=new",
-                          "--time=1-12", "--dry-run", "--evals=knn", "--eval-sbatch", "--time=30", "optim.lr=0.05")
+                          "--time=1-12", "--dry-run", "--evals=knn", "--eval-sbatch", "knn:--time=30", "--eval-every=2",
+                          "optim.lr=0.05")
     assert (code, err) == (0, "")
     train, _, knn = out.partition("# ---- knn\n")
+    knn, _, beside = knn.partition("# ---- knn@STEP\n")
+    assert "#SBATCH --nice=10000\n" in beside and "--dependency" not in beside
     assert train.strip() == GOLDEN.format(run=tmp_path / "r").strip()
     for line in ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=a100:1", "--account=vision", "--mem=64G",
                  "--dependency=afterok:JOBID", "--kill-on-invalid-dep=yes", "--requeue", "--time=30",
@@ -123,6 +126,7 @@ def test_dry_run_prints_what_sbatch_would_get_and_writes_nothing(call, data, tmp
     (["digits_msf", "--run", "r", "--cluster", "infinybands"], 2, "did you mean 'infiniband'"),
     (["digits_msf", "--run", "r%j", "--local"], 2, "another folder name"),
     (["digits_msf", "--run", "r", "--eval-sbatch", "time=3", "--local"], 2, "--name=value"),
+    (["digits_msf", "--run", "r", "--evals=knn", "--eval-sbatch", "lin:--time=3", "--local"], 2, "options for lin"),
     (["status", "nowhere"], 2, "no such folder"),
     (["preempt", "."], 2, "no run in it"),
 ])
