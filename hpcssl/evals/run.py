@@ -103,11 +103,10 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     if name not in EVALS:
         raise ConfigError("evaluation", got=repr(name), expected="a known evaluation", mend=nearest(name, EVALS))
     resolved = config.load(EVALS[name].options, options or {}, where=f"options of {name}")
-    for other in (val, *([test] if test else [])):
-        (EVALS[name].check or check_labels)(train, other)
+    sets = {"train": train, "val": val} | ({"test": test} if test else {})
+    _check(name, sets)
     began = time.monotonic()
     encoder = Encoder.open(weights, world)
-    sets = {"train": train, "val": val} | ({"test": test} if test else {})
     identity = identity_of(name, resolved, sets, encoder.sha256)
     found = _found(run, name, identity, world)
     if found is not None:
@@ -160,6 +159,18 @@ def evaluate_sets(name: str, *, run: RunDir | None, weights: Path | str, world: 
     if metrics:
         rows.append(_total(name, run, rows, metrics, world))
     return rows
+
+
+def check_sets(name: str, options: dict, sets: dict[str, ShardSet]) -> None:
+    """Raise ``EvalError`` where an answer of ``question`` cannot be scored."""
+    for _, parts in _parts(name, options, sets):
+        _check(name, parts)
+
+
+def _check(name: str, parts: dict[str, ShardSet]) -> None:
+    for kind, data in parts.items():
+        if kind != "train":
+            (EVALS[name].check or check_labels)(parts["train"], data)
 
 
 def _parts(name: str, options: dict, sets: dict[str, ShardSet]) -> list[tuple[dict, dict[str, ShardSet]]]:
