@@ -80,7 +80,7 @@ def _names() -> list[str]:
 PLAIN: Form = _each(lambda key: key)
 SEQUENTIAL: Form = _children(_0="conv1", _1="bn1", _4="layer1", _5="layer2", _6="layer3", _7="layer4")
 GENERATOR: Form = _children(_0="conv1", _1="bn1", _2="layer1", _3="layer2", _4="layer3", _5="layer4")
-"""lightly's ResNetGenerator: neither ReLU nor pooling among its children."""
+"""lightly's ResNetGenerator. Its ReLU is no child, so that the Sequential trains and evaluates without the stem's."""
 DETECTRON2: Form = _each(_from_detectron2)
 
 
@@ -91,6 +91,7 @@ class Layout:
     ``at``: the keys under which its state dict may lie, ``()`` being the file itself. ``encoders``: their prefixes;
     the first is the one the paper evaluates. ``beside``: a pattern of the other keys, matched after the prefix and
     after DataParallel's ``module.``. ``known`` False: the keys do not tell it from others, so it must be named.
+    ``large`` and ``small``: what goes with a 7×7 and with a 3×3 stem, the latter also by form.
     ``read``: repository, commit, file:line.
     """
 
@@ -103,6 +104,7 @@ class Layout:
     known: bool = True
     large: Look = Look("imagenet", IMAGENET, 224)
     small: Look = Look("small", IMAGENET, 32)
+    small_by: dict[Form, Look] = field(default_factory=dict)
     pattern: re.Pattern = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -194,6 +196,7 @@ LAYOUTS = (
     Layout(
         # linear_eval.py and knn_eval.py take `backbone`, which in its DINO is the teacher
         names=("lightly",), at=((), ("state_dict",)), forms=(PLAIN, SEQUENTIAL, GENERATOR),
+        small_by={GENERATOR: Look("small_linear", IMAGENET, 32)},
         encoders={"online": ("backbone.", "model.backbone.", "student_backbone."),
                   "target": ("backbone_momentum.", "momentum_backbone.", "teacher_backbone.")},
         beside=r"fc\.|(model\.)?((momentum|student|teacher)_)?(backbone|projection|prediction|head|prototypes|queues?|"

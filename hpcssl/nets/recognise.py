@@ -80,9 +80,11 @@ def _matches(layout: Layout, tree: Mapping, encoder: str) -> Iterator[Match]:
         state = _dig(tree, path)
         for prefix in layout.encoders.get(encoder, ()):
             inside = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
-            named = [names for form in layout.forms if inside and (names := form(inside))]
-            for names in named:
-                yield _match(layout, encoder, prefix, state, {prefix + key: name for key, name in names.items()})
+            named = [(form, names) for form in layout.forms if inside and (names := form(inside))]
+            for form, names in named:
+                small = layout.small_by.get(form, layout.small)
+                names = {prefix + key: name for key, name in names.items()}
+                yield _match(layout, small, encoder, prefix, state, names)
             if named:
                 break  # the prefixes after it are for other versions of the project
 
@@ -96,9 +98,10 @@ def _dig(tree: object, path: tuple[str, ...]) -> dict[str, Tensor]:
     return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-def _match(layout: Layout, encoder: str, prefix: str, state: dict[str, Tensor], names: dict[str, str]) -> Match:
+def _match(layout: Layout, small: Look, encoder: str, prefix: str, state: dict[str, Tensor],
+           names: dict[str, str]) -> Match:
     tensors = {name: state[key] for key, name in names.items() if not name.endswith(COUNTERS)}
-    arch, look, blocks = _arch(tensors, layout)
+    arch, look, blocks = _arch(tensors, layout.large, small)
     wanted = {} if arch is None else _shapes(arch)
     back = {name: key for key, name in names.items()}
     rest = [key for key in state if key not in names and not _known(layout, key, prefix)]
@@ -121,7 +124,7 @@ def _known(layout: Layout, key: str, prefix: str) -> bool:
     return key.startswith(others) or layout.pattern.match(key.removeprefix("module.")) is not None
 
 
-def _arch(tensors: dict[str, Tensor], layout: Layout) -> tuple[Arch | None, Look, str]:
+def _arch(tensors: dict[str, Tensor], large: Look, small: Look) -> tuple[Arch | None, Look, str]:
     """The architecture by its blocks and the stem by its kernel; the rest is for the strict comparison."""
     blocks = Counter()
     for name in tensors:
@@ -133,7 +136,7 @@ def _arch(tensors: dict[str, Tensor], layout: Layout) -> tuple[Arch | None, Look
     name = next((name for name, (block, layers) in resnet.RESNETS.items()
                  if layers == counts and (block is Bottleneck) == deep), None)
     kernel = tensors["conv1.weight"].shape[-1] if "conv1.weight" in tensors else 7
-    look = layout.small if kernel == 3 else layout.large
+    look = small if kernel == 3 else large
     told = f"{'bottleneck' if deep else 'basic'} blocks {'-'.join(map(str, counts))}"
     return (None if name is None else Arch(arch=name, stem=look.stem)), look, told
 
@@ -162,7 +165,7 @@ def _elsewhere(rows: Sequence[Layout], tree: Mapping) -> list[Match]:
     if not any(name.startswith("layer") for name in names.values()):
         return []
     tensors = {name: state[theirs + key] for key, name in names.items()}
-    arch, look, blocks = _arch(tensors, layout)
+    arch, look, blocks = _arch(tensors, layout.large, layout.small)
     return [Match(layout=layout, encoder=encoder, tensors={}, missing=sorted(prefix + key for key in names), strange=[],
                   unused=sorted(theirs + key for key in names), wrong=[], arch=arch, look=look, blocks=blocks)]
 

@@ -27,7 +27,7 @@ RESNETS = {
 }
 NAMES = (*RESNETS, "resnet_tiny")
 STEMS = ("imagenet", "small")
-READ_STEMS = ("small_pad2", "imagenet_same")
+READ_STEMS = ("small_pad2", "small_linear", "imagenet_same")
 """Stems of others' encoders. They are read and evaluated, and not offered for training."""
 
 
@@ -36,7 +36,8 @@ class Arch:
     """What a backbone is. Stored in every exported weights file, so that nobody guesses it from key names.
 
     ``stem``: ``imagenet`` (7×7 stride 2, max-pool) or ``small`` (3×3 stride 1, no pool; CIFAR-sized images); of others'
-    encoders also ``small_pad2`` (solo-learn's, which pads by 2) and ``imagenet_same`` (Haiku's padding throughout).
+    encoders also ``small_pad2`` (solo-learn's, which pads by 2), ``small_linear`` (lightly's, without a ReLU) and
+    ``imagenet_same`` (Haiku's padding throughout).
     ``zero_init_residual``: the last norm of each residual branch starts at 0 (SimSiam; not MSF).
     """
 
@@ -96,6 +97,8 @@ def build(arch: Arch, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.M
         if arch.stem.startswith("small"):
             network.conv1 = nn.Conv2d(3, 64, 3, padding=2 if arch.stem == "small_pad2" else 1, bias=False)
             network.maxpool = nn.Identity()
+            if arch.stem == "small_linear":
+                network.relu = nn.Identity()  # the stem's alone; each block has its own
         elif arch.stem == "imagenet_same":
             _pad_same(network)
     if arch.zero_init_residual:

@@ -137,15 +137,18 @@ def test_wrong_prefix_missing_and_surplus_keys_are_errors_that_show_both_lists(n
 
 
 def test_small_stems_of_three_projects(tmp_path):
-    """lightly's pads by 1, solo-learn's by 2; a bare backbone. could be either, and is not guessed."""
+    """lightly's has no ReLU, solo-learn's pads by 2; a bare backbone. could be any, and is not guessed."""
     query, q = encoder(2)
-    query.conv1, query.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    query.conv1, query.maxpool, relu = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity(), query.relu
+    query.relu = nn.Identity()
     query.conv1.weight.data = q["conv1.weight"] = torch.randn(64, 3, 3, 3, generator=torch.Generator().manual_seed(3))
     x = X[:, :, :32, :32]
     torch.save(others.lightly_generated(q, q), tmp_path / "lightly")
     backbone, meta = importers.load(tmp_path / "lightly")
     same(backbone, query, x)
-    assert meta["format"] == "lightly" and meta["arch"].stem == "small" and meta["size"] == 32
+    assert meta["format"] == "lightly" and meta["arch"].stem == "small_linear" and meta["size"] == 32
+    query.relu = relu
+    assert not torch.allclose(backbone(x), query(x), rtol=1e-2)
 
     torch.save(others.solo_learn(q, q), tmp_path / "solo")
     backbone, meta = importers.load(tmp_path / "solo")
