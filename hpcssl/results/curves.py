@@ -34,25 +34,29 @@ LIMITS = {"spread": (0, 1), "purity": (0, 100), "lr": (0, None)}
 _NOISY = ("loss", "spread", "purity")
 
 
+Points = tuple[np.ndarray, np.ndarray]  # epochs, and the values there
+Curves = dict[str, dict[str, Points]]  # quantity -> line, such as 20-NN, or '' -> points
+
+
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone. ``curves``: quantity -> line name -> one (epochs, values) per run."""
+    """Runs that differ in the seed alone. ``curves``: quantity -> line -> the points of each run."""
 
     label: str
-    curves: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]]
+    curves: dict[str, dict[str, list[Points]]]
 
 
 def draw(runs: Sequence[Path | str], folder: Path | str) -> list[Path]:
     """Write ``curves.png`` and a picture of each quantity there is; returns their paths. Raises ``EvalError``."""
     opened = open_runs(runs)
-    begun = [run for run in opened if _steps(run)]
+    curves = {run: curves_of(run) for run in opened}
     for run in opened:
-        if run not in begun:
+        if not curves[run]:
             log.warning("%s has no steps yet", run.root)
-    if not begun:
+    if not any(curves.values()):
         raise EvalError(f"run folder {opened[0].root}", got="a journal without steps",
                         expected="a run that has trained", mend="draw it once it has made its first steps")
-    groups = _groups(begun)
+    groups = _groups({run: found for run, found in curves.items() if found})
     there = [name for name in AXES if any(name in group.curves for group in groups)]
     return [_save(Path(folder) / f"{called}.png", groups, names)
             for called, names in (("curves", there), *((name, [name]) for name in there))]
@@ -61,21 +65,21 @@ def draw(runs: Sequence[Path | str], folder: Path | str) -> list[Path]:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _groups(runs: Sequence[RunDir]) -> list[Group]:
+def _groups(curves: dict[RunDir, Curves]) -> list[Group]:
     together: dict[str, list[RunDir]] = {}
-    for run in runs:
+    for run in curves:
         recipe = config.read_yaml(run.config)
         trained_on = run.data.read_text() if run.data.exists() else ""
         key = config.fingerprint(science(recipe) | {"name": recipe.get("name"), "on": trained_on})
         together.setdefault(key, []).append(run)
     groups = []
     for label, members in zip(_labels(list(together.values())), together.values(), strict=True):
-        curves: dict[str, dict[str, list]] = {}
+        joined: dict[str, dict[str, list]] = {}
         for run in members:
-            for name, lines in curves_of(run).items():
+            for name, lines in curves[run].items():
                 for line, points in lines.items():
-                    curves.setdefault(name, {}).setdefault(line, []).append(points)
-        groups.append(Group(label, curves))
+                    joined.setdefault(name, {}).setdefault(line, []).append(points)
+        groups.append(Group(label, joined))
     return groups
 
 
@@ -90,9 +94,11 @@ def _labels(groups: Sequence[Sequence[RunDir]]) -> list[str]:
     return [", ".join(str(run.root) for run in group) for group in groups]
 
 
-def curves_of(run: RunDir) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Quantity -> line -> (epochs, values), from the journal, which has steps, and the k-NN rows."""
-    journal = _steps(run)
+def curves_of(run: RunDir) -> Curves:
+    """From the journal and the k-NN rows; nothing for a run without steps."""
+    journal = [line for line in files.read_lines(run.journal) if not line.get("eval")]
+    if not journal:
+        return {}
     per_epoch = _steps_per_epoch(journal)
     found = {}
     for name in ("loss", "spread", "purity", "lr"):
@@ -105,24 +111,20 @@ def curves_of(run: RunDir) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]
     return found | ({"knn": knn} if knn else {})
 
 
-def _steps(run: RunDir) -> list[dict]:
-    return [line for line in files.read_lines(run.journal) if not line.get("eval")]
-
-
 def _steps_per_epoch(journal: Sequence[dict]) -> float:
     """A line's ``epoch`` is that before its step: step 1 stands at 0."""
     last = journal[-1]
     return (last["step"] - 1) / last["epoch"] if last.get("epoch") else float(last["step"])
 
 
-def _smooth(epochs: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _smooth(epochs: np.ndarray, values: np.ndarray) -> Points:
     """Means of neighbouring steps, at the last of them; what is not finite makes a gap."""
     width = max(1, len(values) // WINDOWS)
     whole = len(values) // width * width
     return epochs[:whole].reshape(-1, width)[:, -1], values[:whole].reshape(-1, width).mean(1)
 
 
-def _knn(run: RunDir, per_epoch: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _knn(run: RunDir, per_epoch: float) -> dict[str, Points]:
     """1-NN and the majority vote of the most neighbours; the weighted vote where no majority voted."""
     scores: dict[str, dict[int, float]] = {}
     for row in files.read_lines(run.eval_rows("knn")):
@@ -194,7 +196,7 @@ def _panel(axes, groups: Sequence[Group], name: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _mean(members: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _mean(members: Sequence[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Epochs that all members have, their mean and sample deviation there."""
     shared = members[0][0]
     for epochs, _ in members[1:]:

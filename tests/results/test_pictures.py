@@ -64,7 +64,7 @@ def test_a_long_run_is_averaged_and_a_bad_loss_is_a_gap(tmp_path):
 def test_seeds_are_one_line_and_other_settings_another(tmp_path):
     runs = [make_run(tmp_path / "a", seed=0, start=1.0), make_run(tmp_path / "b", seed=1, start=3.0),
             make_run(tmp_path / "c", lr=0.2), make_run(tmp_path / "x" / "c", name="other")]
-    groups = curves._groups(runs)
+    groups = curves._groups({run: curves.curves_of(run) for run in runs})
     assert [len(g.curves["loss"][""]) for g in groups] == [2, 1, 1]
     assert len({g.label for g in groups}) == 3, "two folders of one name are told apart"
     epochs, mean, spread = curves._mean(groups[0].curves["loss"][""])
