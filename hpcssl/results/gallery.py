@@ -20,7 +20,7 @@ from PIL import Image
 from hpcssl import config, files, rng
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
-from hpcssl.errors import EvalError
+from hpcssl.errors import ConfigError
 from hpcssl.evals import knn
 from hpcssl.evals import run as evals
 from hpcssl.evals.features import Encoder, Features, extract
@@ -40,12 +40,12 @@ _LETTERS = 15
 def draw(run: Path | str, path: Path | str) -> Path:
     """Write the gallery of a run's last weights, between the recipe's training and validation shards, as a PNG.
 
-    Raises ``EvalError`` (no weights, no labels), ``ConfigError`` (no validation shards) and ``DataError``.
+    Raises ``EvalError`` (no weights, no labels), ``ConfigError`` (no .png, no validation shards) and ``DataError``.
     """
     run, path = open_run(run), Path(path)
     if path.suffix != ".png":
-        raise EvalError(f"--gallery {path}", got=f"the ending {path.suffix!r}", expected=".png",
-                        mend=f"--gallery {path.with_suffix('.png')}")
+        raise ConfigError(f"--gallery {path}", got=f"the ending {path.suffix!r}", expected=".png",
+                          mend=f"--gallery {path.with_suffix('.png')}")
     training.prepare(MachineOptions(devices="auto"))
     given, sets = evals.question("knn", config.read_yaml(run.config))
     evals.check_labels(sets["train"], sets["val"])

@@ -145,7 +145,7 @@ def test_queries_are_drawn_by_lot_of_every_class():
 
 def test_a_gallery_that_cannot_be_drawn_is_one_sentence(seen, tmp_path):
     run, sets = seen
-    with pytest.raises(EvalError, match=r"\.png"):
+    with pytest.raises(ConfigError, match=r"\.png"):
         gallery.draw(run.root, tmp_path / "gallery.jpg")
     run.weights_at(7).unlink()
     with pytest.raises(EvalError, match="weights"):
