@@ -104,11 +104,12 @@ def results(runs: Annotated[list[Path] | None, typer.Argument(help="Run folders.
 
 
 @app.command()
-def recipes() -> None:
-    """List the packaged recipes with published score, global batch, epochs and bank."""
+def recipes(gpus: Annotated[int | None, typer.Option(min=1, help="Estimate the memory of one of so many.")] = None
+            ) -> None:
+    """List the packaged recipes with published score, global batch, epochs, bank and estimated GPU memory per rank."""
     from hpcssl import run as runs
 
-    runs.list_recipes()
+    runs.list_recipes(gpus)
 
 
 @app.command()

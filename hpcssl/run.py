@@ -92,16 +92,21 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Sour
     return EXIT_DONE
 
 
-def list_recipes() -> None:
-    """One line per packaged recipe: a table on a terminal, plain records on a pipe."""
+def list_recipes(gpus: int | None = None) -> None:
+    """One line per packaged recipe: a table on a terminal, plain records on a pipe. ``gpus``: the ranks that the memory
+    of one is estimated for; by default as many as hold 32 images each, up to 32, and one for small images."""
+    from hpcssl.train import memory
+
     rows = []
     for name in recipes.names():
         r = recipes.compose(name)
+        ranks = gpus or (1 if r.model.stem == "small" else max(1, min(32, r.optim.batch // 32)))
+        size = f"{memory.estimate(r, ranks).total / 2**30:.1f} GiB x {ranks}"
         length = f"{r.schedule.epochs:g} epochs" if not r.schedule.steps else f"{r.schedule.steps} steps"
         scores = " ".join(f"{k} {v:g}" for k, v in r.about.published.items()) or "-"
         bank = str(r.bank.size) if method_of(r).bank else "-"
-        rows.append((name, r.model.arch, str(r.optim.batch), length, bank, scores, r.about.title))
-    head = ("recipe", "backbone", "batch", "length", "bank", "published", "what")
+        rows.append((name, r.model.arch, str(r.optim.batch), length, bank, size, scores, r.about.title))
+    head = ("recipe", "backbone", "batch", "length", "bank", "memory per GPU", "published", "what")
     if not sys.stdout.isatty():
         sys.stdout.writelines("\t".join(row) + "\n" for row in [head, *rows])
         return

@@ -13,7 +13,7 @@ from hpcssl.world import World
 
 SMALL = ["machine.devices=cpu", "machine.threads=1", "machine.checkpoint_minutes=0", "evals.every_epochs=0",
          "model.arch=resnet_tiny", "model.stem=small", "views.size=16", "optim.batch=16", "schedule.steps=2",
-         "schedule.warmup_epochs=0", "bank.size=32"]
+         "schedule.warmup_epochs=0", "bank.size=32", "views.crops.size=8"]
 
 
 @pytest.mark.parametrize("name", recipe.names())
@@ -75,3 +75,29 @@ def test_world_alone_is_the_identity():
     world, x = World.alone(), torch.arange(4.0)
     assert world.gather(x) is not None and torch.equal(world.gather(x), x) and torch.equal(world.mean(x), x)
     assert world.tell("a") == "a" and world.gather_text("b") == ["b"] and world.main
+
+
+def test_the_estimate_of_memory_counts_what_autograd_keeps():
+    """Activations without storage are those of a real pass; a bank costs its rows, a sharded one its part of them."""
+    import torch
+
+    from hpcssl.nets import resnet
+    from hpcssl.nets.resnet import Arch
+    from hpcssl.train import memory
+
+    arch = Arch(arch="resnet_tiny", stem="small", zero_init_residual=False)
+    real = [resnet.build(arch)]
+    with torch.device("meta"):
+        blank = [resnet.build(arch)]
+    x = torch.randn(2, 3, 32, 32)
+    assert memory.saved_for_backward(real, x) == memory.saved_for_backward(blank, x.to("meta")) > 2 * 16 * 32 * 32 * 4
+
+    def of(*overrides, ranks=4):
+        return memory.estimate(recipe.compose("msf_r50_ep200_128k", list(overrides)), ranks)
+
+    assert of("bank.size=128000").bank == 128000 * (512 * 4 + 16)
+    assert of("bank.size=128000", "bank.placement=sharded").bank == 32000 * (512 * 4 + 16)
+    assert of().activations == 2 * of(ranks=8).activations == 2 * of("machine.accumulate=2").activations
+    assert of("optim.precision=fp32").activations == 2 * of("optim.precision=bf16").activations
+    assert of("views.crops.number=2").activations > of().activations
+    assert of().ledger == 0 < memory.estimate(recipe.compose("cmsf_2q_r50_ep200_128k"), 4).ledger
