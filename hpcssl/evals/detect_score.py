@@ -83,7 +83,7 @@ def precision(found: list[dict], pictures: Pictures, *, points: int, masks: bool
 
     kinds = ("bbox", "segm") if masks else ("bbox",)
     metric = MeanAveragePrecision(iou_type=kinds, rec_thresholds=[i / (points - 1) for i in range(points)],
-                                  backend="pycocotools")
+                                  backend="pycocotools", sync_on_compute=False)  # rank 0 has everything, and is alone
     for index, here in enumerate(found):
         record = pictures.record(index)
         difficult = record["ignored"] & ~record["crowd"]

@@ -133,6 +133,15 @@ def test_detections_are_the_same_on_any_number_of_ranks(squares, weights_file, r
     assert two == [alone, []]
 
 
+def rows_of(world, squares, weights_file):
+    return row(squares, weights_file, world=world, iterations=2, milestones=[], precise_bn=1)["metrics"]
+
+
+def test_two_ranks_reach_a_row(squares, weights_file, ranks):
+    one, other = ranks(2, rows_of, squares, weights_file)
+    assert one == other and len(one) == 6
+
+
 def normed(world, x, grad):
     norm = SyncNorm(3, world=world).double()
     torch.nn.init.constant_(norm.weight, 1.5)
