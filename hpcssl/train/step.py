@@ -18,6 +18,7 @@ from hpcssl.train.state import Training
 from hpcssl.views import mix
 from hpcssl.views.mix import Mixture, Pairs
 from hpcssl.views.plan import Term
+from hpcssl.world import Pending
 
 
 @dataclass(frozen=True)
@@ -36,46 +37,16 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     agrees once per step. A non-finite loss or target on one rank leaves parameters, target, bank and statistics
     untouched on every rank.
     """
-    plan, bank = t.plan, t.method.bank
     images, ctx = t.images(batch), t.context(batch)
     remembers = isinstance(t.method, Remembering)
     if remembers:
         t.method.refresh(ctx)
-    if bank and bank.push == "anew":
+    if t.bank is not None and t.method.bank.push == "anew":
         _fill_anew(t)
     mixtures = _mix(t, images)
     lr, momentum = t.set_rates()
-
-    aims: dict[int, object] = {}
-    ticket = None
-    if t.method.target == "ema":
-        found = t.pair.embed_target([images[v] for v in plan.targets], t.shuffles(t.step), t.second(plan.targets))
-        ctx.targets = {v: Emb(z, view=v) for v, z in zip(plan.targets, found, strict=True)}
-        ticket = _push(t, ctx) if bank and bank.push == "before" else None
-        aims = {v: t.method.aim(emb, ctx) for v, emb in ctx.targets.items()}
-
-    losses: list[Tensor] = []
-    passed: list[dict[int, Emb]] = []  # targets of the micro-batches, where they come from the queries' own pass
-    seen = plan.queries if t.method.target == "ema" else tuple(sorted({*plan.queries, *plan.targets}))
-    micros = ctx.pos_B.chunk(t.recipe.machine.accumulate)
-    for pos_B in micros:
-        last = len(losses) == len(micros) - 1
-        with contextlib.nullcontext() if last else t.pair.no_sync():
-            found = t.pair.embed([images[v][pos_B] for v in seen], t.second(seen))
-            query = {v: Emb(*emb, view=v) for v, emb in zip(seen, found, strict=True)}
-            here, where_B = ctx, pos_B
-            if t.method.target != "ema":
-                passed.append({v: _pointed(query[v], t.method.target) for v in plan.targets})
-                here = replace(ctx, index_B=ctx.index_B[pos_B], label_B=ctx.label_B[pos_B], pos_B=pos_B,
-                               targets=passed[-1])
-                aims, where_B = {v: t.method.aim(emb, here) for v, emb in passed[-1].items()}, pos_B - pos_B[0]
-            loss_B = sum(_agree(t, term, query, aims, where_B, here, mixtures) for term in plan.terms)
-            loss = loss_B.mean() / len(micros)
-            losses.append(loss.detach())
-            if last:  # on its way while the backward pass runs
-                ctx.targets = ctx.targets or _joined(passed)
-                verdict = t.world.maximum(_raised(sum(losses), ctx.targets, flags))
-            t.scaler.scale(loss).backward()
+    aims, ticket = _aim_at_average(t, images, ctx)
+    loss, verdict = _learn(t, images, mixtures, aims, ctx, flags)
 
     poor, *raised = verdict.result().bool().tolist()
     if poor:
@@ -95,7 +66,7 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
         if not still:
             t.pair.settle()
         t.pair.follow(momentum)
-        if bank and bank.push == "after":
+        if t.bank is not None and t.method.bank.push == "after":
             _push(t, ctx)
         if remembers:
             t.method.after(ctx.targets, ctx)
@@ -103,9 +74,49 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     t.step += 1
     if t.scaler.is_enabled():
         ctx.notes["scale"] = torch.tensor(t.scaler.get_scale())
-    scalars = {"loss": sum(losses), "lr": lr, "ema": momentum, "spread": spread(ctx.targets[plan.targets[0]].z),
-               **ctx.notes}
+    scalars = {"loss": loss, "lr": lr, "ema": momentum, "spread": spread(ctx.targets[t.plan.targets[0]].z), **ctx.notes}
     return Report(not poor, tuple(raised), scalars)
+
+
+def _aim_at_average(t: Training, images: list[Tensor], ctx: Context) -> tuple[dict[int, object], Ticket | None]:
+    """What the moving average's embeddings point at, by view, and the ticket of a push before the lookup."""
+    if t.method.target != "ema":
+        return {}, None
+    views = t.plan.targets
+    found = t.pair.embed_target([images[v] for v in views], t.shuffles(t.step), t.second(views))
+    ctx.targets = {v: Emb(z, view=v) for v, z in zip(views, found, strict=True)}
+    ticket = _push(t, ctx) if t.bank is not None and t.method.bank.push == "before" else None
+    return {v: t.method.aim(emb, ctx) for v, emb in ctx.targets.items()}, ticket
+
+
+def _learn(t: Training, images: list[Tensor], mixtures: dict[int, tuple[Mixture, Pairs]], aims: dict[int, object],
+           ctx: Context, flags: tuple[bool, ...]) -> tuple[Tensor, Pending]:
+    """Forward and backward of the online network, one micro-batch after the other: the loss, and the world's verdict on
+    it and on the targets, which is on its way while the last backward pass runs."""
+    average = t.method.target == "ema"
+    views = t.plan.queries if average else tuple(sorted({*t.plan.queries, *t.plan.targets}))
+    losses: list[Tensor] = []
+    passed: list[dict[int, Emb]] = []  # the targets of each micro-batch, where they come from the queries' own pass
+    micros = ctx.pos_B.chunk(t.recipe.machine.accumulate)
+    for pos_B in micros:
+        last = len(losses) == len(micros) - 1
+        with contextlib.nullcontext() if last else t.pair.no_sync():
+            found = t.pair.embed([images[v][pos_B] for v in views], t.second(views))
+            query = {v: Emb(*emb, view=v) for v, emb in zip(views, found, strict=True)}
+            here, where_B = ctx, pos_B
+            if not average:
+                passed.append({v: _pointed(query[v], t.method.target) for v in t.plan.targets})
+                here = replace(ctx, index_B=ctx.index_B[pos_B], label_B=ctx.label_B[pos_B], pos_B=pos_B,
+                               targets=passed[-1])
+                aims, where_B = {v: t.method.aim(emb, here) for v, emb in passed[-1].items()}, pos_B - pos_B[0]
+            loss_B = sum(_agree(t, term, query, aims, where_B, here, mixtures) for term in t.plan.terms)
+            loss = loss_B.mean() / len(micros)
+            losses.append(loss.detach())
+            if last:
+                ctx.targets = ctx.targets or _joined(passed)
+                verdict = t.world.maximum(_raised(sum(losses), ctx.targets, flags))
+            t.scaler.scale(loss).backward()
+    return sum(losses), verdict
 
 
 def _fill_anew(t: Training) -> None:

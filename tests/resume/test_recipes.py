@@ -9,22 +9,26 @@ import pytest
 from hpcssl.files import RunDir, read_lines
 from hpcssl.train import recipe
 
-NAMES = [name for name in recipe.names() if name.startswith("digits_")]
+CASES = {name: (name, []) for name in recipe.names() if name.startswith("digits_")} | {
+    "nnclr-present-encoder": ("digits_nnclr", ["method.neighbours.support=encoder", "bank.size=256"]),
+    "nnsiam-micro-batches": ("digits_nnsiam", ["machine.accumulate=2"]),
+    "simclr-permutation": ("digits_simclr", ["mix.kind=cutmix", "mix.pairing=permutation"]),
+}
 SHORT = ["model.norm=whole", "schedule.steps=4", "machine.log_steps=1"]
 
 
 @pytest.fixture(scope="module")
 def runs(play):
     plans = []
-    for name in NAMES:
+    for name, (base, options) in CASES.items():
         for kind, attempts, more in (("whole", [{}], ["machine.checkpoint_steps=0"]),
                                      ("killed", [{"kill_at": 3}, {}], ["bank.placement=sharded"])):
-            plans.append({"name": f"{name}.{kind}", "recipe": name, "overrides": [*SHORT, *more], "worlds": [2],
-                          "attempts": attempts})
+            plans.append({"name": f"{name}.{kind}", "recipe": base, "overrides": [*SHORT, *options, *more],
+                          "worlds": [2], "attempts": attempts})
     return play(plans)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_killed_and_sharded_is_whole_and_replicated(runs, name):
     (whole, folder), (killed, torn) = runs[f"{name}.whole"], runs[f"{name}.killed"]
     assert whole["done"] and killed["done"], whole["log"] + killed["log"]
