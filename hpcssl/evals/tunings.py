@@ -82,7 +82,7 @@ LISTS = {12811: 1, 128116: 10}
 
 
 def percent_of(made: dict) -> int | None:
-    """1 or 10 where a subset's own record (``made`` of its index) says it, else None."""
+    """1 or 10 where a subset's own record (``plan.made`` of its index) says it, else None."""
     if made.get("list") in LISTS:
         return LISTS[made["list"]]
     return {0.01: 1, 0.1: 10}.get(made.get("fraction"))
@@ -93,7 +93,7 @@ def find(name: str, percent: int | None, data) -> Tuning:
     rows = TUNINGS[name]
     if rows[1] == rows[10]:
         return rows[1]
-    percent = percent or percent_of(data.meta.get("made", {}))
+    percent = percent or percent_of(data.meta.get("plan", {}).get("made", {}))
     if percent is None:
         raise EvalError(f"protocol {name} on {data.root}", got="a share of the labels that the folder does not tell",
                         expected="1 or 10 percent, which have rates of their own", mend="add percent=1 or percent=10")

@@ -247,7 +247,7 @@ def test_the_published_values():
 
 def test_the_percent_is_what_the_shards_say_or_is_asked_for(data):
     def shards(**made):
-        return SimpleNamespace(meta={"made": made}, root="x")
+        return SimpleNamespace(meta={"plan": {"made": made}}, root="x")  # as hpcssl-shard subset writes it
 
     assert find("swav", None, shards(list=12811)) is TUNINGS["swav"][1]
     assert find("bsim", None, shards(fraction=0.1)) is TUNINGS["bsim"][10]
