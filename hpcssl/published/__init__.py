@@ -40,6 +40,10 @@ TITLES = {
 }
 """What tables call a column; a measured column of the same title is the same quantity."""
 
+IMAGES = {"cifar10": 50_000, "imagenette": 9_469}
+"""Training images of the sets that recipes are named after; the others' rows are of ImageNet."""
+IMAGENET = 1_281_167
+
 _NUMBER = r"\d+(?:\.\d+)?"
 _VALUE = re.compile(rf"({_NUMBER})(?: ± ({_NUMBER}))?(?: \(([+-]{_NUMBER})\))?")
 
@@ -132,6 +136,11 @@ def of_recipe(recipe: str) -> dict[str, Anchor]:
                     if value is not None and column in TITLES:
                         found.setdefault(column, Anchor(value, table, row))
     return found
+
+
+def images_of(recipe: str) -> int:
+    """Training images behind a recipe's published scores."""
+    return IMAGES.get(recipe.partition("_")[0], IMAGENET)
 
 
 def _rows(text: str) -> tuple[list[str], dict[str, dict[str, str]]]:

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
-from hpcssl import config, files
+from hpcssl import config, files, published
 from hpcssl.errors import ConfigError, EvalError
 from hpcssl.files import RunDir
 from hpcssl.results import columns
@@ -101,7 +101,7 @@ def _of_run(run: RunDir) -> list[dict]:
         record["newest"] = record["step"] == newest
         if 0 < record["step"] < newest:
             record["rank·h"] = ""  # the cost is of the whole training
-        if record["encoder"] == "trained" and not record["changed"]:
+        if record["encoder"] == "trained" and not record["changed"] and _of_that_size(record, recipe):
             known = columns.anchors(record["recipe"], recipe.get("about"))
             record["published"] = {
                 column: known[title] for column in record["metrics"] if (title := columns.quantity(column)) in known
@@ -149,6 +149,17 @@ def _data(row: dict) -> str:
     """``digits`` for digits/train and digits/val, both names where the parents differ; '' of rows that name none."""
     train, val = (Path(row.get(f"{kind}_name", "")) for kind in ("train", "val"))
     return str(train.parent) if train.parent == val.parent and train.name else f"{train}, {val}".strip("., ")
+
+
+def _of_that_size(record: dict, recipe: dict) -> bool:
+    """Whether an epoch took as many whole batches as the published rows' training set has. Whoever trains a packaged
+    recipe on images of their own reproduces no row. A recipe of one's own has its own set."""
+    from hpcssl.train import recipe as recipes
+
+    epochs, batch = (recipe.get("schedule") or {}).get("epochs"), (recipe.get("optim") or {}).get("batch")
+    if record["recipe"] not in recipes.names():
+        return True
+    return bool(epochs and batch) and record["step"] == round(epochs * (published.images_of(record["recipe"]) // batch))
 
 
 def _changed(run: RunDir, recipe: dict) -> list[str]:

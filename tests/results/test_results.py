@@ -16,6 +16,7 @@ from hpcssl.train import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW = "msf_r50_ep200_1m"  # MSF w/s (1M): linear 72.4, 1-NN 62.0, 20-NN 64.9
+LAST = 200 * (1_281_167 // 256)  # its last step on ImageNet
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +125,18 @@ def test_other_options_never_overwrite_a_number(tmp_path, make_run):
 
 def test_every_evaluation_has_a_column(tmp_path, make_run):
     """Known ones under the papers' names; an unknown one, and one of tomorrow's metrics, without a word here."""
-    run = make_run(tmp_path / "demo", name=ROW)
-    add(run, "svm", 100, {"svm_map": 84.0}, protocol="oss", data="voc07")
-    add(run, "lowshot", 100, {"lowshot_k96": 81.0, "lowshot_k96_std": 0.2}, protocol="vissl", data="voc07")
-    add(run, "detect", 100, {"AP50": 82.0, "AP": 56.0}, protocol="voc_c4", data="voc0712")
-    add(run, "detect", 100, {"AP": 40.0, "AP_mask": 35.0}, protocol="coco_fpn_1x", data="coco17")
+    run = make_run(tmp_path / "demo", name=ROW, last=LAST)
+    add(run, "svm", LAST, {"svm_map": 84.0}, protocol="oss", data="voc07")
+    add(run, "lowshot", LAST, {"lowshot_k96": 81.0, "lowshot_k96_std": 0.2}, protocol="vissl", data="voc07")
+    add(run, "detect", LAST, {"AP50": 82.0, "AP": 56.0}, protocol="voc_c4", data="voc0712")
+    add(run, "detect", LAST, {"AP": 40.0, "AP_mask": 35.0}, protocol="coco_fpn_1x", data="coco17")
     for name, score in (("dtd", 73.0), ("caltech101", 92.0)):
-        add(run, "transfer", 100, {name: score}, protocol="logistic", sets=name, data=name)
-    add(run, "transfer", 100, {"transfer_mean10": 75.4}, protocol="msf", data="10 sets")
-    add(run, "finetune", 100, {"top1": 60.0, "top5": 80.0, "top1_best": 61.0}, protocol="bsim", data="imagenet_1pct")
-    add(run, "finetune", 100, {"top1": 70.0}, protocol="swav", percent=10, data="imagenet_part")
-    add(run, "knn", 100, {"knn200_weighted": 66.0}, protocol="lightly")
-    add(run, "probe", 100, {"top1": 1.5, "top5": 2.5, "mean_rank": 3.5, "note": "text"}, protocol="new")
+        add(run, "transfer", LAST, {name: score}, protocol="logistic", sets=name, data=name)
+    add(run, "transfer", LAST, {"transfer_mean10": 75.4}, protocol="msf", data="10 sets")
+    add(run, "finetune", LAST, {"top1": 60.0, "top5": 80.0, "top1_best": 61.0}, protocol="bsim", data="imagenet_1pct")
+    add(run, "finetune", LAST, {"top1": 70.0}, protocol="swav", percent=10, data="imagenet_part")
+    add(run, "knn", LAST, {"knn200_weighted": 66.0}, protocol="lightly")
+    add(run, "probe", LAST, {"top1": 1.5, "top5": 2.5, "mean_rank": 3.5, "note": "text"}, protocol="new")
     _, trained = collect([run.root])
     names = trained["metrics"]
     assert set(names) == set(columns.in_order(names))
@@ -165,7 +166,7 @@ def test_a_number_that_was_measured_again_is_one_number(tmp_path, make_run):
 
 
 def test_published_values_stand_beside_the_row_they_belong_to(tmp_path, make_run):
-    run = make_run(tmp_path / "right", name=ROW, knn=(61.9, 64.7), linear=72.1)
+    run = make_run(tmp_path / "right", name=ROW, last=LAST, knn=(61.9, 64.7), linear=72.1)
     untrained, trained = collect([run.root])
     texts = {column: anchor["text"] for column, anchor in trained["published"].items()}
     assert texts == {"1-NN": "62.0", "20-NN": "64.9", "linear": "72.4"}
@@ -174,12 +175,14 @@ def test_published_values_stand_beside_the_row_they_belong_to(tmp_path, make_run
     assert "| 61.9 (62.0) | 64.7 (64.9) | 72.1 (72.4) |" in text
     assert f"- {ROW}: MSF, " in text and text.count("row MSF w/s (1M)") == 1
     # another recipe than the packaged one, an unfinished run, another data set: no such row was published
-    changed = make_run(tmp_path / "changed", name=ROW, schedule={"epochs": 10})
+    changed = make_run(tmp_path / "changed", name=ROW, last=LAST, schedule={"epochs": 10})
     record = collect([changed.root])[-1]
     assert record["changed"] == ["schedule.epochs=10"] and record["published"] == {}
-    assert collect([make_run(tmp_path / "half", name=ROW, done=False).root])[-1]["published"] == {}
-    assert collect([make_run(tmp_path / "other", name=ROW, trained_on="imagenet").root])[-1]["published"] == {}
+    assert collect([make_run(tmp_path / "half", name=ROW, last=LAST, done=False).root])[-1]["published"] == {}
+    other = make_run(tmp_path / "other", name=ROW, last=LAST, trained_on="imagenet")
+    assert collect([other.root])[-1]["published"] == {}
     assert collect([make_run(tmp_path / "own", name=ROW, bank={"placement": "replicated"}).root])[-1]["changed"] == []
+    assert collect([make_run(tmp_path / "small", name=ROW).root])[-1]["published"] == {}, "trained on fewer images"
 
 
 def test_ones_own_recipe_has_its_header_to_reach(tmp_path, make_run):
@@ -227,7 +230,7 @@ def test_wrong_folders_are_one_sentence(tmp_path, make_run, caplog):
 
 
 def test_plain_csv_and_json_hold_everything(tmp_path, make_run):
-    run = make_run(tmp_path / "demo", name=ROW)
+    run = make_run(tmp_path / "demo", name=ROW, last=LAST)
     add(run, "knn", 50, {"knn20": 91.0}, identity="half")
     records = collect([run.root])
     plain = show(records).splitlines()
