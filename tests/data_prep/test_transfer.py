@@ -1,190 +1,21 @@
 """Every published layout of the transfer sets, in miniature, through ``hpcssl-shard transfer --partial``."""
 
+import importlib.util
 import io
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.io import savemat
 
 from data_prep import transfer
 from data_prep.layouts import Item
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
 
-KINDS = ("ant bear", "cat", "dog/house")
-SLUGS = ("ant_bear", "cat", "dog_house")
-
-
-class Maker:
-    """Writes images and lists below ``home`` and remembers what the shards must hold: (label or targets, bytes)."""
-
-    def __init__(self, home, picture):
-        self.home, self.picture, self.count = home, picture, 0
-        self.truth = {part: {} for part in transfer.PARTS}
-
-    def image(self, name, part, label):
-        body = self.picture(self.count, side=8)
-        self.count += 1
-        self.write(name, body)
-        self.truth[part][name] = label, body
-
-    def write(self, name, content):
-        path = self.home / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    def each(self, train=6, val=0, test=3):
-        """(part, class number, running number), the parts as the lists have them."""
-        numbers = iter(range(1, 1000))
-        return [(part, label, next(numbers)) for part, n in (("train", train), ("val", val), ("test", test))
-                for label in range(3) for _ in range(n)]
-
-
-def food101(m):
-    lists = {"train": {}, "test": {}}
-    for part, label, n in m.each():
-        lists[part].setdefault(SLUGS[label], []).append(f"{SLUGS[label]}/{n}")
-        m.image(f"images/{SLUGS[label]}/{n}.jpg", part, label)
-    for part, content in lists.items():
-        m.write(f"meta/{part}.json", json.dumps(content))
-    return SLUGS
-
-
-def cifar(m, labels, files, classes_file):
-    records = {name: [] for name in files}
-    order = {part: [name for name in files if name.startswith(("data", "train")) == (part == "train")]
-             for part in ("train", "test")}
-    for part, label, n in m.each():
-        pixels = np.asarray(Image.open(io.BytesIO(m.picture(n, "PNG"))))
-        name = order[part][n % len(order[part])]
-        source = f"{part}/{KINDS[label]}/{name[:-4]}-{len(records[name]):05d}.png"
-        records[name].append(bytes([7] * (labels - 1) + [label]) + pixels.transpose(2, 0, 1).tobytes())
-        m.truth[part][source] = label, pixels
-    for name, rows in records.items():
-        m.write(name, b"".join(rows))
-    m.write(classes_file, "\n".join(KINDS) + "\n\n")
-    return KINDS
-
-
-def cifar10(m):
-    return cifar(m, 1, [*(f"data_batch_{n}.bin" for n in range(1, 6)), "test_batch.bin"], "batches.meta.txt")
-
-
-def cifar100(m):
-    return cifar(m, 2, ["train.bin", "test.bin"], "fine_label_names.txt")
-
-
-def birdsnap(m):
-    rows, test = [], ["path"]
-    for part, label, n in m.each():
-        path = f"{SLUGS[label]}/{n}.jpg"
-        rows.append(f"http://photos/{n}\tmd5\t{path}\t{label + 1}\t1")
-        test += [path] * (part == "test")
-        m.image(f"download/images/{path}", part, label)
-    m.write("images.txt", "\n".join(["url\tmd5\tpath\tspecies_id\tbb_x1", *rows]))
-    m.write("species.txt", "id\tcommon\tscientific\tdir\n" + "".join(
-        f"{i + 1}\t{KINDS[i]}\tx\t{SLUGS[i]}\n" for i in range(3)))
-    m.write("test_images.txt", "\n".join(test))
-    return KINDS
-
-
-def sun397(m):
-    folders = ("/a/abbey", "/b/barn/inside", "/b/barn/outside")
-    lists = {"train": [], "test": []}
-    for part, label, n in m.each():
-        lists[part].append(f"{folders[label]}/sun_{n}.jpg")
-        m.image(f"SUN397{folders[label]}/sun_{n}.jpg", part, label)
-    m.write("Partitions/ClassName.txt", "\n".join(folders))
-    m.write("Partitions/Training_01.txt", "\n".join(lists["train"]))
-    m.write("Partitions/Testing_01.txt", "\n".join(lists["test"]))
-    return "abbey", "barn/inside", "barn/outside"
-
-
-def mat(**arrays):
-    body = io.BytesIO()
-    savemat(body, arrays)
-    return body.getvalue()
-
-
-def cars(m):
-    rows = {"train": [], "test": []}
-    for part, label, n in m.each():
-        rows[part].append((f"{n:05d}.jpg", label + 1))
-        m.image(f"cars_{part}/{n:05d}.jpg", part, label)
-    notes = {part: np.array(rows[part], [("fname", object), ("class", np.uint8)]) for part in rows}
-    m.write("devkit/cars_meta.mat", mat(class_names=np.array(KINDS, object)))
-    m.write("devkit/cars_train_annos.mat", mat(annotations=notes["train"]))
-    m.write("cars_test_annos_withlabels.mat", mat(annotations=notes["test"]))
-    return KINDS
-
-
-def aircraft(m):
-    lists = {part: [] for part in transfer.PARTS}
-    for part, label, n in m.each(4, 3, 2):
-        lists[part].append(f"{n:07d} {KINDS[label]}")
-        m.image(f"images/{n:07d}.jpg", part, label)
-    for part, lines in lists.items():
-        m.write(f"images_variant_{part}.txt", "\n".join(lines))
-    m.write("variants.txt", "\n".join(KINDS))
-    return KINDS
-
-
-def voc07(m):
-    kinds, lists = ("aeroplane", "bicycle", "bird"), {part: {} for part in transfer.PARTS}
-    for part, label, n in m.each(4, 3, 2):
-        targets = [(1, -1, 0)[(label + c * n) % 3] for c in range(3)]
-        lists[part][f"{n:06d}"] = targets
-        m.image(f"JPEGImages/{n:06d}.jpg", part, targets)
-    for part, rows in lists.items():
-        m.write(f"ImageSets/Main/{part}.txt", "\n".join(rows))
-        for c, kind in enumerate(kinds):
-            m.write(f"ImageSets/Main/{kind}_{part}.txt", "\n".join(f"{n} {t[c]:2d}" for n, t in rows.items()))
-    return kinds
-
-
-def dtd(m):
-    kinds, lists = ("banded", "dotted", "woven"), {part: [] for part in transfer.PARTS}
-    for part, label, n in m.each(4, 3, 2):
-        lists[part].append(f"{kinds[label]}/{kinds[label]}_{n:04d}.jpg")
-        m.image(f"images/{lists[part][-1]}", part, label)
-    for part, lines in lists.items():
-        m.write(f"labels/{part}1.txt", "\n".join(lines))
-    return kinds
-
-
-def pets(m):
-    kinds, lists = ("Abyssinian", "Bombay", "great_pyrenees"), {"train": [], "test": []}
-    for part, label, n in m.each():
-        lists[part].append(f"{kinds[label]}_{n} {label + 1} 1 1")
-        m.image(f"images/{kinds[label]}_{n}.jpg", part, label)
-    m.write("annotations/trainval.txt", "\n".join(lists["train"]))
-    m.write("annotations/test.txt", "#Image CLASS-ID SPECIES BREED\n" + "\n".join(lists["test"]))
-    return kinds
-
-
-def caltech101(m):
-    kinds = ("BACKGROUND_Google", "Faces_easy", "accordion")
-    for label, count in enumerate((33, 31, 8)):
-        for n in range(count):
-            m.image(f"{kinds[label]}/image_{n:04d}.jpg", "test", label)
-    m.write("BACKGROUND_Google/tmp", "a stray file of the archive")
-    return kinds
-
-
-def flowers(m):
-    labels, ids = np.zeros(27, int), {part: [] for part in transfer.PARTS}
-    for part, label, n in m.each(4, 3, 2):
-        labels[n - 1] = label + 1
-        ids[part].append(n)
-        m.image(f"jpg/image_{n:05d}.jpg", part, label)
-    m.write("imagelabels.mat", mat(labels=labels))
-    m.write("setid.mat", mat(trnid=ids["train"], valid=ids["val"], tstid=ids["test"]))
-    return "1", "2", "3"
-
-
-MAKERS = (food101, cifar10, cifar100, birdsnap, sun397, cars, aircraft, voc07, dtd, pets, caltech101, flowers)
+spec = importlib.util.spec_from_file_location("miniatures", Path(__file__).with_name("miniatures.py"))
+mini = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mini)
 
 
 @pytest.fixture
@@ -192,7 +23,7 @@ def made(tmp_path, picture):
     """Write the miniature of a set into tmp_path/src; returns its maker and its classes."""
 
     def make(maker, home=""):
-        m = Maker(tmp_path / "src" / home, picture)
+        m = mini.Maker(tmp_path / "src" / home, picture)
         return m, list(maker(m))
 
     return make
@@ -214,10 +45,10 @@ def run(shard, name, src, out, *extra):
 
 
 def test_all_twelve_are_tested():
-    assert [maker.__name__ for maker in MAKERS] == list(transfer.SETS)
+    assert [maker.__name__ for maker in mini.MAKERS] == list(transfer.SETS)
 
 
-@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("maker", mini.MAKERS)
 def test_layout(maker, made, tmp_path, shard, content):
     name, facts = maker.__name__, transfer.SETS[maker.__name__]
     home = facts.layouts[0].homes[-1] if facts.layouts[0].homes else ""
@@ -277,7 +108,7 @@ def test_what_a_whole_set_holds_out(name, counts):
 
 def test_a_whole_folder_is_counted_and_a_lacking_image_named(made, tmp_path, refused, shard):
     src, out = tmp_path / "src", tmp_path / "out"
-    made(dtd)
+    made(mini.dtd)
     sentence = refused("transfer", "dtd", src, out)
     assert "got 3 classes, train 12, val 9, test 6; expected 47 classes, train 1880, val 1880, test 1880" in sentence
     assert "--partial" in sentence
@@ -294,7 +125,7 @@ def test_a_whole_folder_is_counted_and_a_lacking_image_named(made, tmp_path, ref
 
 
 def test_more_than_published_is_another_set(made, tmp_path, refused, monkeypatch):
-    made(dtd)
+    made(mini.dtd)
     facts = transfer.SETS["dtd"]
     for smaller in ({"classes": 2}, {"sizes": (1880, 8, 1880)}):
         monkeypatch.setitem(transfer.SETS, "dtd", transfer.replace(facts, **smaller))
@@ -304,7 +135,7 @@ def test_more_than_published_is_another_set(made, tmp_path, refused, monkeypatch
 def test_folders_that_are_not_the_set(made, tmp_path, refused):
     src, out = tmp_path / "src", tmp_path / "out"
     assert "no such folder" in refused("transfer", "pets", src, out)
-    made(flowers)
+    made(mini.flowers)
     sentence = refused("transfer", "pets", src, out)
     assert "got no images/, annotations/trainval.txt, annotations/test.txt" in sentence
     assert "it holds imagelabels.mat, jpg, setid.mat" in sentence and "robots.ox.ac.uk/~vgg/data/pets" in sentence
@@ -330,46 +161,50 @@ def test_pickles_are_not_read(name, files, tmp_path, refused):
 
 
 def test_cifar_as_class_folders(tmp_path, picture, shard, caplog):
-    m = Maker(tmp_path / "src", picture)
+    m = mini.Maker(tmp_path / "src", picture)
     for part, label, n in m.each():
-        m.image(f"{part}/{SLUGS[label]}/{n:04d}.jpg", part, label)
+        m.image(f"{part}/{mini.SLUGS[label]}/{n:04d}.jpg", part, label)
     assert run(shard, "cifar10", tmp_path / "src", tmp_path / "out") == 0
     found, sets = parts_of(tmp_path / "out")
     keyed = {part: {source.removesuffix(".jpg"): what for source, what in rows.items()}
              for part, rows in m.truth.items()}
     assert found["train"] | found["val"] == keyed["train"] and found["test"] == keyed["test"]
-    assert sets[0].classes == list(SLUGS) and "somebody encoded CIFAR's pixels again" in caplog.text
+    assert sets[0].classes == list(mini.SLUGS) and "somebody encoded CIFAR's pixels again" in caplog.text
 
 
 def test_cars_in_one_folder(tmp_path, picture, shard):
-    m, rows = Maker(tmp_path / "src", picture), []
+    m, rows = mini.Maker(tmp_path / "src", picture), []
     for part, label, n in m.each():
         rows.append((f"car_ims/{n:06d}.jpg", label + 1, part == "test"))
         m.image(rows[-1][0], part, label)
-    m.write("cars_annos.mat", mat(class_names=np.array(KINDS, object), annotations=np.array(
+    m.write("cars_annos.mat", mini.mat(class_names=np.array(mini.KINDS, object), annotations=np.array(
         rows, [("relative_im_path", object), ("class", np.uint8), ("test", np.uint8)])))
     assert run(shard, "cars", tmp_path / "src", tmp_path / "out") == 0
     found, sets = parts_of(tmp_path / "out")
     keyed = {part: {source.removesuffix(".jpg"): what for source, what in of.items()} for part, of in m.truth.items()}
     assert found["train"] | found["val"] == keyed["train"] and found["test"] == keyed["test"]
-    assert sets[0].classes == list(KINDS)
+    assert sets[0].classes == list(mini.KINDS)
 
 
 def test_lists_that_make_no_sense(made, tmp_path, refused):
     src, out = tmp_path / "src", tmp_path / "out"
-    cases = ((pets, "annotations/test.txt", "Bombay_1"), (food101, "meta/test.json", '{"sushi": ["sushi/1"]}'),
-             (food101, "meta/train.json", "{"), (cars, "devkit/cars_train_annos.mat", "no matlab"),
-             (cars, "cars_test_annos_withlabels.mat", mat(annotations=np.array(
-                 [("1.jpg", 9)], [("fname", object), ("class", np.uint8)]))),
-             (cifar10, "data_batch_2.bin", b"cut"), (aircraft, "images_variant_val.txt", "1 unknown"),
-             (voc07, "ImageSets/Main/bird_val.txt", "1 1"), (voc07, "ImageSets/Main/bird_val.txt", "000013 5"),
-             (dtd, "labels/val1.txt", "../../secret.jpg"))
+    ninth = np.array([("1.jpg", 9)], [("fname", object), ("class", np.uint8)])
+    cases = ((mini.pets, "annotations/test.txt", "Bombay_1"),
+             (mini.food101, "meta/test.json", '{"sushi": ["sushi/1"]}'),
+             (mini.food101, "meta/train.json", "{"),
+             (mini.cars, "devkit/cars_train_annos.mat", "no matlab"),
+             (mini.cars, "cars_test_annos_withlabels.mat", mini.mat(annotations=ninth)),
+             (mini.cifar10, "data_batch_2.bin", b"cut"),
+             (mini.aircraft, "images_variant_val.txt", "1 unknown"),
+             (mini.voc07, "ImageSets/Main/bird_val.txt", "1 1"),
+             (mini.voc07, "ImageSets/Main/bird_val.txt", "000013 5"),
+             (mini.dtd, "labels/val1.txt", "../../secret.jpg"))
     for number, (maker, file, content) in enumerate(cases):
         m, _ = made(maker, str(number))
         m.write(file, content)
         sentence = refused("transfer", maker.__name__, src / str(number), out, "--partial")
         assert "something that cannot be understood" in sentence, sentence
-    m, _ = made(dtd, "twice")
+    m, _ = made(mini.dtd, "twice")
     m.write("labels/test1.txt", (m.home / "labels/train1.txt").read_text())
     assert "twice" in refused("transfer", "dtd", m.home, out, "--partial")
     assert not out.exists()
@@ -377,7 +212,7 @@ def test_lists_that_make_no_sense(made, tmp_path, refused):
 
 def test_images_of_another_format_are_kept_as_png(made, tmp_path, picture, shard, refused, caplog):
     """Oxford's pets hold GIFs and BMPs that are named .jpg."""
-    m, _ = made(pets)
+    m, _ = made(mini.pets)
     gif, bmp = "images/Bombay_7.jpg", "images/Bombay_8.jpg"
     m.write(gif, picture(7, "GIF", side=8, mode="P"))
     m.write(bmp, picture(8, "BMP", side=8))
@@ -397,7 +232,7 @@ def test_images_of_another_format_are_kept_as_png(made, tmp_path, picture, shard
 
 
 def test_the_splits_of_one_set_differ(made, tmp_path, shard, refused):
-    made(caltech101)
+    made(mini.caltech101)
     for split in (1, 2):
         assert run(shard, "caltech101", tmp_path / "src", tmp_path / str(split), "--split", split) == 0
     (one, sets), (two, _) = parts_of(tmp_path / "1"), parts_of(tmp_path / "2")
@@ -405,6 +240,6 @@ def test_the_splits_of_one_set_differ(made, tmp_path, shard, refused):
     assert sets[0].made["split"] == 1
     assert "split was 1 and is 2" in refused("transfer", "caltech101", tmp_path / "src", tmp_path / "1", "--split", 2,
                                              "--partial", "--workers", 1)
-    made(dtd, "textures")
+    made(mini.dtd, "textures")
     assert "no labels/train2.txt, labels/val2.txt" in refused(
         "transfer", "dtd", tmp_path / "src" / "textures", tmp_path / "out", "--split", 2, "--partial")
