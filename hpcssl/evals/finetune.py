@@ -106,6 +106,12 @@ def run(context) -> dict[str, float]:
     return _Work(context, tuning).run()
 
 
+def _diverged(where: str) -> EvalError:
+    return EvalError("fine-tuning", got=f"a loss that is not finite {where}", expected="finite numbers",
+                     mend="lower evals.finetune.lr and head_lr; if that does not help, the weights' own training has "
+                          "diverged: evaluate an earlier step's")
+
+
 class _Work:
     """The trials of one evaluation and what is finished of them."""
 
@@ -134,8 +140,7 @@ class _Work:
         scores = {trial.name: self._finished(trial) for trial in trials}
         told = {name: choice.reported(s, tuning.report)["top1"] for name, s in scores.items() if s}
         if not told:
-            raise EvalError("fine-tuning", got="a loss that is not finite, in every trial", expected="finite numbers",
-                            mend="lower evals.finetune.lr and head_lr")
+            raise _diverged("in every trial")
         best = next(trial for trial in trials if trial.name == max(told, key=told.get))
         context.details |= {"lr": best.lr, "head_lr": best.head_lr, "epochs": best.epochs,
                             "weight_decay": tuning.weight_decay}
@@ -146,8 +151,7 @@ class _Work:
             context.details["held_out"] = len(held)
             final = self._finished(replace(best, name="final", learns=everything, judge=val))
             if not final:
-                raise EvalError("fine-tuning", got="a loss that is not finite with the chosen rates",
-                                expected="finite numbers", mend="lower evals.finetune.lr and head_lr")
+                raise _diverged("with the chosen rates")
         return dict(final[-1]) if tuning.report == "last" else choice.summary(final, tuning.report)
 
     def _check(self, samples: int) -> None:

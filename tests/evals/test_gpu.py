@@ -20,7 +20,10 @@ def test_features_and_scores_agree_with_the_cpu(data, weights_file):
         expected = extract(Encoder.open(weights_file, cpu), data[0], FeatureOptions(batch=32), cpu)
         torch.testing.assert_close(F.normalize(torch.cat(found.parts)), F.normalize(torch.cat(expected.parts)),
                                    rtol=0, atol=close)
-    for name, options in (("knn", {}), ("linear", {"train_batch": 32, "epochs": 3})):
+    tuned = {"protocol": "swav", "percent": 10, "train_batch": 32, "epochs": 2}
+    for name, options in (("knn", {}), ("linear", {"train_batch": 32, "epochs": 3}),
+                          ("linear", {"protocol": "byol", "train_batch": 32, "epochs": 2}), ("finetune", tuned),
+                          ("finetune", tuned | {"precision": "bf16"}), ("finetune", tuned | {"precision": "fp16"})):
         row = evaluate(name, run=None, weights=weights_file, train=data[0], val=data[1], world=gpu, options=options)
         assert row["device"] == "cuda" and all(0 <= value <= 100 for value in row["metrics"].values())
 
