@@ -174,8 +174,8 @@ def _nothing_to_submit(folder: RunDir) -> list:
 
     living = control.living(folder)
     if living:
-        _say("nothing to submit: " + ", ".join(f"job {job.job} ({job.what})" for job in living)
-             + f" of run {folder.root} lives (hpcssl-submit status)")
+        _say(f"nothing to submit: run {folder.root} has " + ", ".join(f"job {job.job} ({job.what})" for job in living)
+             + " in the queue")
     else:
         _say(f"run {folder.root} is finished: nothing to submit (--evals adds evaluations)")
     return living

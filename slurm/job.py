@@ -41,10 +41,11 @@ class Work:
             code = work(run, self.what, stop, attempt, place)
         except HpcsslError as error:
             code = error.exit_code
-            _crashed(run, self.what, attempt, place, str(error))
+            _crashed(run, self.what, attempt, place, str(error), stop)
         except BaseException as error:  # noqa: BLE001 - a task that dies without a word looks like a KILL
             traceback.print_exc()
-            _crashed(run, self.what, attempt, place, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            _crashed(run, self.what, attempt, place, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                     stop)
         leave(run, code, attempt, place)
 
 
@@ -106,14 +107,21 @@ def _evaluate(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: laun
     return evaluate(run, what, stop=stop, requeue=requeue_of(run, attempt["job"]), attempt=attempt)
 
 
-def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place | None, sentence: str) -> None:
+def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place | None, sentence: str,
+             stop: StopFlag) -> None:
+    """Write down an end that wrote no line of its own.
+
+    A signal reaches every process of a step, also those that an evaluation has started: what fails after it, may well
+    fail because of it. That is a stop; what fails anyhow will fail again without one.
+    """
     rank = place.rank if place else 0
+    cause = "stopped" if stop.is_set() and what != records.TRAIN else "error"
     print(f"rank {rank}: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the task's log
     if attempt is not None:
         with contextlib.suppress(OSError), records.alone(run):  # a full disk must not hide the first error
             if any(a.number == attempt["attempt"] and a.cause for a in attempts.history(run, what)):
                 return  # the trainer, or another rank, has said why
-            attempts.end(run, what, attempt, "error", f"rank {rank}: {sentence}")
+            attempts.end(run, what, attempt, cause, f"rank {rank}: {sentence}")
 
 
 def leave(run: RunDir, code: int, attempt: dict | None, place: launch.Place | None) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from hpcssl.files import RunDir, append_line
-from slurm import after, attempts, records
+from hpcssl.files import RunDir, append_line, read_lines
+from hpcssl.signals import StopFlag
+from slurm import after, attempts, job, records
 
 
 @pytest.fixture
@@ -66,6 +67,17 @@ def test_the_first_word_on_a_crash_stands(run):
     attempts.end(run, "train", {"attempt": 1}, "error", "rank 3: connection closed by peer")
     append_line(run.attempts, {"attempt": 1, "event": "end", "cause": "stopped", "last_step": 5})
     assert (attempts.history(run)[0].cause, attempts.history(run)[0].error) == ("error", "")
+
+
+@pytest.mark.parametrize(("what", "signal", "cause"), [
+    ("svm", None, "error"), ("svm", "SIGTERM", "stopped"), ("train", "SIGTERM", "error")])
+def test_an_evaluation_that_fails_after_a_signal_was_stopped(run, what, signal, cause):
+    stop = StopFlag()
+    stop.set(signal) if signal else None
+    for sentence in ("a worker died", "another one died"):  # on two ranks, one after the other
+        job._crashed(run, what, {"attempt": 1, "job": "7", "restart": 0}, None, sentence, stop)
+    assert [(a.cause, a.error) for a in attempts.history(run, what)] == [(cause, "rank 0: a worker died")]
+    assert len(read_lines(run.jobs if what == "svm" else run.attempts)) == 2
 
 
 def test_evaluations_are_counted_apart(run):
