@@ -67,8 +67,10 @@ def _in_order(keys: Sequence[str]) -> dict[str, str]:
     """Names by their place, for a file whose own are unknown: ResNet-50's order, and each key's last word must agree.
     """
     names = _names()
-    same = [key.rpartition(".")[2] for key in keys] == [name.rpartition(".")[2] for name in names]
-    return dict(zip(keys, names, strict=True)) if same else {}
+    if len(keys) != len(names):
+        return {}
+    pairs = dict(zip(keys, names, strict=True))
+    return pairs if all(key.rpartition(".")[2] == name.rpartition(".")[2] for key, name in pairs.items()) else {}
 
 
 @cache

@@ -69,7 +69,7 @@ def read(path: Path | str) -> Mapping:
 def _refused(path: Path, error: pickle.UnpicklingError) -> EvalError:
     names = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if not names:
-        return EvalError(f"weights {path}", got=f"a file that is no checkpoint of torch ({_line(error)})",
+        return EvalError(f"weights {path}", got="a file that is no checkpoint of torch",
                          expected="one written by torch.save, or a .safetensors file", mend="check the path")
     return EvalError(f"weights {path}", got=f"an object of {names[0]}, which reading would execute",
                      expected="tensors and plain values",

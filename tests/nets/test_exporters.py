@@ -19,7 +19,7 @@ from hpcssl.nets.resnet import Arch
 
 META = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "size": 16, "fingerprint": "f" * 64, "step": 7,
         "method": "msf"}
-X = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
