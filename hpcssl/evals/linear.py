@@ -11,8 +11,8 @@ The head is scored on centre crops after every epoch; the score is the best epoc
 protocol reports it, and both are told.
 
 A protocol with a *sweep* (BYOL) holds out a part of the training set, trains one head per rate on the rest, all on
-the same pass, takes the rate whose last epoch is best on the held-out part, and trains that one on everything. The
-validation set chooses nothing.
+the same pass, takes the rate whose score on the held-out part is best, and trains that one on everything. The
+validation set chooses no rate.
 
 The backbone is frozen, so the features of a step do not depend on the steps before it: rank r encodes the whole
 batches of steps r, r + W, …, and rank 0 alone trains the heads on them in order. The numbers are therefore the same
@@ -135,7 +135,7 @@ def run(context) -> dict[str, float]:
     if len(held) and swept is None:
         kept = np.setdiff1d(np.arange(samples), held)
         scores = work.train(_Task("sweep", protocol.sweep, kept, lambda: work.rows(train, torch.from_numpy(held))))
-        swept = [score["top1"] for score in scores[-1]]
+        swept = [choice.reported(one, protocol.report)["top1"] for one in zip(*scores, strict=True)]
     lr = protocol.lr if swept is None else protocol.sweep[int(np.argmax(swept))]
     everything = torch.arange(len(val))
     scores = work.train(_Task("final", (lr,), np.arange(samples), lambda: work.rows(val, everything),
