@@ -54,11 +54,12 @@ def launch_due(run: RunDir, train: records.Job) -> None:
     if not chain.due(run):
         return
     gpus = local.spare_gpus(run, train.options)
-    at_work = [job for job in records.submitted(run).values() if job.local and job.beside][-1:]
-    if gpus is None or any(local.supervised(run, job) for job in at_work):
+    before = [job for job in records.submitted(run).values() if job.local and job.beside]
+    if gpus is None or (before and local.supervised(run, max(before, key=lambda job: job.job))):
         return
     with records.locked(run):
-        local.launch(run, chain.jobs_of(run, chain.due(run)), gpus=gpus)
+        if wanted := chain.jobs_of(run, chain.due(run)):
+            local.launch(run, wanted, gpus=gpus)
 
 
 def more(run: RunDir, base: str) -> list[records.Job]:

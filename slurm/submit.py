@@ -89,8 +89,9 @@ def texts(request: Request) -> str:
 def submit(request: Request) -> list[records.Job]:
     """Submit what is missing of the training and its evaluations; the new jobs, training first.
 
-    One submission of a run at a time. A run that has ended early continues. While one of its jobs lives, only
-    evaluations can be added: ``SubmitError`` where the recipe has changed.
+    One submission of a run at a time. A run that has ended early continues, with today's code; evaluations that are
+    still in the queue are asked for anew. While the training lives, or an evaluation of a finished run, evaluations
+    can be added: ``SubmitError`` where the recipe has changed.
     """
     from hpcssl import run as runs  # imports torch, which no other verb waits for
 
@@ -100,13 +101,17 @@ def submit(request: Request) -> list[records.Job]:
     run = planned.run
     with records.locked(run):
         living = _living(run)
-        recipe = runs.resolve(request.recipe, planned.overrides, run, write=not living)
+        training = not run.done.exists() and records.TRAIN not in living
+        recipe = runs.resolve(request.recipe, planned.overrides, run, write=training or not living)
+        if training:  # they wait for a training that did not succeed, or hold on to its code
+            for job in living.values():
+                control.end(run, job)
+            living = {}
         if living:
             _refuse_change(run, recipe, next(iter(living.values())), request)
-        training = not run.done.exists() and records.TRAIN not in living
-        finals = {what: sbatch for what, sbatch in planned.jobs.items() if what != records.TRAIN and (
-            training or (what not in living and (not run.done.exists() or _missing(run, chain.entry(what)))))}
-        wanted = ({records.TRAIN: planned.jobs[records.TRAIN]} if training else {}) | finals
+        wanted = {what: sbatch for what, sbatch in planned.jobs.items() if (
+            training if what == records.TRAIN else what not in living and (
+                not run.done.exists() or _missing(run, chain.entry(what))))}
         _write_chain(run, planned, request, keep=not training)
         again = [e for e in chain.beside(run) if planned.every and str(replace(e, step=None)) in planned.jobs
                  and str(e) not in living and _missing(run, e)]
@@ -115,9 +120,6 @@ def submit(request: Request) -> list[records.Job]:
         if not living:
             freeze.freeze(run)
         run.logs.mkdir(parents=True, exist_ok=True)
-        if training:  # evaluations that wait for an earlier training which did not succeed
-            for job in [living[what] for what in finals if what in living]:
-                control.end(run, job)
         parent = living.get(records.TRAIN)
         jobs = local.launch(run, wanted) if request.local and wanted else \
             _through_sbatch(run, wanted, request.profile, parent.job if parent else None)
