@@ -104,13 +104,14 @@ def _match(layout: Layout, small: Look, encoder: str, prefix: str, state: dict[s
     arch, look, blocks = _arch(tensors, layout.large, small)
     wanted = {} if arch is None else _shapes(arch)
     back = {name: key for key, name in names.items()}
+    twice = [key for key, name in names.items() if back[name] != key]  # two keys for one name: only one is taken
     rest = [key for key in state if key not in names and not _known(layout, key, prefix)]
     inside = [key for key in rest if key.startswith(prefix)]
     resnets = [key for key in rest if not key.startswith(prefix) and NAME.search(key)]
     return Match(
         layout=layout, encoder=encoder, tensors=tensors, arch=arch, look=look, blocks=blocks,
         missing=sorted(prefix + name for name in wanted.keys() - tensors.keys()),
-        unused=sorted([back[name] for name in tensors.keys() - (wanted or tensors).keys()] + inside + resnets),
+        unused=sorted([back[name] for name in tensors.keys() - (wanted or tensors).keys()] + twice + inside + resnets),
         strange=sorted(set(rest) - set(inside) - set(resnets)),
         wrong=[f"{back[name]} {list(tensors[name].shape)} instead of {list(wanted[name])}"
                for name in sorted(wanted.keys() & tensors.keys()) if tensors[name].shape != wanted[name]])
@@ -159,7 +160,8 @@ def _elsewhere(rows: Sequence[Layout], tree: Mapping) -> list[Match]:
                  for words in parts for at in range(len(words))}
         for form in {form for row in rows for form in row.forms}:
             for theirs in sorted(head for head, tail in tails if form([tail]).get(tail) == "conv1.weight"):
-                names = form([key.removeprefix(theirs) for key in state if key.startswith(theirs)])
+                names = form([key.removeprefix(theirs) for key in state
+                              if key.startswith(theirs) and not key.endswith(COUNTERS)])
                 best = max(best, (theirs, names, state), key=lambda found: len(found[1]))
     theirs, names, state = best
     if not any(name.startswith("layer") for name in names.values()):

@@ -233,6 +233,14 @@ def test_keys_that_a_named_layout_does_not_know_are_left_out_unless_they_are_a_r
         recognise.find(tree, "weights", "lightly", None)
 
 
+def test_two_keys_for_one_tensor_are_not_a_choice(nets):
+    q = nets[1]
+    tree = others.detectron2(q, q)
+    tree["model"]["conv1.weight"] = torch.ones(64, 3, 7, 7)
+    with pytest.raises(EvalError, match=r"unused keys \[stem.conv1.weight\]"):
+        recognise.find(tree, "weights", "detectron2", None)
+
+
 def test_a_caffe_style_backbone_is_refused(nets, tmp_path):
     _, q, _, t = nets
     tree = others.openselfsup_moco(q, t)
