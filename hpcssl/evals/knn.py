@@ -14,10 +14,11 @@ The search is the training bank's (``memory/search.py``: faiss on a CPU, torch o
 does not round), so the neighbours depend on the features alone, not on chunks, libraries or the number of ranks.
 
 Memory for 1.28 M x 50 k of 2,048 features: the bank lies in files (10.5 GB, mapped: pages that the system may drop)
-and passes through one block of ``BYTES`` = 2.1 GB, on a GPU through a second one there; the queries and their neighbours
-(k = 200) take 1.7 GB. Measured: 2.6 GB for the whole bank with few queries, 2.2 GB for all queries with a small bank,
-0.4 GB of each being the libraries; so below 5 GB, of RAM and of a GPU's memory, for each process. Without a run folder to
-keep them in, the features stay in the memory of each process: 10.9 GB more, or half of that with ``store=fp16``.
+and passes through one block of ``BYTES`` = 2.1 GB, on a GPU through a second one there; the queries and their
+neighbours (k = 200) take 1.7 GB. Measured: 2.6 GB for the whole bank with few queries, 2.2 GB for all queries with a
+small bank, 0.4 GB of each being the libraries; so below 5 GB, of RAM and of a GPU's memory, for each process. Without a
+run folder to keep them in, the features stay in the memory of each process: 10.9 GB more, half of that with
+``store=fp16``.
 
 Letters in shapes: Q queries, B queries of a block, N bank rows, K neighbours, D features.
 """
