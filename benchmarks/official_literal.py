@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,8 +38,8 @@ def nnclr(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
 
 def bsim_simclr(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
     tests = TESTS.load("test_mix.py")
-    return _losses(make("digits_simclr", ["mix.kind=cutmix", "method.reduction=mean", "method.tau=0.2"]), steps, tests,
-                   tests.test_simclr_against_equations_1_and_2)
+    ours = make("digits_simclr", ["mix.kind=cutmix", "mix.pairing=flip", "method.reduction=mean", "method.tau=0.2"])
+    return _losses(ours, steps, tests, partial(tests.test_simclr_against_equations_1_and_2, pairing="flip"))
 
 
 def bsim_moco(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
@@ -89,7 +90,8 @@ class _Now:
 def _losses(ours, steps: int, tests: types.ModuleType, test: Callable) -> Iterator[tuple[dict, dict]]:
     """Run a test of the first step at each step: its batch 0 is the present one, and its mixtures are those of now."""
     made = _Now(ours)
-    tests.rng = SimpleNamespace(key=lambda seed, what, _step, view: rng.key(seed, what, made.now, view))
+    tests.rng = SimpleNamespace(**vars(rng) | {
+        "key": lambda seed, what, _step, *view: rng.key(seed, what, made.now, *view)})
     tests.pytest = SimpleNamespace(approx=_Noted)
     for made.now in range(steps):
         test(lambda *_: made)
