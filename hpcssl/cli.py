@@ -48,7 +48,10 @@ def evaluate(name: str, overrides: Overrides = None, run: Annotated[Path | None,
              step: Annotated[str, typer.Option(help="last, first or a number; with --run.")] = "last",
              layout: Annotated[str | None, typer.Option(help="Of the --weights file, where its keys do not tell.")]
              = None, encoder: Which = None, mean: Mean = None, std: Std = None, size: Size = None) -> int:
-    """Evaluate a run's encoder, or a weights file, by NAME (knn, linear). Asking again gives the row that is there."""
+    """Evaluate a run's encoder, or a weights file, by NAME: knn, linear, finetune, svm, lowshot, transfer, detect.
+
+    Asking again gives the row that is there.
+    """
     from hpcssl import run as runs
 
     source = _source(weights, layout=layout, encoder=encoder, mean=mean, std=std, size=size)

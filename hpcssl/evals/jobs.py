@@ -50,6 +50,8 @@ class Jobs:
             kept = torch.full((jobs, width), float("nan"), dtype=torch.float64)
         table = self.tables[name] = world.gather(kept[None].to(world.device))[0].cpu()
         todo = table.isnan().any(1).nonzero()[:, 0].tolist()
+        # ranks may have other numbers of cores, and must deal out alike
+        workers = min(workers, *map(int, world.gather_text(str(workers))), max(1, -(-len(todo) // world.size)))
         began = time.monotonic()
         with joblib.Parallel(workers, mmap_mode="r") as pool:
             for first in range(0, len(todo), workers * world.size):

@@ -103,8 +103,10 @@ def run(context) -> dict[str, float]:
         options = replace(options, view="eval_whole")
     if options.interpolation == "auto":
         options = replace(options, interpolation="bicubic")
+    metric = METRICS[name] if options.protocol == "logistic" else "top1"
     context = replace(context, options=options)
-    score = _msf(context) if options.protocol == "msf" else _logistic(context, METRICS[name])
+    context.details["metric"] = metric
+    score = _logistic(context, metric) if options.protocol == "logistic" else _msf(context)
     log.info("transfer to %s: %.2f", name, score)
     return {name: score}
 
@@ -145,7 +147,7 @@ def _logistic(context, metric: str) -> float:
         x, y = (torch.cat(pair) for pair in zip(train.on_device(), val.on_device(), strict=True))
         return [test.score(logistic.fit(x, y, classes, l2), metric)]
 
-    context.details |= {"metric": metric, "l2": l2, "validation": 100 * float(scores[best])}
+    context.details |= {"l2": l2, "validation": 100 * float(scores[best])}
     return 100 * float(jobs.table("test", 1, 1, final))
 
 
