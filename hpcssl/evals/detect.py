@@ -16,8 +16,10 @@ polygons; proposals thinner than 0.001 pixels are dropped; batches are padded to
 32. Regions (ROIAlignV2), numbers of proposals, samples, thresholds, initial values, the mask branch that shares the C4
 head, and rates are Detectron2's; SyncBN weighs ranks by their counts, there (naiveSyncBN) equally.
 
-Killed and run again, the training goes on from its last save; the numbers are the same to the bit on a CPU. On a GPU
-the gradients of regions are summed in no fixed order, so that two runs differ as two seeds would, only less.
+Killed and run again, the training goes on from its last save; the numbers are the same to the bit on a CPU. Any number
+of ranks takes the same steps up to the rounding of sums, and a GPU sums the gradients of regions in no fixed order;
+this training magnifies rounding, so that such runs differ in their scores much as two seeds do. What one trained
+detector scores is the same on any number of ranks.
 """
 
 from __future__ import annotations

@@ -101,11 +101,10 @@ def gradients(world, weights_file, shards, changes):
                     masks=protocol.masks, seed=0, threads=1)
     batch = next(iter(stream))
     stream.close()
-    sides = [max(example.image.shape[axis] for example in batch) for axis in (1, 2)]
-    t.model.transform.side = tuple(int(x) for x in world.maximum(torch.tensor(sides)).result())
+    t.model.transform.side = detect_train._side(world, batch, halt=False)
     t.loss(batch, 0).backward()
     made = {name: p.grad for name, p in t.model.named_parameters()} | dict(t.model.named_buffers())
-    return {name: value.numpy().copy() for name, value in made.items()}
+    return {name: value.cpu().numpy().copy() for name, value in made.items()}
 
 
 @pytest.mark.parametrize("changes", [{}, {"protocol": "coco_fpn_1x", "anchors": [8, 12, 16, 24]}])
@@ -118,6 +117,13 @@ def test_two_ranks_take_the_step_of_one(squares, weights_file, ranks, changes, m
         for name, value in alone.items():
             np.testing.assert_allclose(rank[name], value, rtol=1e-7, atol=1e-9, err_msg=name)
     assert all(np.abs(value).max() > 0 for name, value in alone.items() if name.endswith("weight"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_same_step(squares, weights_file):
+    alone, gpu = (gradients(World.alone(device), weights_file, squares[0], {}) for device in ("cpu", "cuda"))
+    for name, value in alone.items():
+        np.testing.assert_allclose(gpu[name], value, rtol=1e-6, atol=1e-8, err_msg=name)
 
 
 def found_by(world, weights_file, shards):
