@@ -54,7 +54,7 @@ def alone(shards, tmp_path_factory):
 @pytest.fixture(scope="module", params=[2, 4])
 def world(request, shards, start_ranks, tmp_path_factory):
     folder = plan(tmp_path_factory.mktemp("methods"), shards, ["bank.placement=sharded"])
-    start_ranks(request.param, [str(SCRIPT), str(folder)])
+    start_ranks(request.param, [str(SCRIPT), str(folder)], timeout=500)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
