@@ -66,6 +66,7 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Sour
              val: Path | None, devices: str, step: str) -> int:
     """The door's ``eval``: a run's encoder, or a weights file between two shard folders. Prints the scores."""
     from hpcssl.evals.together import Stopped
+    from hpcssl.journal import set_up_logging
 
     if (run is None) == (weights is None):
         raise ConfigError("hpcssl eval", got="both or neither of --run and --weights", expected="one of them",
@@ -73,6 +74,7 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Sour
     stop = StopFlag().install(keyboard=True)
     training.prepare(MachineOptions(devices=devices))
     world = World.start(devices)
+    set_up_logging(world.rank)
     try:
         if run is not None:
             rows = evals.evaluate_run(name, RunDir(run), world, train=train, val=val, overrides=overrides, step=step,
@@ -81,7 +83,9 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Sour
             options, sets = evals.question(name, {}, train=train, val=val, overrides=overrides)
             rows = evals.evaluate_sets(name, run=None, weights=weights, world=world, options=options, sets=sets,
                                        stop=stop.is_set)
-    except Stopped:
+    except Stopped as stopped:
+        if world.main:
+            sys.stderr.write(f"hpcssl: {stopped}\n")
         return EXIT_STOPPED
     world.close()
     if world.main:
