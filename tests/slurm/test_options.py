@@ -116,3 +116,21 @@ def test_an_evaluation_takes_over_the_site_and_not_the_size():
         "nodes": "1", "gpus-per-node": "h100:1", "partition": "gpu", "account": "a", "time": "30",
         "cpus-per-task": "6", "exclusive": True}
     assert shape.evaluation({"ntasks": "3"}, {"ntasks-per-node": "2"}) == {"nodes": "1", "ntasks-per-node": "2"}
+
+
+@pytest.mark.parametrize(("train", "given", "kept"), [
+    ({"gres": "gpu:a100:4", "hold": True}, {}, {"gpus-per-node": "a100:1"}),
+    ({"gres": "lustre:1,gpu:h100:3(S:0-1)"}, {}, {"gres": "lustre:1", "gpus-per-node": "h100:1"}),
+    ({"gpus": "a100:8", "nodes": "2"}, {}, {"gpus-per-node": "a100:1"}), ({"gres": "gpu:2"}, {}, {"gpus-per-node": "1"}),
+    ({"gpus-per-task": "1", "ntasks": "4"}, {}, {"gpus-per-node": "1"}), ({"gres": "lustre:1"}, {}, {"gres": "lustre:1"}),
+    ({"gpus-per-node": "h100:8"}, {"gpus": "2"}, {"gpus": "2"}),
+])
+def test_an_evaluation_keeps_the_type_of_its_gpu(train, given, kept):
+    assert shape.evaluation(train, given) == {"nodes": "1", **kept}
+
+
+def test_what_an_evaluation_waits_for_besides():
+    assert shape.after("7", {"time": "1"}) == {"time": "1", "dependency": "afterok:7"}
+    assert shape.after("7", {"dependency": "singleton"}) == {"dependency": "afterok:7,singleton"}
+    with pytest.raises(ConfigError, match="commas instead"):
+        shape.after("7", {"dependency": "afterok:1?afterok:2"})
