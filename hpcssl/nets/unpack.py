@@ -55,8 +55,8 @@ def read(path: Path | str) -> Mapping:
             tree = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         raise _refused(path, error) from error
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-            AssertionError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+            SafetensorError) as error:  # torch hands a file of that name to safetensors
         raise EvalError(f"weights {path}", got=f"a file that torch cannot read ({_line(error)})",
                         expected="a whole checkpoint written by torch.save, or a .safetensors file",
                         mend="copy or download it again; a scripted model must be saved as its state_dict()") from error
