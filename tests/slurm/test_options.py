@@ -121,8 +121,10 @@ def test_an_evaluation_takes_over_the_site_and_not_the_size():
 @pytest.mark.parametrize(("train", "given", "kept"), [
     ({"gres": "gpu:a100:4", "hold": True}, {}, {"gpus-per-node": "a100:1"}),
     ({"gres": "lustre:1,gpu:h100:3(S:0-1)"}, {}, {"gres": "lustre:1", "gpus-per-node": "h100:1"}),
-    ({"gpus": "a100:8", "nodes": "2"}, {}, {"gpus-per-node": "a100:1"}), ({"gres": "gpu:2"}, {}, {"gpus-per-node": "1"}),
-    ({"gpus-per-task": "1", "ntasks": "4"}, {}, {"gpus-per-node": "1"}), ({"gres": "lustre:1"}, {}, {"gres": "lustre:1"}),
+    ({"gpus": "a100:8", "nodes": "2"}, {}, {"gpus-per-node": "a100:1"}),
+    ({"gres": "gpu:2"}, {}, {"gpus-per-node": "1"}),
+    ({"gpus-per-task": "1", "ntasks": "4"}, {}, {"gpus-per-node": "1"}),
+    ({"gres": "lustre:1"}, {}, {"gres": "lustre:1"}),
     ({"gpus-per-node": "h100:8"}, {"gpus": "2"}, {"gpus": "2"}),
 ])
 def test_an_evaluation_keeps_the_type_of_its_gpu(train, given, kept):
