@@ -197,6 +197,8 @@ def main() -> int:
     parser.add_argument("--only", choices=[*CASES, *LITERAL], nargs="+", metavar="METHOD", help="these alone")
     parser.add_argument("--out", type=Path, default=None, help="write the figures here as JSON")
     options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: 1 or more")
     torch.set_num_threads(1)
     if not options.repos.is_dir():
         raise DataError(f"--repos {options.repos}", got="no such folder", expected="a folder of clones",
@@ -209,6 +211,9 @@ def main() -> int:
         found, about = figures(name, options.repos, options.steps)
         rows = summary(found)
         body[name] = {"verdict": verdict(rows)} | {key: float(f"{gap:.2g}") for key, gap in rows.items()} | about
+    if not body:
+        raise DataError(f"--repos {options.repos}", got="none of the clones that were asked for",
+                        expected="folders named OWNER-NAME", mend="clone " + CASES[options.only[0]].clone + " into it")
     common.report("official", f"largest differences over {options.steps} steps in float64 (goal 1e-8) and after the "
                   "first in float32 (goal 1e-5)", body, options.out)
     return int(any(rows["verdict"] != "agrees" for rows in body.values()))
