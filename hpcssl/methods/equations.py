@@ -67,14 +67,15 @@ def sinkhorn(score_NC: Tensor, epsilon: float, rounds: int, rows: int, total: Ca
     """Codes by Sinkhorn-Knopp: SwAV eq. 3, Q = Diag(a) exp(S/ε) Diag(b), whose columns get rows/C in all and whose rows
     sum to 1. [N, C]
 
-    ``score_NC``: this rank's of ``rows`` rows; ``total`` adds over ranks. Columns first, rows last, ``rounds`` times.
+    ``score_NC``: this rank's of ``rows`` rows; ``total`` adds over ranks. Columns first, rows last, ``rounds`` times; a
+    and b are kept as vectors, so that the matrix is written once.
     """
-    code_NC = torch.exp(score_NC / epsilon)
-    code_NC = code_NC / total(code_NC.sum())
+    exp_NC = torch.exp(score_NC / epsilon)
+    row_N = torch.ones_like(exp_NC[:, 0])
     for _ in range(rounds):
-        code_NC = code_NC / total(code_NC.sum(0)) / score_NC.shape[1]
-        code_NC = code_NC / code_NC.sum(1, keepdim=True) / rows
-    return code_NC * rows
+        column_C = 1 / (score_NC.shape[1] * total(row_N @ exp_NC))
+        row_N = 1 / (rows * (exp_NC @ column_C))
+    return exp_NC * column_C * (rows * row_N)[:, None]
 
 
 def swapped_prediction(score_BC: Tensor, code_BC: Tensor, tau: float) -> Tensor:
