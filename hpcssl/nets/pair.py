@@ -111,8 +111,9 @@ class Pair(nn.Module):
     @torch.no_grad()
     def embed_now(self, view: Tensor) -> Tensor:
         """z of a view from the network that targets come from, as it is, without gradient."""
+        network = self.online if self.target is None else self.target
         with self._cast():
-            return (self.online if self.target is None else self.target).embed(view)[0]
+            return torch.cat([network.embed(rows)[0] for rows in view.chunk(self.world.micro_batches)])
 
     @torch.no_grad()
     def predict(self, z: Tensor) -> Tensor | None:
@@ -124,13 +125,16 @@ class Pair(nn.Module):
                      second: Sequence[bool] = ()) -> list[Tensor]:
         """z of each view from the moving average, without gradient; it keeps its own batch statistics.
 
+        The rows pass in micro-batches, like the online branch's: groups of the norms are runs of those.
         ``orders``: per view a permutation of the global batch, int64 [W·b], by which images are dealt out to groups
         of the norms and back again (shuffle-BN, He et al. 2020).
         """
         if orders is not None:
             views = [self.world.shuffle(view, order) for view, order in zip(views, orders, strict=True)]
+        micros = zip(*(view.chunk(self.world.micro_batches) for view in views), strict=True)
         with self._cast():
-            found = [z for z, _ in self.target(views, second)]
+            passed = [[z for z, _ in self.target(list(rows), second)] for rows in micros]
+        found = [torch.cat(parts) for parts in zip(*passed, strict=True)]
         if orders is not None:
             found = [self.world.unshuffle(z, order) for z, order in zip(found, orders, strict=True)]
         return found
