@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from hpcssl.errors import ConfigError, nearest
 from hpcssl.memory.pseudo import PseudoOptions
@@ -13,6 +13,7 @@ from hpcssl.optim.schedule import EmaOptions
 
 Rule = rules.Labels | rules.Clusters | rules.Twins | Modalities | Pseudo
 RULES = ("twin", "kmeans", "label", "pseudo", "modality")
+_OF_RULES = {"twins": ("twin", "modality"), "clusters": ("kmeans",), "iterations": ("kmeans",), "pseudo": ("pseudo",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class CmsfOptions:
                  "set method.legacy_fill=false")):
             if wrong:
                 raise ConfigError(f"method.{key}", got=repr(getattr(self, key)), expected=expected, mend=mend)
+        usual = {field.name: field.default for field in fields(self)} | {"pseudo": PseudoOptions()}
+        for key, rules_of in _OF_RULES.items():
+            if self.rule not in rules_of and getattr(self, key) != usual[key]:
+                raise ConfigError(f"method.{key}", got=f"{getattr(self, key)} with rule {self.rule}", expected="it with"
+                                  f" {' or '.join(rules_of)} alone", mend=f"leave method.{key}, or set method.rule")
 
     def made(self) -> Rule:
         if self.rule == "twin":

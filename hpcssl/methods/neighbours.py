@@ -55,6 +55,13 @@ class NeighbourOptions:
             raise ConfigError("method.neighbours.k", got=f"{self.k} with rule {self.rule}", expected="1, since this "
                               "rule chooses among no few", mend="set method.neighbours.k=1, or rule=nearest")
 
+        if self.tau != 0.1 and self.rule != "soft":
+            raise ConfigError("method.neighbours.tau", got=f"{self.tau:g} with rule {self.rule}", expected="it with "
+                              "the rule soft alone", mend="leave it, or set method.neighbours.rule=soft")
+        if self.rule == "self" and (self.both_views or self.replace != "oldest" or self.support != "queue"):
+            raise ConfigError("method.neighbours.rule", got="self with options of a support set", expected="these with "
+                              "a rule that has one", mend="leave both_views, replace and support, or set rule=nearest")
+
     def bank(self, targets: tuple[int, ...]) -> BankSpec | None:
         """The support set for a plan with these target views."""
         if self.rule == "self":

@@ -30,6 +30,7 @@ from hpcssl.optim.schedule import EmaOptions
 from hpcssl.views.plan import ViewOptions, both_ways, one_way
 
 CONTRASTS = ("rows", "columns", "nt_xent")
+_EMA = EmaOptions(momentum=0.99, shape="cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class NnclrOptions:
     predictor: bool = True
     neighbours: NeighbourOptions = field(default_factory=NeighbourOptions)
     momentum_encoder: bool = False
-    ema: EmaOptions = field(default_factory=lambda: EmaOptions(momentum=0.99, shape="cosine"))
+    ema: EmaOptions = field(default_factory=lambda: _EMA)
 
     def __post_init__(self):
         if not self.tau > 0:
@@ -52,6 +53,9 @@ class NnclrOptions:
         if self.contrast not in CONTRASTS:
             raise ConfigError("method.contrast", got=repr(self.contrast), expected="one of " + ", ".join(CONTRASTS),
                               mend=nearest(str(self.contrast), CONTRASTS))
+        if self.ema != _EMA and not self.momentum_encoder:
+            raise ConfigError("method.ema", got=f"momentum {self.ema.momentum:g}, {self.ema.shape}", expected="it with "
+                              "a momentum encoder alone", mend="set method.momentum_encoder=true, or leave method.ema")
 
 
 class Nnclr:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hpcssl import rng
+from hpcssl.errors import DataError
 from hpcssl.memory.groups import Groups, Near, kmeans, near, need_faiss
 from hpcssl.memory.rows import Memory
 from hpcssl.methods.base import Context, Emb, Scene
@@ -24,6 +25,9 @@ class Labels:
     vectors, numbers = (), ()
 
     def memories(self, scene: Scene) -> dict[str, Memory]:
+        if not (scene.labels >= 0).any():
+            raise DataError("the training shards", got="no image with a label", expected="labels, which say who may be "
+                            "a neighbour", mend="write shards from folders named by class, or take another method.rule")
         return {}
 
     def refresh(self, ctx: Context) -> None:

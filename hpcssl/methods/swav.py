@@ -43,6 +43,9 @@ class SwavOptions:
     queue_epoch: int = 15
 
     def __post_init__(self):
+        if self.queue_epoch != 15 and not self.queue:
+            raise ConfigError("method.queue_epoch", got=f"{self.queue_epoch} without a queue", expected="it with one",
+                              mend="set method.queue=true, or leave method.queue_epoch")
         for key, least in (("prototypes", 2), ("rounds", 1), ("freeze_steps", 0), ("queue_epoch", 0)):
             if getattr(self, key) < least:
                 raise ConfigError(f"method.{key}", got=getattr(self, key), expected=f"{least} or more",

@@ -63,7 +63,7 @@ class Training:
         self.dtype = torch.float64 if recipe.optim.precision == "fp64" else torch.float32
         self.pair = self._pair()
         self.norms = norm.norms_of(n for n in (self.pair.online, self.pair.target) if n is not None)
-        for layer in norm.norms_of([self.pair.online]):
+        for layer in self.norms:
             layer.micro_batches = recipe.machine.accumulate
         self.optimizer = build.build(recipe.optim, self.pair.online.named_parameters(),
                                      global_batch=recipe.optim.batch,
@@ -118,13 +118,26 @@ class Training:
             return Branch(backbone, projector, predictor, second, options.joint)
 
         two = any(view.second for view in self.plan.views)
-        if two and options.joint:
-            raise ConfigError("model.joint", got="true with views of two modalities", expected="views of one, which "
-                              "pass one network", mend="set model.joint=false")
+        self._check_model(two)
         online = branch("", branch("second.", None) if two else None).to(world.device, self.dtype)
         if recipe.machine.channels_last:
             online = online.to(memory_format=torch.channels_last)
         return Pair(online, self.method.target, world, _CASTS.get(recipe.optim.precision)).train()
+
+    def _check_model(self, two: bool) -> None:
+        """Refuse options that this method could not follow. ``two``: it has views of two modalities."""
+        recipe = self.recipe
+        if two and recipe.model.joint:
+            raise ConfigError("model.joint", got="true with views of two modalities", expected="views of one, which "
+                              "pass one network", mend="set model.joint=false")
+        if recipe.model.shuffle and self.method.target != "ema":
+            raise ConfigError("model.shuffle", got=f"true with method {recipe.method.name}", expected="a method whose "
+                              "targets come from a moving average, whose images can be shuffled by themselves",
+                              mend="set model.shuffle=false")
+        if not two and (recipe.views.second_query or recipe.views.second_target):
+            raise ConfigError("views.second_query, views.second_target", got=f"one of them with method "
+                              f"{recipe.method.name}", expected="a method with views of two modalities",
+                              mend="leave both, or take method.name=cmsf method.rule=modality")
 
     def _bank(self) -> Bank | None:
         if self.method.bank is None:

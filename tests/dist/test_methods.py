@@ -34,7 +34,8 @@ VARIANTS = {
     "byol-micro-batches": ("digits_byol", ["machine.accumulate=2"]),
     "msf-micro-batches-shuffled": ("digits_msf", ["machine.accumulate=2", "model.shuffle=true"]),
     "nnsiam-micro-batches": ("digits_nnsiam", ["machine.accumulate=2", "method.neighbours.k=3"]),
-    "swav-larc-2-crops": ("digits_swav", ["optim.name=larc", "views.crops.number=0"]),
+    "swav-larc-queue-in-use": ("digits_swav", ["optim.name=larc", "views.crops.number=0", "bank.size=8",
+                                               "method.queue_epoch=0", "method.freeze_steps=0"]),
 }
 CASES = {name: (name, []) for name in recipe.names() if name.startswith("digits_")} | VARIANTS
 

@@ -235,7 +235,8 @@ def test_constrained_neighbours_differ(small_training):
         assert np.abs(np.diff(losses, axis=0))[0, 2:].max() > 1e-4
 
 
-@pytest.mark.parametrize("bad", ["rule=cluster", "twins=4", "every=true", "k=0", "legacy_fill=true", "clusters=-1"])
+@pytest.mark.parametrize("bad", ["rule=cluster", "twins=4", "every=true", "k=0", "legacy_fill=true", "clusters=-1",
+                                 "clusters=7", "iterations=3", "pseudo.threshold=0.5"])
 def test_options_that_cannot_be_meant(bad):
     from hpcssl.train import recipe
 

@@ -8,6 +8,7 @@ from hpcssl.data.order import Draws
 from hpcssl.errors import ConfigError
 from hpcssl.train import recipe
 from hpcssl.train.state import method_of, plan_of
+from hpcssl.train.support import Support
 from hpcssl.views.plan import Term, ViewOptions, both_ways, multi_crop, one_way
 
 CROPS = ["views.crops={number: 3, size: 8, scale: [0.1, 0.3], large_scale: [0.4, 1.0]}"]
@@ -120,3 +121,26 @@ def test_draws_differ_by_step_and_are_dealt_out(small_training):
         Draws(20, seed=0, global_batch=8, per_step=4)
     with pytest.raises(ConfigError, match="a multiple of the batch"):
         small_training("digits_nnclr", ["method.neighbours.support=encoder", "bank.size=40"])
+
+
+def test_memory_that_a_device_still_reads_is_not_filled_again():
+    """Before a batch is asked for, the copy of the one whose memory is freed by that is waited for."""
+    said, given = [], iter(range(100))
+
+    class Loader:
+        def run(self, start, stop):
+            for number in range(start, stop):
+                said.append(("asked", number))
+                yield number
+
+    class Mark:
+        def __init__(self):
+            self.number = next(given)
+
+        def synchronize(self):
+            said.append(("copied", self.number))
+
+    support = Support(Loader(), 4, 2, Mark)
+    assert [*support.batches(0), *support.batches(1)] == list(range(8))
+    for number in (2, 3, 6, 7):  # of a step; the loss of the step has been waited for before the next begins
+        assert said.index(("copied", number - 2)) < said.index(("asked", number))

@@ -133,6 +133,11 @@ def test_what_enters_the_bank_and_when(small_training):
     (["method.tau=0"], "above 0"),
     (["machine.accumulate=2"], "machine.accumulate=1"),
     (["model.projector={last_norm: false, last_affine: false}"], "last_norm"),
+    (["method.ema.momentum=0.9"], "momentum_encoder"),
+    (["method.neighbours.tau=0.2"], "soft"),
+    (["method.neighbours={rule: self, support: encoder}"], "rule=nearest"),
+    (["model.shuffle=true"], "moving average"),
+    (["views.second_query=strong"], "two modalities"),
 ])
 def test_options_that_cannot_be_meant_are_refused(small_training, overrides, said):
     with pytest.raises(ConfigError, match=said):

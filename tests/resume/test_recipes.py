@@ -10,7 +10,8 @@ from hpcssl.files import RunDir, read_lines
 from hpcssl.train import recipe
 
 CASES = {name: (name, []) for name in recipe.names() if name.startswith("digits_")} | {
-    "nnclr-present-encoder": ("digits_nnclr", ["method.neighbours.support=encoder", "bank.size=256"]),
+    "nnclr-present-encoder": ("digits_nnclr", ["method.neighbours.support=encoder", "bank.size=32"]),
+    "swav-queue-in-use": ("digits_swav", ["method.queue_epoch=0", "method.freeze_steps=1"]),
     "nnsiam-micro-batches": ("digits_nnsiam", ["machine.accumulate=2"]),
     "simclr-permutation": ("digits_simclr", ["mix.kind=cutmix", "mix.pairing=permutation"]),
 }
