@@ -44,6 +44,13 @@ def test_recipe_says_what_it_reproduces(name):
     assert about.title and about.source
 
 
+@pytest.mark.parametrize("name", recipe.names())
+def test_only_moco_and_simclr_have_heads_without_norms(name):
+    """A recipe takes over the head of the one that it is like: what it leaves unsaid must still be its method's."""
+    made = recipe.compose(name)
+    assert made.model.projector.norm or made.method.name in ("moco", "simclr")
+
+
 def test_science_and_machinery():
     """The fingerprint moves with what changes results, and with nothing else."""
     base = recipe.compose("digits_msf")
