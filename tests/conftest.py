@@ -40,9 +40,8 @@ def _picture(index: int, height: int = 60, width: int = 80) -> np.ndarray:
     return (127.5 + 60 * np.stack(waves, -1)).clip(0, 255).astype(np.uint8)
 
 
-def _changes(index: int) -> np.ndarray:
-    gray = _picture(index).mean(2)
-    return np.abs(np.diff(gray, axis=0, prepend=gray[:1])).clip(0, 25).astype(np.uint8) * 10
+def _second(index: int) -> np.ndarray:
+    return _picture(index + 50)[::-1, :, 0].copy()
 
 
 def _encode(image: np.ndarray | Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -108,8 +107,8 @@ def make_shards():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> ShardSet:
-    """40 pictures of 60 x 80 in 5 shards, labels index % 2; as second modality how their rows change."""
-    samples = [(f"p/{i:03d}", _encode(_picture(i)), i % 2, _encode(_changes(i), "PNG")) for i in range(40)]
+    """40 pictures of 60 x 80 in 5 shards, labels index % 2; as second modality a gray one."""
+    samples = [(f"p/{i:03d}", _encode(_picture(i)), i % 2, _encode(_second(i), "PNG")) for i in range(40)]
     return _write_shards(tmp_path_factory.mktemp("shards"), samples)
 
 

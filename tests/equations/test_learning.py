@@ -1,5 +1,5 @@
-"""Each method learns on real scans: within some tens of steps its loss falls, its embeddings stay spread, and the nearest
-neighbours of other scans are better than those of the untrained encoder."""
+"""Each method learns on real scans: within some tens of steps its loss falls, its embeddings stay spread, and the
+nearest neighbours of other scans are better than those of the untrained encoder."""
 
 import numpy as np
 import pytest

@@ -93,8 +93,8 @@ def test_byol_against_equation_4(small_training, kind, loss, pairing):
 @pytest.mark.parametrize("name", [n for n in recipe.names() if n.startswith("digits_")
                                   and not n.endswith(("_bsim", "_wbsim")) and "simclr" not in n])
 def test_lambda_one_is_the_plain_method(small_training, monkeypatch, name):
-    """λ = 1 and an empty box: the same loss and parameters, for every method but SimCLR, whose eq. 1 drops a term. Views
-    that pass the norms together would meet other ones."""
+    """λ = 1 and an empty box: the same loss and parameters, for every method but SimCLR, whose eq. 1 drops a term.
+    Views that pass the norms together would meet other ones."""
     plain = small_training(name, ["model.joint=false"])
     monkeypatch.setattr(step.mix, "draw", lambda *_: Mixture(1.0, (0, 0, 0, 0)))
     mixed = small_training(name, [*BSIM, "model.joint=false"])

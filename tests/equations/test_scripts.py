@@ -213,9 +213,8 @@ def test_bf16_stays_beside_fp32(small_training, name):
     precise, coarse = torch.tensor([[float(made.step(made.batch(step)).scalars["loss"]) for step in range(50)]
                                     for made in runs])
     difference = precise - coarse
-    # gradients of pictures are nearly alike: rounding re-orders their neighbours
-    loose = 10 if name == "digits_cmsf_cross" else 1
-    assert difference[0].abs() < 0.03 and difference.abs().max() < 0.4 + 0.02 * loose
-    assert difference[-10:].mean().abs() < 0.05 * loose
+    losses = 2 if name == "digits_cmsf_cross" else 1  # one of each modality, added
+    assert difference[0].abs() < 0.03 and difference.abs().max() < 0.4 * losses
+    assert difference[-10:].mean().abs() < 0.05 * losses
     assert (difference != 0).any(), "autocast did nothing"
     assert all(p.dtype == torch.float32 for p in runs[1].training.pair.online.parameters())
