@@ -1,6 +1,8 @@
 # The two commands of the README. Everything lands in .venv and runs/, and nothing outside this folder changes.
 PYTHON ?= python3
 VENV   ?= .venv
+# test files at a time: each of them keeps about one core busy
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 
 .PHONY: install demo test lint clean
@@ -19,7 +21,7 @@ demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m slurm.demo runs/demo
 
 test: install lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check .
