@@ -55,6 +55,8 @@ def evaluate(name: str, overrides: Overrides = None, run: Annotated[Path | None,
     from hpcssl import run as runs
 
     source = _source(weights, layout=layout, encoder=encoder, mean=mean, std=std, size=size)
+    if run is not None:
+        _existing(run)
     return runs.evaluate(name, overrides or [], run=run, weights=source, train=train, val=val, devices=devices,
                          step=step)
 

@@ -71,6 +71,10 @@ def load(schema: type, *layers: dict, where: str = "recipe") -> Any:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a value"
         got = str(error).splitlines()[0]  # the lines after it speak of OmegaConf's own types
+        if "ListConfig" in got:
+            value = OmegaConf.select(OmegaConf.create(merged), key)
+            raise ConfigError(f"{where}, key {key}", got=repr(value), expected="a list",
+                              mend=f"{key}=[{value}]") from error
         raise ConfigError(f"{where}, key {key}", got=got, expected=f"a value of the type of {key}",
                           mend="`hpcssl show RECIPE` prints every key with a value of its type") from error
 

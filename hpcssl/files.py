@@ -51,7 +51,11 @@ def atomic_file(path: Path | str) -> Iterator:
 def atomic_write(path: Path | str, content: bytes | str) -> None:
     """Write the whole of ``content`` to ``path``, or leave ``path`` as it was."""
     with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+        except OSError as error:  # a write does not say where
+            error.filename = error.filename or os.fspath(path)
+            raise
 
 
 @contextlib.contextmanager
@@ -83,7 +87,7 @@ def append_line(path: Path | str, record: dict) -> None:
     try:
         end = os.fstat(fd).st_size
         torn = end > 0 and os.pread(fd, 1, end - 1) != b"\n"
-        line = b"\n" * torn + (json.dumps(record, sort_keys=True) + "\n").encode()
+        line = b"\n" * torn + (json.dumps(record) + "\n").encode()
         if os.write(fd, line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(fd)

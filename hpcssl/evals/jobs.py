@@ -9,7 +9,9 @@ Letters in shapes: J jobs, K numbers of each.
 
 from __future__ import annotations
 
+import functools
 import logging
+import signal
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from hpcssl.errors import EvalError, HpcsslError
 from hpcssl.evals import state
 from hpcssl.evals.together import agree, as_error
+from hpcssl.signals import STOPPING
 
 log = logging.getLogger("hpcssl")
 
@@ -52,6 +55,7 @@ class Jobs:
         todo = table.isnan().any(1).nonzero()[:, 0].tolist()
         # ranks may have other numbers of cores, and must deal out alike
         workers = min(workers, *map(int, world.gather_text(str(workers))), max(1, -(-len(todo) // world.size)))
+        work = functools.partial(_deaf, work) if workers > 1 else work
         began = time.monotonic()
         with joblib.Parallel(workers, mmap_mode="r") as pool:
             for first in range(0, len(todo), workers * world.size):
@@ -64,10 +68,11 @@ class Jobs:
                 except (HpcsslError, OSError) as caught:
                     error = as_error(caught)
                 except TerminatedWorkerError:
-                    error = EvalError(self.what, got="a worker process that was killed, as for lack of memory",
-                                      expected=f"memory for {workers} fits at once on each rank",
-                                      mend="ask for more memory or for fewer cores, and run it again: "
-                                           "what is finished is kept")
+                    # one that a stop caught before it was deaf: its jobs are done by the next attempt
+                    error = None if self.context.stop() else EvalError(
+                        self.what, got="a worker process that was killed, as for lack of memory",
+                        expected=f"memory for {workers} fits at once on each rank",
+                        mend="ask for more memory or for fewer cores, and run it again: what is finished is kept")
                 rows = world.gather(rows.to(world.device)).cpu()
                 table[here] = rows[:len(here)]
                 stop = self.context.stop()
@@ -88,3 +93,11 @@ class Jobs:
             return as_error(error)
         self._saved = time.monotonic()
         return None
+
+
+def _deaf(work: Callable[..., Sequence[float]], *arguments) -> Sequence[float]:
+    """``work``, in a process that leaves the stopping signals to its rank: SLURM, ``timeout`` and the keyboard send
+    them to every process of a group."""
+    for number in (*STOPPING, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    return work(*arguments)

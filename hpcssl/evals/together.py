@@ -5,6 +5,7 @@ Used by every evaluation at its boundaries (a part of the features, a block of q
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 
@@ -41,6 +42,7 @@ def as_error(error: HpcsslError | OSError) -> HpcsslError:
     """An error of the operating system (a full disk, a folder without rights) in our four parts."""
     if isinstance(error, HpcsslError):
         return error
+    mend = "free room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it that it can be used"
     return EvalError(str(error.filename or "a file of the evaluation"), got=error.strerror or error,
                      expected="a folder with room that can be written",
-                     mend="free room there, then run the same command again: what is finished is kept")
+                     mend=f"{mend}, then run the same command again: what is finished is kept")

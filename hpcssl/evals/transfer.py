@@ -76,12 +76,17 @@ def split(options: TransferOptions) -> dict[str, dict[str, ShardSet]]:
     if not root.is_dir():
         raise DataError(f"folder {root}", got="no such folder", expected="a folder of data sets", mend="check root=")
     known = METRICS if options.protocol == "logistic" else TEN
-    there = [name for name in known if (root / name).is_dir()]
-    names = options.names or there
+    names = options.names or [name for name in known if (root / name).is_dir()]
     if not names:
         raise DataError(f"folder {root}", got=", ".join(sorted(p.name for p in root.iterdir())[:3]) or "an empty one",
                         expected="folders " + ", ".join(known),
                         mend=f"`hpcssl-shard transfer NAME SRC {root}/NAME` writes one")
+    there = [name for name in METRICS if (root / name).is_dir()]
+    lost = [name for name in names if name not in there]
+    if lost:
+        raise DataError(f"folder {root}", got=f"no {', '.join(lost)} (it holds {', '.join(there) or 'no data set'})",
+                        expected="a folder for each of sets=",
+                        mend=f"`hpcssl-shard transfer {lost[0]} SRC {root}/{lost[0]}` writes it")
     found = {name: {part: ShardSet.open(root / name / part) for part in PARTS} for name in names}
     for name, parts in found.items():
         for data in parts.values():

@@ -33,6 +33,9 @@ def export(source: Source | Path | str, target: Path | str, layout: str = "hpcss
     if layout not in LAYOUTS:
         raise ConfigError("--layout", got=repr(layout), expected="a known layout", mend=nearest(layout, LAYOUTS))
     source, target = Source.of(source), Path(target)
+    if target.is_dir():
+        raise EvalError(f"layout {layout}, target {target}", got="a folder that exists", expected="a path to write",
+                        mend="name another one, such as FOLDER/encoder.safetensors")
     backbone, meta = importers.load(source)
     if layout == "hpcssl":
         if source.plain and meta["format"] == weights.FORMAT:
@@ -70,7 +73,7 @@ def _timm_folder(target: Path, tensors: dict[str, Tensor], meta: dict, width: in
     """``config.json`` and ``model.safetensors`` as timm 1.0 keeps them (timm/models/_hub.py: save_config_for_hf,
     load_model_config_from_path)."""
     if target.exists():
-        raise EvalError(f"layout timm, target {target}", got="a path that exists", expected="a folder to make",
+        raise EvalError(f"layout timm, target {target}", got="a file that exists", expected="a folder to make",
                         mend="name another one, or a file that ends in .safetensors or .pth")
     size = meta["size"]
     config = {"architecture": meta["arch"].arch, "num_classes": 0, "num_features": width, "global_pool": "avg",

@@ -41,6 +41,9 @@ def read(path: Path | str) -> Mapping:
         raise EvalError(f"weights {path}", got="a folder" if path.is_dir() else "no such file",
                         expected="a weights file",
                         mend="look into RUN/weights, or name another project's checkpoint file")
+    if path.stat().st_size == 0:
+        raise EvalError(f"weights {path}", got="an empty file", expected="a weights file",
+                        mend="copy or download it again")
     if is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:

@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -5,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from hpcssl.evals.together import Stopped
 from hpcssl.files import RunDir
 from hpcssl.nets import resnet
 from hpcssl.nets.resnet import Arch
+from hpcssl.signals import STOPPING
 from hpcssl.world import World
 
 ALONE = World.alone()
@@ -182,6 +185,27 @@ def test_stopped_and_killed_the_numbers_are_the_same(data, weights_file, tmp_pat
     row = measure("svm", SVM, weights_file, data, run=run)
     assert row["metrics"] == alone["metrics"] and row["details"] == alone["details"]
     assert not list((run.evals / "unfinished").iterdir()) and len(files.read_lines(run.eval_rows("svm"))) == 1
+
+
+def test_a_worker_that_dies_of_the_stop_is_a_stop(data, weights_file, monkeypatch):
+    def dies(calls):
+        raise jobs.TerminatedWorkerError
+
+    monkeypatch.setattr(jobs.joblib, "Parallel", lambda *a, **k: contextlib.nullcontext(dies))
+    for stop, error in ((lambda: True, Stopped), (lambda: False, EvalError)):
+        context = SimpleNamespace(world=ALONE, state=None, identity="", stop=stop)
+        with pytest.raises(error):
+            jobs.Jobs(context, "fits").table("t", 4, 1, str, workers=2)
+
+
+def test_a_worker_does_not_hear_the_stopping_signals():
+    before = {number: signal.getsignal(number) for number in (*STOPPING, signal.SIGINT)}
+    try:
+        heard = jobs._deaf(lambda job: [signal.getsignal(n) for n in before], 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == [signal.SIG_IGN] * 4
 
 
 def files_identity(path):

@@ -272,7 +272,7 @@ def test_files_that_cannot_be_read_are_told_in_one_sentence(nets, tmp_path, monk
     torch.save(Opener(), tmp_path / "old", _use_new_zipfile_serialization=False)
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "scripted")
     for name, told in {"folder": "a folder", "absent": "no such file", "text": "no checkpoint of torch",
-                       "empty": "torch cannot read", "short": "torch cannot read", "list": "got a list",
+                       "empty": "an empty file", "short": "torch cannot read", "list": "got a list",
                        "evil": r"an object of (io|_io).open", "old": r"an object of (io|_io).open",
                        "module": "an object of torchvision.models.resnet.ResNet",
                        "scripted": "torch cannot read"}.items():
