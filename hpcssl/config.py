@@ -8,6 +8,7 @@ environment variable may hold a secret. It knows no option class: ``load`` takes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import typing
@@ -72,9 +73,11 @@ def load(schema: type, *layers: dict, where: str = "recipe") -> Any:
         key = getattr(error, "full_key", None) or "a value"
         got = str(error).splitlines()[0]  # the lines after it speak of OmegaConf's own types
         if "ListConfig" in got:
-            value = OmegaConf.select(OmegaConf.create(merged), key)
-            raise ConfigError(f"{where}, key {key}", got=repr(value), expected="a list",
-                              mend=f"{key}=[{value}]") from error
+            value = functools.reduce(lambda section, part: section[part], key.split("."), merged)
+            several = isinstance(value, list)
+            raise ConfigError(f"{where}, key {key}", got=repr(value), expected="one value" if several else "a list",
+                              mend=f"{key}={value[0] if value else 'VALUE'}" if several else f"{key}=[{value}]"
+                              ) from error
         raise ConfigError(f"{where}, key {key}", got=got, expected=f"a value of the type of {key}",
                           mend="`hpcssl show RECIPE` prints every key with a value of its type") from error
 

@@ -279,6 +279,8 @@ def test_wrong_input_is_one_sentence(voc, data, weights_file):
                                  (SvmOptions, {"costs": [0.0]}, "costs above 0"),
                                  (SvmOptions, {"feature": "res6"}, "did you mean 'res5'"),
                                  (SvmOptions, {"ap": "coco"}, "area or voc11"),
+                                 (LowshotOptions, {"k": 5}, r"got 5; expected a list; to mend: k=\[5\]"),
+                                 (LowshotOptions, {"draws": [5]}, r"got \[5\]; expected one value.*draws=5"),
                                  (LowshotOptions, {"k": [0]}, r"evals\.lowshot\.k"),
                                  (LowshotOptions, {"draws": 0}, r"evals\.lowshot\.draws")):
         with pytest.raises(ConfigError, match=told):
