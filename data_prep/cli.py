@@ -121,9 +121,9 @@ def transfer(
     sets.check(name, split)
     _refuse_inside(src, out)
     with ExitStack() as stack:
-        works = {part: stack.enter_context(build.claim(out / part)) for part in sets.PARTS}
+        works = {part: stack.enter_context(build.claim(out / part)) for part in sets.check(name, split).parts}
         # what must be encoded first lies in the last part's work folder, which outlives those of the others
-        parts = sets.read(name, src, works[sets.PARTS[-1]] / "source.tar", seed=seed, split=split, partial=partial)
+        parts = sets.read(name, src, works[list(works)[-1]] / "source.tar", seed=seed, split=split, partial=partial)
         for part, todo in parts.items():
             print(build.describe(build.write(works[part], todo, options)))
 

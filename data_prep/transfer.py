@@ -38,6 +38,12 @@ class Published:
     page: str
     layouts: tuple[Layout, ...]
     splits: int = 1  # how many splits are published (or, of Caltech-101, drawn)
+    trainval: bool = False  # train and val are also written as one, on which VOC07's SVMs learn
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The folders that are written, and the parts that each holds."""
+        return {part: (part,) for part in PARTS} | ({"trainval": ("train", "val")} if self.trainval else {})
 
 
 def _one(read, homes: Sequence[str], *markers: str) -> tuple[Layout]:
@@ -78,7 +84,7 @@ SETS = {
     "voc07": Published(
         classes=20, sizes=(2501, 2510, 4952), val="list", page="host.robots.ox.ac.uk/pascal/VOC/voc2007",
         layouts=_one(layouts.voc07, ["VOC2007", "VOCdevkit/VOC2007"], "JPEGImages/",
-                     *(f"ImageSets/Main/{part}.txt" for part in PARTS))),
+                     *(f"ImageSets/Main/{part}.txt" for part in PARTS)), trainval=True),
     "dtd": Published(
         classes=47, sizes=(1880, 1880, 1880), val="list", splits=10, page="www.robots.ox.ac.uk/~vgg/data/dtd",
         layouts=_one(layouts.dtd, ["dtd"], "images/", *(f"labels/{part}{{split}}.txt" for part in PARTS))),
@@ -109,7 +115,7 @@ def check(name: str, split: int) -> Published:
 
 def read(name: str, src: Path, scratch: Path, *, seed: int = 0, split: int = 1,
          partial: bool = False) -> dict[str, Catalogue]:
-    """train, val and test of the data set ``name`` in the folder ``src``, with the same classes.
+    """train, val and test (of voc07 also trainval) of the data set ``name`` in the folder ``src``, of the same classes.
 
     ``scratch``: a file for images that must be encoded first. ``partial``: images may be missing, as for a trial.
     Raises DataError naming what is missing or does not fit.
@@ -140,8 +146,8 @@ def read(name: str, src: Path, scratch: Path, *, seed: int = 0, split: int = 1,
     made = {"verb": "transfer", "dataset": name}
     made |= {"split": split} if facts.splits > 1 else {}
     made |= {} if complete else {"partial": True}
-    return {part: Catalogue(listing.classes, sorted(samples[i.source] for i in kept if i.part == part),
-                            {**made, "part": part}) for part in PARTS}
+    return {name: Catalogue(listing.classes, sorted(samples[i.source] for i in kept if i.part in members),
+                            {**made, "part": name}) for name, members in facts.parts.items()}
 
 
 def _home(name: str, facts: Published, src: Path, split: int) -> tuple[Layout, Path]:

@@ -2,7 +2,8 @@
 
 A known score has the papers' name (``20-NN``, ``linear``, ``SVM mAP``), by which it finds its published value; any
 other is called EVALUATION[:PROTOCOL] METRIC, so that a new evaluation shows without a word here. A protocol is named
-where it is not the evaluation's usual one. Top-1 is what a name without an ending means.
+where it is not the evaluation's usual one, and options that change what is measured behind it, as in
+``linear:byol(epochs=2)``: such a score has no published value. Top-1 is what a name without an ending means.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from hpcssl import published
+from hpcssl import config, published
+from hpcssl.evals.run import EVALS
 
 OWN_DATA = ("finetune", "svm", "lowshot", "transfer", "detect")
 """Evaluations with data sets of their own, which the column tells; those of the others stand beside the encoder."""
@@ -27,6 +29,8 @@ _METRICS = {
     | {key: title.removeprefix("transfer ") for key, title in published.TITLES.items()
        if title.startswith("transfer ") and not key.startswith("transfer")},
 }
+_FREE = ("protocol", "percent", "root", "sets", "k", "seed", "batch", "precision", "store", "view", "interpolation")
+"""Options that the name says anyhow, or that no published protocol fixes."""
 _ORDER = tuple(re.compile(pattern) for pattern in (
     r"(knn\S* )?(\d+-NN|one label)", r"linear", r"finetune", r"SVM\S* mAP", r"SVM", r"transfer", r"detect"))
 _WIDE = re.compile(r"(last|best) epoch$|(NN|weighted) top-5$| std$")
@@ -39,9 +43,20 @@ def of_row(row: dict) -> dict[str, float]:
     name = _BASE.get(evaluation, evaluation)
     if protocol and protocol != _USUAL.get(evaluation):
         name = f"{name or evaluation}:{protocol}"
+    name += _changed(row)
     return {" ".join(filter(None, (name, _share(row), _metric(evaluation, metric)))).replace(" ,", ",")
             + _elsewhere(row): value for metric, value in row["metrics"].items()
             if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _changed(row: dict) -> str:
+    """The options that are not the evaluation's usual ones, ``(epochs=2;lr=1.0)``; a k-NN's stand in its metrics."""
+    if row["eval"] not in EVALS or row["eval"] == "knn":
+        return ""
+    usual = config.as_dict(EVALS[row["eval"]].options())
+    odd = [f"{key}={value}" for key, value in sorted(row["options"].items())
+           if key in usual and key not in _FREE and value != usual[key]]
+    return f"({';'.join(odd)})".replace(" ", "") if odd else ""
 
 
 def _metric(evaluation: str, metric: str) -> str:
@@ -70,7 +85,7 @@ def _elsewhere(row: dict) -> str:
 
 def quantity(column: str) -> str:
     """The column without its protocol: what a published column of that title is the same quantity as."""
-    return re.sub(r"^(\w+):[^\s,]+", r"\1", column).removeprefix("knn ")
+    return re.sub(r"^(\w+):[^\s,(]+(?![^\s,])", r"\1", column).removeprefix("knn ")
 
 
 def anchors(recipe: str, header: dict | None = None) -> dict[str, dict]:

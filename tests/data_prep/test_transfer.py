@@ -55,6 +55,11 @@ def test_layout(maker, made, tmp_path, shard, content):
     m, classes = made(maker, home)
     assert run(shard, name, tmp_path / "src", tmp_path / "out") == 0
     found, sets = parts_of(tmp_path / "out")
+    assert (tmp_path / "out" / "trainval").is_dir() == (name == "voc07")
+    if name == "voc07":
+        both = ShardSet.open(tmp_path / "out" / "trainval")
+        assert len(both) == len(sets[0]) + len(sets[1]) and both.classes == classes
+        assert sorted(map(tuple, both.targets)) == sorted(map(tuple, [*sets[0].targets, *sets[1].targets]))
     for part, shards in zip(transfer.PARTS, sets, strict=True):
         assert shards.classes == classes and shards.meta["dataset"] == name and shards.made["part"] == part
         assert (shards.targets is not None) == (name == "voc07") and shards.made["partial"] is True

@@ -118,9 +118,9 @@ def test_other_options_never_overwrite_a_number(tmp_path, make_run):
     add(run, "linear", 100, {"top1": 50.0}, epochs=1)
     add(run, "linear", 100, {"top1": 96.0}, protocol="moco")
     add(run, "knn", 100, {"knn1": 1.0}, identity="k100")  # the same identity: the first stands
-    trained = [r["metrics"] for r in collect([run.root]) if r["step"] == 100]
-    assert [m.get("linear") for m in trained] == [97.2, 50.0]
-    assert trained[0]["linear:moco"] == 96.0 and trained[0]["1-NN"] == 88.1
+    (trained,) = [r["metrics"] for r in collect([run.root]) if r["step"] == 100]
+    assert trained["linear"] == 97.2 and trained["linear(epochs=1)"] == 50.0
+    assert trained["linear:moco"] == 96.0 and trained["1-NN"] == 88.1
 
 
 def test_every_evaluation_has_a_column(tmp_path, make_run):
@@ -328,3 +328,17 @@ def test_the_door_refuses_what_cannot_be_meant(tmp_path, capsys):
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert {"document": "BSIM", "source": "Table 5", "row": "SimSiam-WBSIM", "column": "linear_top1", "value": "70.8",
             "deviation": "", "difference": "0.8", "recipe": "simsiam_r50_ep200_wbsim"} in rows
+
+
+def test_a_score_of_other_options_has_no_published_value():
+    from hpcssl.evals.linear import LinearOptions
+
+    def named(**options):
+        row = {"eval": "linear", "options": config.as_dict(LinearOptions(**options)), "metrics": {"top1": 50.0}}
+        (column,) = columns.of_row(row)
+        return column, columns.quantity(column)
+
+    assert named(protocol="byol") == ("linear:byol", "linear") and named(seed=3) == ("linear", "linear")
+    assert named(epochs=2) == ("linear(epochs=2)", "linear(epochs=2)")
+    column, quantity = named(protocol="byol", epochs=2, train_batch=256)
+    assert column == quantity == "linear:byol(epochs=2;train_batch=256)"
