@@ -139,12 +139,21 @@ class Loop:
     # -- weights --------------------------------------------------------------------------------------------
 
     def export(self) -> Path:
-        """Write the online backbone at this step. All ranks return the path when it is there."""
+        """Write the online backbone at this step, and that of the second modality into a folder ``second`` beside it.
+        All ranks return the path when it is there."""
         t = self.training
         path, views = self.run.weights_at(t.step), t.recipe.views
-        t.world.on_main(lambda: weights.save(
-            path, t.pair.online.backbone, t.recipe.arch, mean=views.mean, std=views.std, size=views.size, step=t.step,
-            method=t.recipe.method.name, fingerprint=config.fingerprint(t.science)))
+        about = {"mean": views.mean, "std": views.std, "size": views.size, "step": t.step,
+                 "method": t.recipe.method.name, "fingerprint": config.fingerprint(t.science)}
+
+        def write() -> None:
+            if t.pair.online.second is not None:
+                beside = path.parent / "second" / path.name
+                beside.parent.mkdir(parents=True, exist_ok=True)
+                weights.save(beside, t.pair.online.second.backbone, t.recipe.arch, **about)
+            weights.save(path, t.pair.online.backbone, t.recipe.arch, **about)
+
+        t.world.on_main(write)
         return path
 
     def _after_epoch(self) -> bool:

@@ -18,7 +18,8 @@ from hpcssl.train.state import method_of, plan_of
 from hpcssl.world import World
 
 IMAGENET, SMALL = 1_281_167, 50_000
-"""Images that a ledger is counted for: of ImageNet, and of CIFAR where the backbone has the small stem."""
+"""Images that a ledger is counted for: of ImageNet, and of CIFAR where the backbone has the small stem; a tenth of them
+where only those with labels are kept."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ def estimate(recipe: Recipe, ranks: int) -> Memory:
     bank = 0 if spec is None else -(-recipe.bank.size // shards) * (
         width * wide * (1 + len(spec.vectors)) + 8 * (2 + len(spec.numbers)))
     ledger = 0
-    if isinstance(method, Remembering) and getattr(recipe.method, "rule", "") in ("twin", "kmeans"):
-        images = SMALL if model.stem == "small" else IMAGENET
+    rule = getattr(recipe.method, "rule", "")
+    if isinstance(method, Remembering) and rule in ("twin", "kmeans", "pseudo"):
+        images = (SMALL if model.stem == "small" else IMAGENET) // (10 if rule == "pseudo" else 1)
         ledger = -(-images // shards) * (width * wide + 8)
     pixels = sum(3 * view.size**2 for view in plan.views) + sum(3 * plan.views[v].size**2 for v in plan.mixed)
     activations = rows * kept * (1 if half else 2) * (2 if wide == 8 else 1)

@@ -26,6 +26,8 @@ def test_two_steps(name, shards, tmp_path):
     assert main.train(run, stop=StopFlag()) == 0
     done = json.loads(run.done.read_text())
     assert done["step"] == 2 and (run.root / done["weights"]).exists()
+    beside = run.weights / "second" / (run.root / done["weights"]).name
+    assert beside.exists() == name.endswith("_cross"), "the second modality's encoder, where there is one"
     lines = [json.loads(line) for line in run.journal.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(isinstance(line["loss"], float) for line in lines), "a loss was not finite"
