@@ -37,6 +37,7 @@ SMALL = 4096
 _GRID = 2.0**24
 _CHUNK = 4096  # rows at a time on a CPU, whose product stays in the cache; 12 bits
 _QUERIES = 256  # queries at a time, which bounds the memory
+_COPY = 2**24  # bytes of allowed rows that a search copies out of all rows
 
 
 def nearest(query: Tensor, rows: Tensor, k: int, *, among: tuple[Tensor, Tensor] | None = None,
@@ -79,7 +80,7 @@ def _narrowed(query, rows, k, among, prefilter, exact) -> tuple[Tensor, Tensor] 
         nobody = (value < 0).unsqueeze(1)
         return score.masked_fill(nobody, -torch.inf), slot.masked_fill(nobody, -1)
     some = torch.isin(column, asked).nonzero().squeeze(1)
-    if len(some) == len(rows) or len(some) * rows.shape[1] * rows.element_size() > 2**24:
+    if len(some) == len(rows) or len(some) * rows.shape[1] * rows.element_size() > _COPY:
         return None
     score, slot = nearest(query, rows[some], k, among=(column[some], value), prefilter=prefilter, exact=exact)
     return score, torch.cat((some, some.new_full((1,), -1)))[slot]

@@ -9,14 +9,13 @@ from hpcssl.errors import ConfigError
 from hpcssl.train import recipe
 from hpcssl.train.state import method_of, plan_of
 from hpcssl.train.support import Support
-from hpcssl.views.plan import Term, ViewOptions, both_ways, multi_crop, one_way
+from hpcssl.views.plan import CropOptions, Term, ViewOptions, both_ways, multi_crop, one_way
 
 CROPS = ["views.crops={number: 3, size: 8, scale: [0.1, 0.3], large_scale: [0.4, 1.0]}"]
 
 
 def options(number):
-    return ViewOptions(query="strong", target="weak", size=32, crops={"number": number} and
-                       recipe.compose("digits_msf", [f"views.crops.number={number}"]).views.crops)
+    return ViewOptions(query="strong", target="weak", size=32, crops=CropOptions(number=number))
 
 
 def test_crops_share_each_targets_weight():
@@ -144,3 +143,11 @@ def test_memory_that_a_device_still_reads_is_not_filled_again():
     assert [*support.batches(0), *support.batches(1)] == list(range(8))
     for number in (2, 3, 6, 7):  # of a step; the loss of the step has been waited for before the next begins
         assert said.index(("copied", number - 2)) < said.index(("asked", number))
+
+
+@pytest.mark.parametrize("wrong,said", [("augment=strnog", "strnog"), ("scale=[0.5,0.1]", "scale"),
+                                        ("number=-1", "-1 crops"), ("size=4", "4 pixels")])
+def test_crops_that_cannot_be_meant(wrong, said):
+    with pytest.raises(ConfigError, match=said):
+        made = recipe.compose("digits_msf", ["views.crops.number=2", f"views.crops.{wrong}"])
+        plan_of(made, method_of(made))

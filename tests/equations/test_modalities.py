@@ -4,6 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hpcssl.errors import ConfigError, DataError
+from hpcssl.train import main, recipe
+from hpcssl.train.state import method_of
+
 K, TWINS, SIZE = 3, 6, 48
 OPTIONS = [f"method.k={K}", f"method.twins={TWINS}"]
 
@@ -63,3 +67,17 @@ def test_the_second_modality_is_embedded_by_the_second_encoder(small_training):
     before = [p.clone() for p in t.pair.target.second.parameters()]
     made.step(batch)
     assert any(not torch.equal(a, b) for a, b in zip(before, t.pair.target.second.parameters(), strict=True))
+
+
+def test_shards_of_one_modality_are_refused(make_shards, encode, picture, tmp_path):
+    shards = make_shards(tmp_path / "one", [(f"{i}", encode(picture(i)), i % 2) for i in range(4)])
+    with pytest.raises(DataError, match=r"without a second modality.*--second edges"):
+        main.open_shards(recipe.compose("digits_cmsf_cross", [f"data.train={shards.root}"]))
+    assert main.open_shards(recipe.compose("digits_msf", [f"data.train={shards.root}"])).root == shards.root
+
+
+def test_the_second_modality_has_augmentations_of_its_own():
+    made = recipe.compose("digits_cmsf_cross", ["views.second_query=weak"])
+    assert [view.augment for view in method_of(made).plan.views] == ["digits", "digits", "weak", "digits"]
+    with pytest.raises(ConfigError, match=r"views\.second_target.*'week'.*weak"):
+        method_of(recipe.compose("digits_cmsf_cross", ["views.second_target=week"]))
