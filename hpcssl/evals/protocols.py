@@ -69,9 +69,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "moco": _MOCO,
     # OpenSelfSup, configs/benchmarks/linear_classification/imagenet/r50_last.py: MoCo's; the last epoch [inf]
     "oss_last": replace(_MOCO, report="last"),
-    # SimSiam, main_lincls.py:48-57, 160, 188, 309, 491-493, and 232: apex's LARC with clip=False. That is LARS with
-    # the rate outside; without weight decay their trust ratios differ by the 1e-8 that LARC adds to |g|
-    "simsiam": Protocol(lr=0.1, per256=True, optimizer="lars", batch=4096, epochs=90),
+    # SimSiam, main_lincls.py:48-57, 160, 188, 309, 491-493, and 232: apex's LARC with clip=False
+    "simsiam": Protocol(lr=0.1, per256=True, optimizer="larc", batch=4096, epochs=90),
     # SimCLR, README.md:135-142 (flags), model_util.py:46-49 (biases decay), 78 (cosine by step), 90 (Nesterov)
     "simclr": replace(_GOOGLE, weight_decay=1e-6),
     # NNCLR, section 4.1: 90 epochs, batch 4096, LARS, Nesterov, cosine from 1. [inf]: that this rate is absolute, no
