@@ -5,7 +5,7 @@ VENV   ?= .venv
 JOBS   ?= 2
 BIN    := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-full lint clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: install
 
 test: install lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# every fault at every place; the quick selection of `make test` tries some of them
+test-full: PYTEST_ARGS += --full
+test-full: test
 
 lint: install
 	$(BIN)/ruff check .

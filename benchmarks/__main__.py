@@ -7,7 +7,7 @@ import sys
 import benchmarks
 
 # shared by the others, nothing to run
-_PARTS = ("common", "peers", "official_code", "official_literal", "official_methods", "__main__")
+_PARTS = ("common", "loopback", "peers", "official_code", "official_literal", "official_methods", "__main__")
 
 
 def main() -> int:

@@ -19,9 +19,18 @@ from PIL import Image
 from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS, ShardSet
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also what is marked full: every case of what the quick "
+                     "selection tries by a few")
+
+
+def pytest_collection_modifyitems(config, items):
     import torch
 
+    if not config.getoption("--full"):
+        full = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=full)
+        items[:] = [item for item in items if item not in set(full)]
     skips = []
     if not torch.cuda.is_available():
         skips.append(("gpu", "needs a CUDA device"))

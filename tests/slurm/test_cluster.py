@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import loopback
 from hpcssl.errors import SubmitError
 from hpcssl.files import RunDir, read_lines
 from slurm import attempts, chain, control, procs, records, sched, script, submit, watch
@@ -67,21 +68,6 @@ def training(run, step):
     return lambda: attempts.reached(run) >= step
 
 
-def tasks_of(job):
-    """Processes of a job's tasks on this machine: they have a rank."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            environ = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
-        except OSError:
-            continue
-        if f"SLURM_JOB_ID={job}".encode() in environ and any(e.startswith(b"SLURM_PROCID=") for e in environ) \
-                and b"slurm.start" in (folder / "cmdline").read_bytes() and b"srun" not in (
-                folder / "cmdline").read_bytes():
-            found.append(int(folder.name))
-    return found
-
-
 def pending(pid, number):
     """Whether a signal waits for a process, or the process is gone."""
     if procs.look(pid) is None:
@@ -97,7 +83,7 @@ def causes(run):
 def test_the_end_of_the_time_changes_nothing(cluster, submit_msf, undisturbed):
     run, jobs = submit_msf("--time", "1")
     cluster.until(pushed(cluster, jobs["train"], training(run, 3)), "step 3", 120)
-    tasks = tasks_of(jobs["train"])
+    tasks = list(loopback.tasks_of(jobs["train"]).values())
     assert len(tasks) == 4
     held = [p for p in map(procs.look, tasks) if p]
     # hold the training still until SLURM's warning has come: it comes when it likes, and may bring CONT itself
@@ -181,7 +167,7 @@ def test_a_killed_task_is_requeued_by_the_batch_script(cluster, stand_in):
     run = stand_in(steps=60)
     job, child = by_stand_in(run, ["knn"])
     cluster.until(training(run, 5), "step 5")
-    os.kill(tasks_of(job)[-1], signal.SIGKILL)
+    os.kill(loopback.tasks_of(job)[3], signal.SIGKILL)
     ends(cluster, job)
     ends(cluster, child)
     assert causes(run)[-1] == "done"
