@@ -19,6 +19,7 @@ from hpcssl.files import RunDir
 from hpcssl.journal import Journal
 from hpcssl.nets import weights
 from hpcssl.signals import StopFlag
+from hpcssl.train import replicas
 from hpcssl.train.checkpoint import Store
 from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
@@ -69,9 +70,12 @@ class Loop:
             stop, due, busy = report.flags
             self._record(batch, report.scalars)
             if not report.taken:
-                self._refuse_more(batch)
+                LOG.warning("step %d: %s; no rank took the step", t.step, report.why)
+                self._bear(batch)
             if self.store.saving and not busy:
                 self._warn(self.store.finish())
+            if machine.check_replicas_steps > 0 and t.step % machine.check_replicas_steps == 0:
+                replicas.check(t)
             if t.step == t.last_step:
                 break
             if stop:
@@ -86,6 +90,7 @@ class Loop:
 
     def _stop(self) -> bool:
         self.journal.sync()
+        replicas.check(self.training)
         self.unsaved = self.store.save(self.training.state())
         return False
 
@@ -95,25 +100,36 @@ class Loop:
         if t.recipe.machine.log_samples:
             self.journal.sample_ids(t.step, torch.as_tensor(batch.index))
 
-    def _refuse_more(self, batch: Batch) -> None:
-        t = self.training
-        limit = t.recipe.machine.nonfinite_limit
-        LOG.warning("step %d: the loss was not finite on some rank; no rank took the step (%d in a row)",
-                    t.step, t.skipped_in_a_row)
-        if t.skipped_in_a_row < limit:
+    def _bear(self, batch: Batch) -> None:
+        """After too many bad steps in a row: go on from the last good checkpoint with the batches that come, once or as
+        often as the recipe allows. Raises ``NonFinite`` after that."""
+        t, machine = self.training, self.training.recipe.machine
+        if t.skipped_in_a_row < machine.nonfinite_limit:
+            return
+        if self.store.saving:
+            self._warn(self.store.finish())
+        may = len(t.rolled_back) < machine.rollbacks
+        saved = self.store.newest() if may else None
+        if saved is not None:
+            t.roll_back(saved)
+            LOG.warning("%d bad steps in a row: the state of step %d is taken up again, and the run goes on past their "
+                        "batches, at step %d", machine.nonfinite_limit, saved.step, t.step)
             return
         index = t.world.whole_batch(torch.as_tensor(batch.index, device=t.world.device)).tolist()
         self.journal.flush()
-        raise NonFinite(f"the loss at step {t.step}", got=f"no finite value in {limit} steps in a row; the last batch "
-                        f"held the samples {index}", expected="a finite loss",
-                        mend="look at these samples; the same command tries again from the last checkpoint, and a new "
-                             "run (another --run folder) may take a lower optim.lr or optim.precision=fp32")
+        before = "no checkpoint to go back to" if may else f"{len(t.rolled_back)} rollbacks before"
+        raise NonFinite(f"the loss at step {t.step}", got=f"{machine.nonfinite_limit} steps in a row that were not "
+                        f"finite, and {before}; the last batch held the samples {index}", expected="finite numbers",
+                        mend="look at these samples; the same command tries again from the last checkpoint, "
+                             "machine.rollbacks=N lets it go back more often, and a new run (another --run folder) may "
+                             "take a lower optim.lr or optim.precision=fp32")
 
     # -- saving ---------------------------------------------------------------------------------------------
 
     def _begin_save(self) -> None:
         if self.store.saving:
             self._warn(self.store.finish())
+        replicas.check(self.training)  # a checkpoint that went wrong on one rank would spread to all
         self.journal.sync()  # a resumed journal starts at the checkpoint: nothing before it may be missing
         self.store.begin(self.training.state())
 
@@ -124,6 +140,7 @@ class Loop:
     def _finish(self) -> bool:
         """The last checkpoint, the exported weights, and the mark that the run is done, in this order."""
         t = self.training
+        replicas.check(t)
         self.journal.sync()
         failed = self.store.save(t.state())
         if failed:

@@ -94,7 +94,10 @@ class MachineOptions:
     ``devices`` cpu, gpu or auto. ``threads`` per process for arithmetic (0: 1 on a CPU, torch's choice beside a GPU),
     ``loader_threads`` per process. ``accumulate``: micro-batches per step. ``checkpoint_steps`` and
     ``checkpoint_minutes``: a save after so many steps or minutes (0: never by this clock); ``keep`` the last so many,
-    ``keep_every`` n-th step for good. ``nonfinite_limit``: so many non-finite losses in a row end the run.
+    ``keep_every`` n-th step for good. ``nonfinite_limit``: after so many steps in a row that were not
+    finite the run goes back to its last good checkpoint and on past their batches, ``rollbacks`` times before it ends.
+    ``check_replicas_steps``: every so many steps, and before each save, the ranks compare what they hold alike (0: only
+    before a save).
     ``log_samples`` writes the sample ids of every step. ``export_epochs``: weights are exported every so many epochs.
     """
 
@@ -111,6 +114,8 @@ class MachineOptions:
     log_steps: int = 10
     log_samples: bool = False
     nonfinite_limit: int = 3
+    rollbacks: int = 1
+    check_replicas_steps: int = 100
     timeout_minutes: float = 30.0
     export_epochs: int = 0
 

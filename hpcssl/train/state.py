@@ -75,6 +75,7 @@ class Training:
             self.memories = self.method.memories(Scene(labels, recipe.seed, recipe.model.projector.out, self.dtype,
                                                        recipe.bank.placement, world))
         self.skipped_in_a_row = 0
+        self.rolled_back: list[tuple[int, int]] = []  # (step of the checkpoint, step that the run went on from)
 
     def _check_cuts(self) -> None:
         """Refuse a batch that cannot be cut into these micro-batches and ranks."""
@@ -217,7 +218,7 @@ class Training:
         """The whole state at this step. Its tensors are the living ones: the store copies them."""
         tensors = {f"pair.{name}": Rows(t) for name, t in self.pair.state_dict().items()}
         tensors |= {f"optim.{name}": Rows(t) for name, t in build.tensors(self.optimizer).items()}
-        numbers = {"skipped_in_a_row": self.skipped_in_a_row}
+        numbers = {"skipped_in_a_row": self.skipped_in_a_row, "rolled_back": self.rolled_back}
         if self.scaler.is_enabled():
             numbers["scaler"] = self.scaler.state_dict()
         for memory, kept in self._kept():
@@ -257,8 +258,15 @@ class Training:
             kept.load(numbers[memory],
                       lambda name, start, stop, of=memory: saved.rows(f"{of}.{name}", start, stop - start))
         self.skipped_in_a_row, self.step = numbers["skipped_in_a_row"], saved.step
+        self.rolled_back = [tuple(steps) for steps in numbers.get("rolled_back", [])]
         was, now = saved.manifest["machinery"], self._machinery()
         return [f"{key} {was.get(key)} → {now[key]}" for key in now if was.get(key) != now[key]]
+
+    def roll_back(self, saved: Saved) -> None:
+        """Take everything but the place in the data from a checkpoint: the batches since then are passed by."""
+        step, before = self.step, self.rolled_back
+        self.load(saved)
+        self.step, self.rolled_back, self.skipped_in_a_row = step, [*before, (saved.step, step)], 0
 
     def _check_names(self, ours: set[str], theirs: set[str], saved: Saved) -> None:
         if ours != theirs:

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hpcssl import rng
 from hpcssl.data.loader import Batch
@@ -18,24 +18,25 @@ from hpcssl.train.state import Training
 from hpcssl.views import mix
 from hpcssl.views.mix import Mixture, Pairs
 from hpcssl.views.plan import Term
-from hpcssl.world import Pending
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a step tells the loop: whether it was taken, the flags that some rank raised, scalars for the journal."""
+    """What a step tells the loop: whether it was taken (else ``why`` not), the flags that some rank raised, scalars for
+    the journal."""
 
     taken: bool
     flags: tuple[bool, ...]
     scalars: dict[str, Tensor | float]
+    why: str = ""
 
 
 def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Report:
     """Take step ``t.step + 1`` on this rank's part of the global batch, or agree with all ranks not to.
 
-    ``flags`` are raised by any rank for all of them; they travel with the verdict on the loss, so that the world
-    agrees once per step. A non-finite loss or target on one rank leaves parameters, target, bank and statistics
-    untouched on every rank.
+    ``flags`` are raised by any rank for all of them; they travel with the verdict on loss and gradients, so that the
+    world agrees once per step. What is not finite on one rank leaves parameters, target, optimiser, bank and
+    statistics untouched on every rank.
     """
     images, ctx = t.images(batch), t.context(batch)
     remembers = isinstance(t.method, Remembering)
@@ -46,15 +47,14 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     mixtures = _mix(t, images)
     lr, momentum = t.set_rates()
     aims, ticket = _aim_at_average(t, images, ctx)
-    loss, verdict = _learn(t, images, mixtures, aims, ctx, flags)
+    loss, finite = _learn(t, images, mixtures, aims, ctx)
 
-    poor, *raised = verdict.result().bool().tolist()
-    if poor:
-        if ticket is not None:
-            t.bank.take_back(ticket)
-        norm.discard(t.norms)
-        t.optimizer.zero_grad()
-        t.skipped_in_a_row += 1
+    # after the backward pass: a finite loss may have gradients that are not
+    verdict = t.world.maximum(_raised(finite, _finite_gradients(t), flags)).result().bool().tolist()
+    poor, overflow, *raised = verdict
+    why = ""
+    if poor or overflow:
+        why = _leave_untouched(t, ticket, finite, poor)
     else:
         still = t.step < t.method.heads.still_steps
         if still:
@@ -75,7 +75,28 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     if t.scaler.is_enabled():
         ctx.notes["scale"] = torch.tensor(t.scaler.get_scale())
     scalars = {"loss": loss, "lr": lr, "ema": momentum, "spread": spread(ctx.targets[t.plan.targets[0]].z), **ctx.notes}
-    return Report(not poor, tuple(raised), scalars)
+    return Report(not why, tuple(raised), scalars, why)
+
+
+def _leave_untouched(t: Training, ticket: Ticket | None, finite: Tensor, poor: bool) -> str:
+    """Undo what the step has done so far; which ranks could not take it. ``poor``: the loss or a target of some rank is
+    not finite, and not only gradients. Gradients that overflow under a loss scale are part of how the scale is found:
+    they lower it, and count as a bad step only once there is none left to lower."""
+    if ticket is not None:
+        t.bank.take_back(ticket)
+    norm.discard(t.norms)
+    lowered = not poor and t.scaler.is_enabled() and t.scaler.get_scale() > 1
+    if lowered:
+        t.scaler.unscale_(t.optimizer)  # what it finds there is what ``update`` goes by
+        t.scaler.update()
+    t.optimizer.zero_grad()
+    t.skipped_in_a_row += not lowered
+    if lowered:
+        return f"the gradients overflowed; the loss scale is lowered to {t.scaler.get_scale():g}"
+    if not poor:
+        return "a gradient was not finite, with a finite loss"
+    ranks = t.world.gather((~finite)[None]).nonzero()[:, 0].tolist()
+    return f"the loss or a target was not finite on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _aim_at_average(t: Training, images: list[Tensor], ctx: Context) -> tuple[dict[int, object], Ticket | None]:
@@ -90,9 +111,9 @@ def _aim_at_average(t: Training, images: list[Tensor], ctx: Context) -> tuple[di
 
 
 def _learn(t: Training, images: list[Tensor], mixtures: dict[int, tuple[Mixture, Pairs]], aims: dict[int, object],
-           ctx: Context, flags: tuple[bool, ...]) -> tuple[Tensor, Pending]:
-    """Forward and backward of the online network, one micro-batch after the other: the loss, and the world's verdict on
-    it and on the targets, which is on its way while the last backward pass runs."""
+           ctx: Context) -> tuple[Tensor, Tensor]:
+    """Forward and backward of the online network, one micro-batch after the other: this rank's loss, and whether it and
+    the targets are finite (bool [])."""
     average = t.method.target == "ema"
     views = t.plan.queries if average else tuple(sorted({*t.plan.queries, *t.plan.targets}))
     losses: list[Tensor] = []
@@ -112,11 +133,11 @@ def _learn(t: Training, images: list[Tensor], mixtures: dict[int, tuple[Mixture,
             loss_B = sum(_agree(t, term, query, aims, where_B, here, mixtures) for term in t.plan.terms)
             loss = loss_B.mean() / len(micros)
             losses.append(loss.detach())
-            if last:
-                ctx.targets = ctx.targets or _joined(passed)
-                verdict = t.world.maximum(_raised(sum(losses), ctx.targets, flags))
             t.scaler.scale(loss).backward()
-    return sum(losses), verdict
+    ctx.targets = ctx.targets or _joined(passed)
+    # a row of the target that is not finite has no neighbours and costs nothing: the loss alone would not tell of it
+    finite = torch.stack([sum(losses).isfinite(), *(emb.z.isfinite().all() for emb in ctx.targets.values())]).all()
+    return sum(losses), finite
 
 
 def _fill_anew(t: Training) -> None:
@@ -180,9 +201,14 @@ def _joined(parts: list[dict[int, Emb]]) -> dict[int, Emb]:
             for v, emb in parts[0].items()}
 
 
-def _raised(loss: Tensor, target: dict[int, Emb], flags: tuple[bool, ...]) -> Tensor:
-    """[1 + flags] float32: whether something is not finite here, and this rank's flags. A row of the target that is
-    not finite has no neighbours and costs nothing, so that the loss alone would not tell of it."""
-    raised = torch.tensor([False, *flags], dtype=torch.float32).to(loss.device, non_blocking=True)
-    raised[0] = ~torch.stack([loss.isfinite(), *(emb.z.isfinite().all() for emb in target.values())]).all()
+def _finite_gradients(t: Training) -> Tensor:
+    """bool []: whether every averaged gradient is finite. Their bits are those of all ranks."""
+    gradients = [p.grad for p in t.pair.online.parameters() if p.grad is not None]
+    return nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite()
+
+
+def _raised(finite: Tensor, gradients: Tensor, flags: tuple[bool, ...]) -> Tensor:
+    """[2 + flags] float32: what is not finite here (loss or targets; gradients), and this rank's flags."""
+    raised = torch.tensor([False, False, *flags], dtype=torch.float32).to(finite.device, non_blocking=True)
+    raised[0], raised[1] = ~finite, ~gradients
     return raised
