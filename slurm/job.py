@@ -1,7 +1,7 @@
-"""What runs inside a job, once per task: plain data that submitit carries, and a call that never returns.
+"""What runs inside a job, once per task: ``python -m slurm.job RUN WHAT``, a call that never returns.
 
-Nothing but the standard library is imported before the handlers stand. The call ends in ``os._exit``, so that
-neither submitit's pickles nor a stuck thread of a collective decides how the task ends.
+Nothing but the standard library is imported before the handlers stand. The call ends in ``os._exit``, so that no
+stuck thread of a collective decides how the task ends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Work:
     what: str = records.TRAIN
 
     def __call__(self) -> None:
-        stop = StopFlag().install()  # replaces submitit's handlers, which swallow TERM and act on USR2 in mid-step
+        stop = StopFlag().install()
         start.release()
         run, code, place, attempt = RunDir(self.run), EXIT_FAILED, None, None
         try:
@@ -134,3 +134,7 @@ def leave(run: RunDir, code: int, attempt: dict | None, place: launch.Place | No
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":
+    Work(*sys.argv[1:])()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from hpcssl import config
 from hpcssl import launch as places
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, SubmitError
 from hpcssl.files import RunDir
-from slurm import procs, records, sched, shape, start
+from slurm import procs, records, sched, shape
 from slurm.script import outside_any_job
 
 START_S = 10
@@ -140,7 +139,3 @@ def spare_gpus(run: RunDir, sbatch: dict) -> str | None:
         return ""
     spare = listed[shape.gpus_per_node(sbatch) or len(listed):]
     return spare[0] if spare else None
-
-
-def python() -> str:
-    return f"{shlex.quote(sys.executable)} -m {start.__name__}"

@@ -23,7 +23,16 @@ INHERITED = ("SLURM_CONF", "SLURM_TIME_FORMAT")
 
 
 class Batch(SlurmExecutor):
-    """submitit's executor, without its refusal where SLURM is absent: a dry run needs none."""
+    """submitit's executor, without its refusal where SLURM is absent: a dry run needs none. Its tasks run our command
+    instead of submitit's, so that no pickle is ever read: a damaged one, or a ``.save_tmp`` left beside it, means
+    nothing, and nobody counts timeouts.
+    """
+
+    command = ""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return self.command
 
     @classmethod
     def affinity(cls) -> int:
@@ -33,7 +42,8 @@ class Batch(SlurmExecutor):
 def executor(run: RunDir, what: str, sbatch: dict, profile: Profile) -> Batch:
     """The executor of one job. Nothing in the script is text of a user that is not quoted."""
     python = f"{profile.container} {shlex.quote(profile.python or sys.executable)}".strip()
-    batch = Batch(run.logs, python=f"{python} -m slurm.start")
+    batch = Batch(run.logs)
+    batch.command = command(python, run, what)
     name, lead = shape.signal(sbatch)
     options = {**sbatch, "requeue": True, "signal": f"{name}@{lead}", "kill-on-invalid-dep": "yes"}
     options.setdefault("job-name", run.root.name + ("" if what == records.TRAIN else f"-{what}"))
@@ -49,6 +59,11 @@ def executor(run: RunDir, what: str, sbatch: dict, profile: Profile) -> Batch:
         teardown=["code=$?", f"{python} -m slurm.after {shlex.quote(str(run.root))} {shlex.quote(what)} $code",
                   "exit $?"])
     return batch
+
+
+def command(python: str, run: RunDir, what: str) -> str:
+    """What each task runs. ``python``: the interpreter, quoted."""
+    return f"{python} -m slurm.start -u -m slurm.job {shlex.quote(str(run.root))} {shlex.quote(what)}"
 
 
 def text(run: RunDir, what: str, sbatch: dict, profile: Profile) -> str:

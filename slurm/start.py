@@ -1,8 +1,8 @@
 """First program of every task: hold the stopping signals back until the training can take them.
 
 ``python -m slurm.start [-u] -m MODULE [ARGUMENTS…]`` blocks them and runs the module. A signal that comes while
-Python still imports waits in the kernel, instead of killing the task (a default handler) or being swallowed
-(submitit's); ``job`` lets it through once its own handlers stand.
+Python still imports waits in the kernel, instead of killing the task; ``job`` lets it through once its own handlers
+stand.
 """
 
 from __future__ import annotations

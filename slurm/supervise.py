@@ -1,6 +1,6 @@
 """The local supervisor: ``python -m slurm.supervise RUN JOB`` runs the attempts of a job and of what is chained on it.
 
-One submitit LocalExecutor job per attempt carries the tasks; the attempts, the requeues and the chain are ours, by
+One controller of submitit's per attempt starts the tasks; the attempts, the requeues and the chain are ours, by
 the same rules as on SLURM (``attempts``). What submitit's controller does not do is done here: it ends an attempt of
 which one task has crashed, and clears what an attempt left behind.
 """
@@ -10,23 +10,24 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import time
 
-from submitit import LocalExecutor
+from submitit.local.local import start_controller
 
 from hpcssl import launch
 from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, HpcsslError
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
-from slurm import attempts, beside, local, procs, records, sched, shape, start, watch
-from slurm.job import ATTEMPT, LOCAL_JOB, Work
+from slurm import attempts, beside, local, procs, records, sched, script, shape, start, watch
+from slurm.job import ATTEMPT, LOCAL_JOB
 
 LOG = logging.getLogger("hpcssl")
 POLL_S = 0.2
 KILL_WAIT_S = 30.0
-"""How long tasks may take to save after a cancel, as SLURM's KillWait."""
+"""How long tasks may take to save after a cancel or the end of their time, as SLURM's KillWait."""
 CRASH_WAIT_S = 5.0
 """How long the others may take to notice that one of them has crashed."""
 FOREVER_MIN = 60.0 * 24 * 3650
@@ -42,29 +43,30 @@ class Attempt:
         self.dead: list[int] = []
         """Ranks that died without a word, as first seen: those that we end after them are not the cause."""
         self._bad_since = self._ended_at = None
+        self._limit, (self._signal, self._lead) = shape.limit(job.options), shape.signal(job.options)
+        self._warned = False
         self._looked_at = -math.inf
         self._seen: set[int] = set()
 
     def start(self) -> None:
         os.environ.update({ATTEMPT: str(self.number), LOCAL_JOB: self.job.job,
                            launch.TOKEN: f"{self.job.job}.{self.number}", start.GPUS: local.gpus(self.job.options)})
-        seconds, (_, lead) = shape.limit(self.job.options), shape.signal(self.job.options)
-        executor = LocalExecutor(self.run.logs, python=local.python())
-        executor.update_parameters(tasks_per_node=self.size, signal_delay_s=lead,
-                                   timeout_min=seconds / 60 if seconds else FOREVER_MIN)
+        command = script.command(shlex.quote(sys.executable), self.run, self.job.what)
         start.hold()  # a mask outlives fork and exec: not even the interpreter's own start is open to a signal
-        try:
-            self._handle = executor.submit(Work(str(self.run.root), self.job.what))
+        try:  # the time limit is watched here, by the rules of SLURM, and not there
+            self._controller = start_controller(self.run.logs, command, self.size, timeout_min=FOREVER_MIN)
         finally:
             start.release()
-        records.note(self.run, "controller", self.job.job, attempt=self.number, logs=self._handle.job_id,
+        self._began = time.monotonic()
+        records.note(self.run, "controller", self.job.job, attempt=self.number, logs=str(self._controller.pid),
                      tasks=self.size)
 
     def wait(self) -> list[int | None]:
         """Exit codes by rank once every task is gone; None for a task that died without a word."""
-        while not self._handle.done():
+        while self._controller.poll() is None:
             time.sleep(POLL_S)
             alive = procs.tasks(os.getpid())
+            self._warn_in_time(alive)
             self._end_if_asked(alive)
             self._end_if_crashed(alive)
             self._evaluate_beside()
@@ -82,9 +84,18 @@ class Attempt:
             LOG.exception("evaluations beside the training wait for its end")
             self._looked_at = math.inf
 
+    def _warn_in_time(self, alive: list[procs.Process]) -> None:
+        """The signal that SLURM would send before the time limit."""
+        if self._limit is None or self._warned or time.monotonic() - self._began < self._limit - self._lead:
+            return
+        self._warned = True
+        records.note(self.run, "signal", self.job.job, attempt=self.number, cause="timeout")
+        procs.send(alive, signal.SIGCONT, signal.Signals[f"SIG{self._signal}"])
+
     def _end_if_asked(self, alive: list[procs.Process]) -> None:
         if self._ended_at is None:
-            if self.stop.is_set() or records.cancelled(self.run, self.job.job):
+            over = self._limit is not None and time.monotonic() - self._began > self._limit
+            if over or self.stop.is_set() or records.cancelled(self.run, self.job.job):
                 self._ended_at = time.monotonic()
                 procs.send(alive, signal.SIGCONT, signal.SIGTERM)
         elif time.monotonic() - self._ended_at > KILL_WAIT_S:

@@ -43,7 +43,7 @@ export PYTHONPATH={run}/code PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {run}/logs/%j_%t_log.out --error {run}/logs/%j_%t_log.err --kill-on-bad-exit=1 \
---export=ALL --cpu-bind=cores apptainer exec image.sif python3 -m slurm.start -u -m submitit.core._submit {run}/logs
+--export=ALL --cpu-bind=cores apptainer exec image.sif python3 -m slurm.start -u -m slurm.job {run} train
 
 
 # teardown
