@@ -135,20 +135,28 @@ def test_accumulation_is_the_whole_batch(small_training):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_non_finite_loss_leaves_no_trace(small_training):
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_leaves_no_trace(small_training, what):
     """Parameters, target, bank, momentum and statistics stay bit for bit; the run goes on with the next batch."""
     made = small_training("digits_msf", [])
     made.step(made.batch(0))
     before = made.snapshot()
     images = made.training.images
-    made.training.images = lambda batch: [x * float("nan") for x in images(batch)]
+    if what == "loss":
+        made.training.images = lambda batch: [x * float("nan") for x in images(batch)]
+    else:
+        hook = next(made.training.pair.online.parameters()).register_hook(lambda grad: grad * float("inf"))
     report = made.step(made.batch(1))
     assert not report.taken and made.training.skipped_in_a_row == 1
+    assert report.why == ("the loss or a target was not finite on rank 0" if what == "loss" else
+                          "a gradient was not finite, with a finite loss")
     after = made.snapshot()
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]), name
     made.training.images = images
+    if what == "gradient":
+        hook.remove()
     report = made.step(made.batch(2))
     assert report.taken and made.training.skipped_in_a_row == 0
 

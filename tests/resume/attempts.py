@@ -3,7 +3,8 @@
 ``python attempts.py PLAN.json`` reads a list of scenarios and prints a JSON line for each. A scenario names a run
 folder and its attempts one after another; each attempt forks its ranks, which join over gloo and train until the end,
 until ``kill_at`` (a rank sends itself SIGKILL as it enters a step, so that the others lose it in a collective),
-``kill_after`` or ``stop_after`` (seconds; to a rank drawn by address, whatever it is doing).
+``kill_after`` or ``stop_after`` (seconds; to a rank drawn by address, whatever it is doing). ``harm`` lists what else
+befalls a rank as it enters a step: ``{"at": STEP, "rank": RANK or "all", "kind": one of HARMS}``.
 """
 
 import json
@@ -31,6 +32,39 @@ def free_port():
         return free.getsockname()[1]
 
 
+def images(training):
+    """Pixels that are not finite, for one step."""
+    honest = training.images
+
+    def bad(batch, numbers=None):
+        training.images = honest
+        return [x * float("inf") for x in honest(batch, numbers)]
+
+    training.images = bad
+
+
+def gradient(training):
+    """A gradient that is not finite under a loss that is."""
+    weight = next(training.pair.online.parameters())
+
+    def bad(grad):
+        hook.remove()
+        return grad * float("inf")
+
+    hook = weight.register_hook(bad)
+
+
+def flip(training):
+    """One bit of one weight."""
+    weight = dict(training.pair.online.named_parameters())["backbone.layer1.0.conv1.weight"]
+    weight.detach().permute(0, 2, 3, 1).reshape(-1).view(torch.int32)[5] ^= 1 << 12
+
+
+HARMS = {"images": images, "gradient": gradient, "flip": flip,
+         "kill": lambda training: os.kill(os.getpid(), signal.SIGKILL),
+         "stop": lambda training: os.kill(os.getpid(), signal.SIGTERM)}
+
+
 def rank_process(run, made, rank, world, port, attempt, log, group):
     """Fork one rank; the parent gets its pid."""
     pid = os.fork()
@@ -45,16 +79,18 @@ def rank_process(run, made, rank, world, port, attempt, log, group):
         if world > 1 or group:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=str(port), HPCSSL_TOKEN=f"attempt-{port}")
-        kill_at = attempt.get("kill_at")
-        if kill_at is not None and rank == kill_at % world:
-            honest = loop.train_step
+        harms = attempt.get("harm", [])
+        if "kill_at" in attempt:
+            harms = [*harms, {"at": attempt["kill_at"], "rank": attempt["kill_at"] % world, "kind": "kill"}]
+        honest = loop.train_step
 
-            def deadly(training, batch, flags):
-                if training.step == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return honest(training, batch, flags)
+        def harmed(training, batch, flags):
+            for harm in harms:
+                if harm["at"] == training.step and harm["rank"] in (rank, "all"):
+                    HARMS[harm["kind"]](training)
+            return honest(training, batch, flags)
 
-            loop.train_step = deadly
+        loop.train_step = harmed
         code = main.train(RunDir(run), made, stop=stop)
     except BaseException:
         traceback.print_exc()

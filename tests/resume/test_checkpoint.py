@@ -97,14 +97,14 @@ def test_the_last_ones_and_every_nth_are_kept(run):
 @pytest.mark.parametrize("full_at", ["part", "manifest"])
 def test_a_full_disk_loses_nothing(run, monkeypatch, full_at):
     store = saved_steps(run, 2, keep=1)
-    honest = files.atomic_write
+    honest = files.atomic_file
 
-    def no_room(path, content):
+    def no_room(path):
         if full_at in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        honest(path, content)
+        return honest(path)
 
-    monkeypatch.setattr(files, "atomic_write", no_room)
+    monkeypatch.setattr(files, "atomic_file", no_room)
     failed = store.save(state(4))
     assert "No space left on device" in failed and "step-00000004" in failed
     assert newest_valid(run)[0].step == 2 and not run.checkpoint(4).exists()
@@ -139,13 +139,13 @@ def test_a_save_goes_on_beside_the_training(run, monkeypatch):
     """``begin`` copies and returns; what the training changes meanwhile is not in the checkpoint."""
     import threading
 
-    gate, honest = threading.Event(), files.atomic_write
+    gate, honest = threading.Event(), files.atomic_file
 
-    def slow(path, content):
+    def slow(path):
         assert gate.wait(30)
-        honest(path, content)
+        return honest(path)
 
-    monkeypatch.setattr(files, "atomic_write", slow)
+    monkeypatch.setattr(files, "atomic_file", slow)
     store, body = Store(run, World.alone()), state(5)
     expected = body.tensors["net.weight"].local.clone()
     store.begin(body)
