@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +28,43 @@ def _sync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def make_folder(path: Path | str) -> None:
+    """Create a folder and what is missing above it, durably: a file that is safe in a folder that is not, is lost."""
+    path, missing = Path(path), []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        _sync_dir(folder.parent)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def temporaries(folder: Path, name: str = "*") -> list[Path]:
+    """What a killed writer of ``name`` left in ``folder``. For who knows that no other writer is at work there."""
+    return sorted(folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it can be. A folder vanishes at once: half of one must never be met."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            gone = path if path.suffix == ".tmp" else _temporary(path)
+            if gone != path:
+                os.rename(path, gone)
+            shutil.rmtree(gone)
+        else:
+            path.unlink()
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator:
     """Open ``path`` for writing bytes; it appears under its name only when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = _temporary(path)
     try:
         with open(part, "wb") as file:
@@ -43,19 +73,18 @@ def atomic_file(path: Path | str) -> Iterator:
             os.fsync(file.fileno())
         os.replace(part, path)
         _sync_dir(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, os.fspath(part)):
+            error.filename = os.fspath(path)  # a write does not say where, and nobody knows the temporary
         raise
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
     """Write the whole of ``content`` to ``path``, or leave ``path`` as it was."""
     with atomic_file(path) as file:
-        try:
-            file.write(content.encode() if isinstance(content, str) else content)
-        except OSError as error:  # a write does not say where
-            error.filename = error.filename or os.fspath(path)
-            raise
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -65,7 +94,7 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     ``path`` must not exist yet: directories cannot be swapped in one operation.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = _temporary(path)
     part.mkdir()
     try:
@@ -82,26 +111,90 @@ def append_line(path: Path | str, record: dict) -> None:
     """Append one JSON line, durably. One ``write`` call, so that lines of two writers never interleave; a torn line
     that a kill or a full disk left behind is ended first."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         end = os.fstat(fd).st_size
         torn = end > 0 and os.pread(fd, 1, end - 1) != b"\n"
         line = b"\n" * torn + (json.dumps(record) + "\n").encode()
         if os.write(fd, line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
+        if end == 0:
+            _sync_dir(path.parent)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
     finally:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def alone(path: Path | str, patience_s: float = 10.0) -> Iterator[None]:
+    """One process at a time, for what must be read from ``path`` and then written. Who has waited too long goes on
+    without: a process that has crashed must leave."""
+    limit = time.monotonic() + patience_s
+    with open(path, "ab") as file:
+        while time.monotonic() < limit:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        yield
+
+
+class LineFile:
+    """A JSON-lines file of one writer, kept open. Lines that a full disk refuses wait, in order, for the next call:
+    no line is lost or torn for want of room while the process lives."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        make_folder(self.path.parent)
+        self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._waiting: list[bytes] = []
+
+    def add(self, *records: dict) -> str | None:
+        """Write the lines; if they have to wait, the reason."""
+        self._waiting += [(json.dumps(record) + "\n").encode() for record in records]
+        if not self._waiting:
+            return None
+        body, end = b"".join(self._waiting), os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, body) < len(body):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, end)
+            return error.strerror
+        self._waiting.clear()
+        return None
+
+    def sync(self) -> str | None:
+        """Write what waits, and everything is on the disk; else the reason."""
+        why = self.add()
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            return why or error.strerror
+        return why
+
+    def close(self) -> str | None:
+        if self._fd is None:
+            return None
+        why = self.sync()
+        os.close(self._fd)
+        self._fd = None
+        return why
+
+
 def read_lines(path: Path | str) -> list[dict]:
-    """The JSON lines of ``path``; none where it does not exist. A torn last line (a kill mid-write) is left out."""
+    """The JSON lines of ``path``; none where it does not exist. A torn line (a kill mid-write) or a rotten one is left
+    out."""
     path = Path(path)
     if not path.exists():
         return []
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

@@ -7,32 +7,33 @@ any number of ranks. There is no pickle anywhere: what is not a tensor is JSON i
 
 A save copies the state to host memory and returns; a thread writes and fsyncs the part. The ranks learn through
 the step's own agreement that all threads are done (``busy``), and rank 0 then writes the manifest. No collective
-runs in a thread, where it could meet the training's own.
+runs in a thread, where it could meet the training's own. Peak memory: one host copy of what the rank writes, which is
+kept from save to save (``part.py``).
+
+Nothing is deleted before ``keep`` others stand that are whole as far as their sizes tell, and never anything on the
+way to a first save: a process that is killed between any two operations leaves the newest checkpoint or the one before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from hpcssl import files
 from hpcssl.config import fingerprint
 from hpcssl.errors import ResumeError
 from hpcssl.files import RunDir
+from hpcssl.train.part import HostCopy
+from hpcssl.train.saved import FORMAT, MANIFEST, Saved, folders, has_sizes, newest_valid, none_whole
 from hpcssl.world import World
 
 LOG = logging.getLogger("hpcssl")
-FORMAT, MANIFEST = 1, "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,22 @@ class State:
 
 
 class Store:
-    """The checkpoints of one run. All ranks call its methods together, but for ``busy`` and ``failure``."""
+    """The checkpoints of one run. All ranks call its methods together, but for ``busy`` and ``saving``.
 
-    def __init__(self, run: RunDir, world: World, *, keep: int = 2, keep_every: int = 0):
-        self.run, self.world, self.keep, self.keep_every = run, world, keep, keep_every
+    ``guard`` is called by rank 0 before anything is written, and again before it is sealed: it raises ``ResumeError``
+    where the run is not this process's any more, and so do then all ranks.
+    """
+
+    def __init__(self, run: RunDir, world: World, *, keep: int = 2, keep_every: int = 0,
+                 guard: Callable[[], None] = lambda: None):
+        self.run, self.world, self.keep, self.keep_every, self.guard = run, world, keep, keep_every, guard
+        self._copy = HostCopy()
         self._thread: threading.Thread | None = None
+        self._tidying: threading.Thread | None = None
         self._state: State | None = None
         self._part: dict | None = None
         self._error: str | None = None
+        self._damaged: set[int] = set()  # passed over by ``newest``: they count for nothing
         self.durable: int | None = None  # the step of the newest checkpoint known to be whole
 
     # -- writing --------------------------------------------------------------------------------------------
@@ -89,11 +98,18 @@ class Store:
 
     def begin(self, state: State) -> None:
         """Copy the state and start writing this rank's part. One save at a time: ``finish`` the one before."""
+        self.world.on_main(self.guard)
+        self._tidied()
         writer = self._writer_of(state)
-        mine = {name: rows.local.detach().to("cpu", copy=True).contiguous() for name, rows in state.tensors.items()
+        mine = {name: rows.local.detach() for name, rows in state.tensors.items()
                 if writer.get(name, self.world.rank) == self.world.rank}
         self._state, self._part, self._error = state, None, None
-        self._thread = threading.Thread(target=self._write, args=(state.step, mine), name="checkpoint", daemon=True)
+        try:
+            self._copy.take(mine)
+        except RuntimeError as error:  # of one rank, perhaps: the others must hear of it in ``finish``
+            self._error = f"rank {self.world.rank}: no host copy of its part: {' '.join(str(error).split())[:200]}"
+            return
+        self._thread = threading.Thread(target=self._write, args=(state.step,), name="checkpoint", daemon=True)
         self._thread.start()
 
     def _writer_of(self, state: State) -> dict[str, int]:
@@ -107,27 +123,27 @@ class Store:
             writer[name], load[rank] = rank, load[rank] + size
         return writer
 
-    def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def _write(self, step: int) -> None:
         path = self.run.checkpoint(step) / f"part-{self.world.rank}.safetensors"
         try:
-            body = safetensors.torch.save(tensors)
-            files.atomic_write(path, body)
-            self._part = {"file": path.name, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+            self._part = self._copy.write(path)
         except Exception as error:  # noqa: BLE001 - whatever it was, the part is not there, and `finish` must say so
-            self._error = f"{path}: {getattr(error, 'strerror', None) or error!r}"
+            self._error = f"{path}: {getattr(error, 'strerror', None) or repr(error)}"
 
     def finish(self) -> str | None:
         """Wait for all ranks' parts and seal the checkpoint. Returns a sentence if it failed, else None.
 
         A failed save removes what it wrote; the checkpoint before it stays.
         """
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         state, self._thread, self._state = self._state, None, None
         told = self.world.gather_text(json.dumps({"part": self._part, "error": self._error,
                                                   "rows": {n: [r.first, len(r.local)] for n, r in
                                                            state.tensors.items() if r.total is not None}}))
         every = [json.loads(text) for text in told]
         errors = [t["error"] or "a part was not written" for t in every if t["error"] or not t["part"]]
+        self.world.on_main(self.guard)
         if self.world.main:
             folder = self.run.checkpoint(state.step)
             try:
@@ -136,9 +152,10 @@ class Store:
             except OSError as error:
                 errors.append(f"{folder / MANIFEST}: {error.strerror or error}")
             if errors:
-                shutil.rmtree(folder, ignore_errors=True)
+                files.remove(folder)
             else:
-                self._tidy(state.step)
+                self._tidying = threading.Thread(target=self._tidy, args=(state.step,), name="tidy", daemon=True)
+                self._tidying.start()
         failed = self.world.tell(errors[0] if errors else "") or None
         if not failed:
             self.durable = state.step
@@ -167,28 +184,64 @@ class Store:
         if self.durable == state.step:
             return None
         self.begin(state)
-        return self.finish()
+        failed = self.finish()
+        self._tidied()
+        return failed
+
+    def _tidied(self) -> None:
+        if self._tidying is not None:
+            self._tidying.join()
 
     def _tidy(self, newest: int) -> None:
-        """After a good save: delete saves that were cut short, and what is neither among the last ``keep`` nor a
-        multiple of ``keep_every``."""
-        there = [(step, folder) for step, folder in folders(self.run) if step <= newest]
-        sealed = [step for step, folder in there if (folder / MANIFEST).exists()]
-        kept = {*sealed[-self.keep:], *(step for step in sealed if self.keep_every and step % self.keep_every == 0)}
-        for step, folder in there:
-            if step not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
+        """After a good save, beside the training: delete what was cut short or is damaged, and what is neither among
+        the last ``keep`` whole ones nor a multiple of ``keep_every``."""
+        there = folders(self.run)
+        whole = [step for step, folder in there if step == newest
+                 or (step not in self._damaged and has_sizes(folder))]
+        kept = {*whole[-self.keep:], *(step for step in whole if self.keep_every and step % self.keep_every == 0)}
+        left = [folder for step, folder in there if step not in kept] + files.temporaries(self.run.checkpoints)
+        folder = self.run.checkpoint(newest)
+        listed = {MANIFEST, *(part["file"] for part in Saved.open(folder).manifest["parts"])}
+        for path in (*left, *(path for path in folder.iterdir() if path.name not in listed)):
+            files.remove(path)
+        self._damaged.clear()
+
+    def _clear(self) -> None:
+        """Remove the temporaries that a killed attempt left, before this one writes any."""
+        run = self.run
+        for place in (run.checkpoints, run.weights, run.weights / "second"):
+            for path in files.temporaries(place):
+                files.remove(path)
+        for path in (run.config, run.data, run.journal, run.samples, run.done):  # others write other files there
+            for left in files.temporaries(run.root, path.name):
+                files.remove(left)
 
     # -- reading --------------------------------------------------------------------------------------------
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole, agreed by all ranks; each one passed over is named in the log."""
+        """The newest checkpoint that is whole, agreed by all ranks; each one passed over is named in the log.
+
+        None where no save was ever sealed. Raises ``ResumeError`` where some were, and none is whole: a run does not
+        begin again from nothing, over what is left of it, unless somebody asks for that.
+        """
         answer = ""
-        if self.world.main:
+
+        def look() -> None:
+            nonlocal answer
+            self._tidied()
+            self._clear()
             found, skipped = newest_valid(self.run)
             for folder, why in skipped:
                 LOG.warning("checkpoint %s skipped: %s", folder.name, why)
+            if found is None and any((folder / MANIFEST).exists() for folder, _ in skipped):
+                raise ResumeError(f"run folder {self.run.root}", got=none_whole(skipped),
+                                  expected="a whole one among its checkpoints",
+                                  mend=f"see whether its disk is well and bring one back from a copy, or remove "
+                                       f"{self.run.checkpoints} to begin again from step 0")
+            self._damaged = {step for step, folder in folders(self.run) if folder in {f for f, _ in skipped}}
             answer = str(found.folder) if found else ""
+
+        self.world.on_main(look)
         answer = self.world.tell(answer)
         if not answer:
             return None
@@ -197,106 +250,14 @@ class Store:
         return saved
 
 
-class Saved:
-    """A checkpoint on disk. Reads rows of tensors from whichever parts hold them."""
-
-    def __init__(self, folder: Path, manifest: dict):
-        self.folder, self.manifest = folder, manifest
-        self.step: int = manifest["step"]
-
-    @classmethod
-    def open(cls, folder: Path) -> Saved:
-        return cls(folder, json.loads((folder / MANIFEST).read_text()))
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(self.manifest["tensors"])
-
-    def rows(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Rows ``first`` to ``first + count`` of a tensor (all of them by default), on the CPU."""
-        entry = self.manifest["tensors"][name]
-        if not entry["shape"]:
-            return self._piece(entry["pieces"][0][0], name)
-        last = entry["shape"][0] if count is None else first + count
-        found = []
-        for part, start in entry["pieces"]:
-            with self._reader(part) as reader:
-                piece = reader.get_slice(name)
-                stop = start + piece.get_shape()[0]
-                low, high = max(first, start), min(last, stop)
-                if low < high:
-                    found.append(piece[low - start:high - start])
-        if not found:
-            return torch.empty(0, *entry["shape"][1:], dtype=getattr(torch, entry["dtype"]))
-        return torch.cat(found) if len(found) > 1 else found[0]
-
-    def _piece(self, part: int, name: str) -> Tensor:
-        with self._reader(part) as reader:
-            return reader.get_tensor(name)
-
-    def _reader(self, part: int):
-        return safetensors.safe_open(self.folder / self.manifest["parts"][part]["file"], framework="pt")
-
-    def why_invalid(self) -> str | None:
-        """What is wrong with it: a missing, truncated or changed part. None if it is whole."""
-        body = {k: v for k, v in self.manifest.items() if k != "sha256"}
-        if self.manifest.get("format") != FORMAT:
-            return f"format {self.manifest.get('format')}, not {FORMAT}"
-        if fingerprint(body) != self.manifest.get("sha256"):
-            return "the manifest was changed"
-        for part in self.manifest["parts"]:
-            path = self.folder / part["file"]
-            if not path.exists():
-                return f"{part['file']} is missing"
-            if path.stat().st_size != part["bytes"]:
-                return f"{part['file']} has {path.stat().st_size} bytes, not {part['bytes']}"
-            if files.digest(path) != part["sha256"]:
-                return f"{part['file']} has another sha256 than the manifest"
-        return None
-
-    def digest(self) -> str:
-        """One sha256 of the whole state: the same for the same state saved by any number of ranks."""
-        total = hashlib.sha256(json.dumps([self.step, self.manifest["numbers"], self.manifest["fingerprint"]],
-                                          sort_keys=True).encode())
-        for name in self.names:
-            entry = self.manifest["tensors"][name]
-            total.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-            total.update(self.rows(name).contiguous().reshape(-1).view(torch.uint8).numpy())
-        return total.hexdigest()
-
-
 def _sealed(manifest: dict) -> str:
     return json.dumps(manifest | {"sha256": fingerprint(manifest)}, indent=1)
-
-
-def folders(run: RunDir) -> list[tuple[int, Path]]:
-    """(step, folder) of everything that looks like a checkpoint, ascending."""
-    found = run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else []
-    return sorted((int(p.name[5:]), p) for p in found if p.name[5:].isdigit())
-
-
-def newest_valid(run: RunDir) -> tuple[Saved | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint, and the newer ones that were passed over, with the reason."""
-    skipped = []
-    for _, folder in reversed(folders(run)):
-        try:
-            saved = Saved.open(folder)
-            why = saved.why_invalid()
-        except FileNotFoundError:
-            why = "no manifest: the save was cut short"
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            why = f"the manifest cannot be read ({type(error).__name__})"
-        if why is None:
-            return saved, skipped
-        skipped.append((folder, why))
-    return None, skipped
 
 
 def digest_of(run: RunDir) -> str:
     """Digest of the newest whole checkpoint of a run folder. Raises ``ResumeError`` where there is none."""
     saved, skipped = newest_valid(run)
     if saved is None:
-        reasons = "; ".join(f"{folder.name}: {why}" for folder, why in skipped)
-        raise ResumeError(f"run folder {run.root}", got=f"no whole checkpoint{' (' + reasons + ')' if reasons else ''}",
+        raise ResumeError(f"run folder {run.root}", got=none_whole(skipped),
                           expected="a run that has saved at least once", mend="start it with `hpcssl train`")
     return saved.digest()
