@@ -8,8 +8,17 @@ from __future__ import annotations
 
 import signal
 from types import FrameType
+from typing import NamedTuple
 
 STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+class Requeue(NamedTuple):
+    """What came of asking for another attempt after a stop. ``cause``: why the stop came, as far as whoever was asked
+    knows (README, "When a job ends early"); ``refused``: None if the attempt was granted, else a sentence."""
+
+    cause: str
+    refused: str | None = None
 
 
 class StopFlag:
@@ -18,13 +27,15 @@ class StopFlag:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._before: dict[int, object] = {}
+        self._keyboard = False
 
-    def install(self, *, keyboard: bool = False) -> StopFlag:
-        """Take over the stopping signals of this process. Only the main thread may call it.
+    def install(self, *more: signal.Signals, keyboard: bool = False) -> StopFlag:
+        """Take over the stopping signals of this process, and ``more``. Only the main thread may call it.
 
         ``keyboard``: the first Ctrl-C sets the flag as well; the second interrupts as it always did.
         """
-        for number in (*STOPPING, *([signal.SIGINT] if keyboard else [])):
+        self._keyboard = keyboard
+        for number in (*STOPPING, *more, *([signal.SIGINT] if keyboard else [])):
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
         return self
@@ -42,6 +53,6 @@ class StopFlag:
         return self.reason is not None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self._keyboard:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         self.set(signal.Signals(number).name)

@@ -12,10 +12,11 @@ import time
 
 from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from hpcssl.files import RunDir
-from slurm import attempts, job, records, sched
+from slurm import again, attempts, job, sched
 
-BY_SIGNAL = (128 + 10, 128 + 12, 128 + 15)
-"""Died by USR1, USR2 or TERM: stopped before it could take the signal, which is no crash."""
+BY_SIGNAL = (128 + 2, 128 + 10, 128 + 12, 128 + 15)
+"""Died by INT, USR1, USR2 or TERM: stopped before it could take the signal, which is no crash."""
+BY_KILL = 128 + 9
 GRANTED_S = 60
 """How long to wait for the end that a granted requeue brings: who leaves first would complete the job."""
 
@@ -30,17 +31,22 @@ def settle(run: RunDir, what: str, code: int) -> tuple[int, bool]:
         return code, False
     attempt = job.this_attempt(run, what)
     mine = [a for a in attempts.history(run, what) if a.number == attempt["attempt"] and a.cause]
-    if records.cancelled(run, attempt["job"]) or (code == EXIT_STOPPED and mine and not mine[0].crashed):
+    if mine and mine[0].cause == "done":
+        return EXIT_DONE, False  # whatever ended the tasks after that
+    if code == EXIT_STOPPED and mine and not mine[0].crashed:
         return code, False
-    if code in BY_SIGNAL and not mine:
-        attempts.end(run, what, attempt, "stopped", "while it started")
-        again = attempts.Verdict(True, "stopped while it started")
+    now = sched.ask_quietly(attempt["job"])
+    cause = again.explain(run, what, attempt, now, [])
+    if cause != "stopped" or (code in BY_SIGNAL and not mine):
+        if not mine or cause == "node_fail":
+            attempts.end(run, what, attempt, cause, f"its step ended with exit code {code}")
+        verdict = attempts.Verdict(cause != "cancelled", f"{cause}; its step ended with exit code {code}")
     else:
-        again = attempts.settle(run, what, attempt, f"its step ended with exit code {code}")
-    refused = sched.requeue(attempt["job"]) if again.again else None
-    _say(again.why + ("; another attempt was asked for" if again.again and refused is None else
-                      f"; no other attempt: {refused}" if again.again else "; no other attempt is asked for"))
-    return EXIT_FAILED if code == EXIT_STOPPED else code, again.again and refused is None
+        verdict = attempts.settle(run, what, attempt, f"its step ended with exit code {code}", sure=code == BY_KILL)
+    refused = again.ask(run, what, attempt, now, cause) if verdict.again else None
+    _say(verdict.why + ("; another attempt was asked for" if verdict.again and refused is None else
+                        f"; no other attempt: {refused}" if verdict.again else "; no other attempt is asked for"))
+    return EXIT_FAILED if code == EXIT_STOPPED else code, verdict.again and refused is None and now.requeue
 
 
 def _say(sentence: str) -> None:

@@ -1,20 +1,34 @@
-"""The attempts of a run, and whether another one may be asked for.
+"""The attempts of a run, why each of them ended, and whether another one may be asked for.
 
-A stop (signal, walltime, preemption, node loss) is free, however often it comes. A crash is an own error or a death
-by KILL. Two crashes in a row at the same step mean that the next attempt would end there too.
+| cause | the attempt ended by |
+|---|---|
+| done | its own end |
+| timeout, preempted, node_fail | its time limit, a job of more worth, the loss of a node |
+| cancelled | its user |
+| stopped | a signal that nobody explains |
+| error, killed, hang | a crash: its own error, a death without a word, no progress (the watchdog's word) |
+| lost | nobody knows: a later attempt found it open, and its nodes alive |
+| interrupted | Ctrl-C |
+
+All but a crash are free, however often they come. Two crashes in a row at the same step mean that the next attempt
+would end there too. A crash shows on many ranks, each of which may write: the first word on it stands, but for what
+is known better later: ``error``, then ``killed``, ``hang``, ``node_fail``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpcssl.files import RunDir, append_line, read_lines
 from slurm import records
 
-CRASHES = ("error", "killed")
+CRASHES = ("error", "killed", "hang")
+BETTER = (*CRASHES, "node_fail")
+"""Each explains those before it."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,10 @@ class Attempt:
     last_step: int | None = None
     cause: str | None = None
     error: str = ""
+    host: str = ""
+    """Where it ran: SLURM's node list, or a machine."""
+    time: float = 0.0
+    """When it began (Unix time); 0 where that was not written as a number."""
 
     @property
     def crashed(self) -> bool:
@@ -43,18 +61,26 @@ class Verdict:
 
 
 def history(run: RunDir, what: str = records.TRAIN) -> list[Attempt]:
-    """Attempts, oldest first. An attempt that a later one followed without an end was lost (a node, a KILL)."""
+    """Attempts, oldest first. An attempt that a later one followed without an end was lost.
+
+    Once a later attempt has begun, nothing changes an earlier one: a process that was left over may still write. (Of
+    an attempt that never began only its end is known: it may have been refused because an earlier one still lives.)
+    """
     found: dict[int, Attempt] = {}
+    begun = 0
     for line in _lines(run, what):
         number = int(line["attempt"])
         if line["event"] == "start":
+            begun = max(begun, 0 if line.get("never_began") else number)
+            began = line.get("time")
             found[number] = Attempt(number, str(line.get("job", "")), int(line.get("restart", 0)),
-                                    int(line.get("first_step") or 0))
-        elif number in found:
-            before = found[number]
-            if before.crashed:
-                continue  # the first word on a crash stands: what follows is its echo on other ranks
-            found[number] = replace(before, cause=_cause(line), last_step=line.get("last_step", before.last_step),
+                                    int(line.get("first_step") or 0), host=str(line.get("host", "")),
+                                    time=began if isinstance(began, float) else 0.0)
+        elif number in found and number >= begun:
+            before, cause = found[number], _cause(line)
+            if before.crashed and (cause not in BETTER or BETTER.index(cause) <= BETTER.index(before.cause)):
+                continue
+            found[number] = replace(before, cause=cause, last_step=line.get("last_step", before.last_step),
                                     error=line.get("why") or ", ".join(line.get("signals", [])) or before.error)
     attempts = [found[n] for n in sorted(found)]
     return [replace(a, cause="lost") if a.cause is None and a is not attempts[-1] else a for a in attempts]
@@ -66,7 +92,7 @@ def next_number(run: RunDir, what: str = records.TRAIN) -> int:
 
 def begin(run: RunDir, what: str, attempt: dict) -> None:
     """The start line of an evaluation's attempt; the trainer writes its own."""
-    _append(run, what, {**attempt, "event": "start", "first_step": 0, "time": records.now()})
+    _append(run, what, {**attempt, "event": "start", "first_step": 0, "time": round(time.time(), 1)})
 
 
 def end(run: RunDir, what: str, attempt: dict, cause: str, why: str = "") -> None:
@@ -74,7 +100,8 @@ def end(run: RunDir, what: str, attempt: dict, cause: str, why: str = "") -> Non
     mine = [a for a in history(run, what) if a.number == attempt["attempt"]]
     step = reached(run) if what == records.TRAIN else 0
     if not mine:
-        _append(run, what, {**attempt, "event": "start", "first_step": step, "time": records.now()})
+        _append(run, what, {**attempt, "event": "start", "first_step": step, "time": records.now(),
+                            "never_began": True})
     _append(run, what, {"attempt": attempt["attempt"], "event": "end", "cause": cause, "last_step": step,
                         "why": why, "time": records.now()})
 
@@ -99,13 +126,14 @@ def newest(path: Path) -> dict:
     return {}
 
 
-def settle(run: RunDir, what: str, attempt: dict, killed: str) -> Verdict:
+def settle(run: RunDir, what: str, attempt: dict, killed: str, sure: bool = False) -> Verdict:
     """What to do after an attempt that ended by itself and is not done: the one place that decides.
 
-    An attempt without an end line died without a word; ``killed`` says how, as far as its parent could see.
+    An attempt without an end line died without a word; ``killed`` says how, as far as its parent could see. ``sure``:
+    its parent saw a death by KILL, of which the errors of the other ranks, and the signal that ended them, are echoes.
     """
     mine = [a for a in history(run, what) if a.number == attempt["attempt"]]
-    if not mine or mine[0].cause is None:
+    if not mine or mine[0].cause is None or (sure and mine[0].cause in ("stopped", "error")):
         end(run, what, attempt, "killed", killed)
     return verdict(history(run, what))
 

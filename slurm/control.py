@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpcssl.errors import SubmitError
 from hpcssl.files import RunDir
-from slurm import local, records, sched, watch
+from slurm import attempts, local, records, sched, watch
 
 
 def cancel(run: RunDir) -> list[str]:
@@ -40,6 +40,8 @@ def preempt(run: RunDir) -> str:
     for job in living(run):
         if watch.state_of(run, job).name != "RUNNING":
             continue
+        records.note(run, "signal", job.job, cause="preempted",
+                     attempt=max((a.number for a in attempts.history(run, job.what)), default=1))
         if job.local:
             count = local.preempt(run, job)
             return f"Sent SIGCONT and SIGTERM to {count} tasks of job {job.job}"

@@ -66,7 +66,7 @@ def _preempt_once(run: RunDir):
 def _judge(run: RunDir, seconds: float) -> int:
     rows = sorted(read_lines(run.eval_rows("knn")), key=lambda row: row["step"])
     before, after = rows[0]["metrics"]["knn20"], rows[-1]["metrics"]["knn20"]
-    stops = [a for a in attempts.history(run) if a.cause == "stopped"]
+    stops = [a for a in attempts.history(run) if a.cause == "preempted"]
     _say(f"20-NN: untrained {before:.1f} %, trained {after:.1f} %; preempted {len(stops)} time(s); "
          f"{seconds:.0f} s; {_short(run.root / 'RESULTS.md')}")
     if after < LEAST or after < before + GAIN:

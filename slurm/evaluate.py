@@ -8,11 +8,11 @@ from functools import partial
 
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
 from hpcssl.files import RunDir
-from hpcssl.signals import StopFlag
+from hpcssl.signals import Requeue, StopFlag
 from slurm import attempts, chain
 
 
-def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[], str | None], attempt: dict) -> int:
+def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[list[str]], Requeue], attempt: dict) -> int:
     """Evaluate the run's weights by ``what`` (a ``chain.Entry``); every rank calls it. 0 when the rows are there, 75
     when stopped.
 
@@ -40,8 +40,9 @@ def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[], st
             ask(step=step)
         cause, why, code = "done", "", EXIT_DONE
     except Stopped:  # agreed by all ranks
-        refused = requeue() if world.main else None
-        cause, why, code = "stopped", refused or stop.reason or "", EXIT_STOPPED
+        signals = sorted({*world.gather_text(stop.reason or "")} - {""})
+        cause, why = requeue(signals) if world.main else Requeue("stopped")
+        why, code = why or ", ".join(signals), EXIT_STOPPED
     if world.main:
         attempts.end(run, what, attempt, cause, why)
     world.barrier()  # with --kill-on-bad-exit the first to leave ends the others

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 
 from hpcssl import launch
 from hpcssl.errors import EXIT_FAILED, HpcsslError
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
-from slurm import attempts, freeze, records, sched, start
-
-ATTEMPT, LOCAL_JOB = "HPCSSL_ATTEMPT", "HPCSSL_LOCAL_JOB"
-"""What the local supervisor tells its tasks."""
+from slurm import again, attempts, freeze, records, sched, start
+from slurm.again import ATTEMPT, LOCAL_JOB
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class Work:
     what: str = records.TRAIN
 
     def __call__(self) -> None:
-        stop = StopFlag().install()
+        stop = StopFlag().install(signal.SIGINT)
         start.release()
         run, code, place, attempt = RunDir(self.run), EXIT_FAILED, None, None
         try:
             place, attempt = here(), this_attempt(RunDir(self.run), self.what)
             enter(place)
             freeze.verify(run)
+            if place is None or place.rank == 0:
+                again.explain_before(run, self.what, attempt)
             work = _train if self.what == records.TRAIN else _evaluate
             code = work(run, self.what, stop, attempt, place)
         except HpcsslError as error:
@@ -81,30 +83,19 @@ def this_attempt(run: RunDir, what: str) -> dict:
     return {"attempt": number, "job": job, "restart": restart, "host": host}
 
 
-def requeue_of(run: RunDir, job: str):
-    """The callable that asks for another attempt: None if granted, else one clause that says why not."""
-    def ask() -> str | None:
-        if records.cancelled(run, job):
-            return "the job was cancelled"
-        if LOCAL_JOB in os.environ:
-            return None  # the supervisor starts the next attempt when this one has left with 75
-        return sched.requeue(job)
-    return ask
-
-
 def _train(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
     from hpcssl.run import train
     from slurm import beside
 
     if (place is None or place.rank == 0) and LOCAL_JOB not in os.environ:  # there the supervisor looks
         beside.follow(run)
-    return train(run, stop=stop, requeue=requeue_of(run, attempt["job"]), attempt=attempt)
+    return train(run, stop=stop, requeue=partial(again.after_stop, run, what, attempt), attempt=attempt)
 
 
 def _evaluate(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
     from slurm.evaluate import evaluate
 
-    return evaluate(run, what, stop=stop, requeue=requeue_of(run, attempt["job"]), attempt=attempt)
+    return evaluate(run, what, stop=stop, requeue=partial(again.after_stop, run, what, attempt), attempt=attempt)
 
 
 def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place | None, sentence: str,

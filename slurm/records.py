@@ -2,8 +2,8 @@
 
 submitit's pickles say what was once asked for; a requeue, a dead node or a second submission changes that without
 touching them. Events in ``jobs.jsonl``: ``submit``, ``supervisor`` (local), ``exit`` (one task of a local attempt),
-``cancel``, ``ended``, and ``start``/``end`` of an evaluation's attempts (the training's are in ``attempts.jsonl``,
-written by the trainer).
+``signal`` (why the next one comes), ``cancel``, ``ended``, and ``start``/``end`` of an evaluation's attempts (the
+training's are in ``attempts.jsonl``, written by the trainer).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hpcssl.files import RunDir, append_line, read_lines
 
@@ -27,6 +27,10 @@ class Job:
     what: str
     kind: str
     options: dict
+    profile: dict = field(default_factory=dict)
+    """Of the cluster, as ``cluster.Profile`` has it."""
+    follows: str | None = None
+    """The job that this one took over from, where SLURM requeues none."""
 
     @property
     def local(self) -> bool:
@@ -56,8 +60,15 @@ def submitted(run: RunDir) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     for line in read_lines(run.jobs):
         if line.get("event") == "submit":
-            jobs[line["what"]] = Job(line["job"], line["what"], line["kind"], line.get("options", {}))
+            jobs[line["what"]] = Job(line["job"], line["what"], line["kind"], line.get("options", {}),
+                                     line.get("profile", {}), line.get("follows"))
     return jobs
+
+
+def successor(run: RunDir, job: Job) -> Job | None:
+    """The job that took over from this one."""
+    newest = submitted(run).get(job.what)
+    return newest if newest is not None and newest.follows == job.job else None
 
 
 def of(run: RunDir, event: str, job: str) -> list[dict]:

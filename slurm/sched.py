@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
+from datetime import datetime
 
 from hpcssl.errors import ConfigError, SubmitError
 from slurm import options
 
 GONE = "GONE"
 """State of a job that SLURM no longer remembers."""
+
+DISABLED = "Requested operation is presently disabled"
+"""What SLURM answers where it requeues nothing."""
 
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
         "SPECIAL_EXIT", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
@@ -25,6 +29,7 @@ MENDS = {
                                 "`scancel {job}` if it is still in the queue",
     "jobhelduser": "`scontrol release {job}`",
     "jobheldadmin": "ask the administrators why they hold it",
+    "nodedown": "it lost a node: submit again with the same command, and it goes on",
     "begintime": "it was requeued and starts by itself, after about two minutes",
     "preempted": "its partition cancels what it preempts: submit again with the same command, and it goes on",
 }
@@ -41,11 +46,23 @@ class State:
     exit_code: int | None = None
     out_of_time: bool = False
     preempted: bool = False
-    """By a partition that cancels what it preempts (PreemptMode=CANCEL): nobody but us requeues it."""
+    """With a grace time, or by a partition that cancels what it preempts: nobody but us requeues it. Preemption by
+    requeue without grace shows in ``restarts`` alone."""
+    requeue: bool = True
+    """Whether SLURM would requeue it (Requeue=1)."""
+    left_s: int | None = None
+    """Until its time limit; None where it does not run or has none."""
+    nodes: int | None = None
+    """How many it holds: while it ends, a lost one is left out."""
 
     @property
     def live(self) -> bool:
         return self.name in LIVE
+
+    @property
+    def ending(self) -> bool:
+        """Whether SLURM has begun to end it."""
+        return self.name not in ("RUNNING", "SUSPENDED", "UNKNOWN")
 
 
 def installed() -> bool:
@@ -86,7 +103,7 @@ def parse(job: str, text: str) -> State:
     reason = fields.get("Reason", "None")
     words = reason.replace("_", " ").lower()
     state = fields.get("JobState", GONE)
-    if state not in LIVE and reason != "DependencyNeverSatisfied":
+    if state not in LIVE and reason not in ("DependencyNeverSatisfied", "NodeDown"):
         reason = words = "None"  # what it once waited for
     words += " preempted" * (state == "PREEMPTED")
     note = next((mend.format(job=job) for key, mend in MENDS.items() if key in words), "")
@@ -95,26 +112,56 @@ def parse(job: str, text: str) -> State:
     return State(state, "" if reason == "None" else reason, int(fields.get("Restarts") or 0),
                  note, 128 + int(signal) if signal not in ("", "0") else int(code or 0),
                  out_of_time=ran is not None and allowed is not None and ran >= allowed,
-                 preempted=fields.get("PreemptTime", "None") not in ("None", "(null)"))
+                 preempted=fields.get("PreemptTime", "None") not in ("None", "(null)"),
+                 requeue=fields.get("Requeue", "1") != "0",
+                 left_s=allowed - ran if ran is not None and allowed is not None else None,
+                 nodes=int(held[0]) if (held := re.match(r"\d+", fields.get("NumNodes", ""))) else None)
+
+
+def cause(now: State, restart: int, nodes: int) -> str | None:
+    """Why SLURM ends a job, in its own words; None where it does not, or where all it did was to warn.
+
+    ``restart``: how often it had been restarted when the attempt began that is ending; ``nodes``: how many the attempt
+    had. All of it measured on 22.05, without accounting: while a job ends, its state is COMPLETING whatever the
+    reason, so the other fields must tell.
+    """
+    lost = (now.nodes is not None and now.nodes < nodes) or now.reason in ("NodeDown", "NODE_FAIL")
+    if now.restarts > restart:  # SLURM has requeued it: for a lost node, or without a grace time
+        return "node_fail" if lost else "preempted"
+    if now.preempted:
+        return "preempted"
+    if now.out_of_time:
+        return "timeout"
+    if now.ending and now.name != GONE:
+        return "node_fail" if lost or now.name == "NODE_FAIL" else "cancelled"
+    return None
+
+
+def lost_nodes(nodelist: str, since: float) -> list[str]:
+    """Nodes of an attempt that began at ``since`` (Unix time) which have gone since then: down, not answering, or with
+    a daemon that was started later."""
+    lost = []
+    for line in call("scontrol", "show", "node", "-o", nodelist).stdout.splitlines():
+        fields = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", line))
+        down = re.search(r"DOWN|FAIL|NOT_RESPONDING|\*", fields.get("State", ""))
+        if down or max(_moment(fields.get(k, "")) for k in ("BootTime", "SlurmdStartTime")) > since:
+            lost.append(fields.get("NodeName", nodelist))
+    return lost
 
 
 def requeue(job: str) -> str | None:
     """Ask for another attempt of the job that this process belongs to. None if granted, else why not.
 
-    A job that SLURM is already ending is left alone: it is requeued without us (preemption by requeue without a grace
-    time, a lost node) or was cancelled, and `scontrol requeue` would bring a cancelled job back to life (measured on
-    22.05). Only at the end of its time, and where a preemption cancels, would nobody else ask; a preemption by requeue
-    without a grace time shows no PreemptTime, and a job that was cancelled none of an earlier attempt (measured).
+    Who asks must know that the job was not cancelled: `scontrol requeue` would bring it back to life (measured).
     """
-    now = ask_quietly(job)
-    if now.name not in ("RUNNING", "UNKNOWN", "SUSPENDED") and not now.out_of_time and not now.preempted:
-        return f"SLURM is already ending the job ({now.name}): it requeues it by itself, unless it was cancelled"
     for patience_s in (1, 3, None):  # a controller that is busy for a moment must not cost the run its next attempt
         answer = call("scontrol", "requeue", job)
         if answer.returncode == 0:
             return None
-        if patience_s is not None:
+        if patience_s is not None and DISABLED not in answer.stderr:
             time.sleep(patience_s)
+        elif DISABLED in answer.stderr:
+            break
     return _line(answer.stderr) or "scontrol refused without a reason"
 
 
@@ -135,6 +182,14 @@ def _seconds(text: str) -> int | None:
         return options.seconds(text)
     except ConfigError:
         return None  # Partition_Limit, 00:00:00, or a word of a newer SLURM
+
+
+def _moment(text: str) -> float:
+    """Unix time of one of SLURM's, which are the machine's local ones; 0 for a word such as None."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _line(text: str) -> str:

@@ -8,6 +8,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -72,8 +73,9 @@ def text(run: RunDir, what: str, sbatch: dict, profile: Profile) -> str:
     return batch._make_submission_file_text(batch._submitit_command_str, "dry-run")
 
 
-def submit(run: RunDir, what: str, sbatch: dict, profile: Profile) -> str:
+def submit(run: RunDir, what: str, sbatch: dict, profile: Profile, follows: str | None = None) -> str:
     """Hand one job to sbatch; returns its id. Raises ``SubmitError`` with SLURM's own words."""
+    profile = replace(profile, python=profile.python or sys.executable)
     batch = executor(run, what, sbatch, profile)
     try:
         with outside_any_job():
@@ -81,7 +83,8 @@ def submit(run: RunDir, what: str, sbatch: dict, profile: Profile) -> str:
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise SubmitError("sbatch", got=_reason(error), expected="a job id",
                           mend="change the option that SLURM names; --dry-run prints what it was given") from error
-    records.note(run, "submit", job, what=what, kind="slurm", options=sbatch)
+    records.note(run, "submit", job, what=what, kind="slurm", options=sbatch, profile=asdict(profile),
+                 **({"follows": follows} if follows else {}))
     return job
 
 
@@ -108,7 +111,9 @@ def _srun(sbatch: dict, profile: Profile) -> list[str]:
 def _setup(run: RunDir, profile: Profile) -> list[str]:
     # frozen code first on the path, and the current folder never on it
     return [*profile.lines(),
-            f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1"]
+            f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
+            # who waits for srun is not ended by a signal (a handler, which srun does not inherit)
+            "trap : INT TERM USR1 USR2"]
 
 
 def _reason(error: Exception) -> str:

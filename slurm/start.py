@@ -12,7 +12,7 @@ import runpy
 import signal
 import sys
 
-HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 GPUS = "HPCSSL_CUDA_VISIBLE_DEVICES"
 
 

@@ -22,7 +22,7 @@ from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, HpcsslError
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from slurm import attempts, beside, local, procs, records, sched, script, shape, start, watch
-from slurm.job import ATTEMPT, LOCAL_JOB
+from slurm.again import ATTEMPT, LOCAL_JOB
 
 LOG = logging.getLogger("hpcssl")
 POLL_S = 0.2
@@ -42,6 +42,8 @@ class Attempt:
         self.about = {"attempt": number, "job": job.job, "restart": number - 1, "host": os.uname().nodename}
         self.dead: list[int] = []
         """Ranks that died without a word, as first seen: those that we end after them are not the cause."""
+        self.asked: str | None = None
+        """Why we told it to end, if we did."""
         self._bad_since = self._ended_at = None
         self._limit, (self._signal, self._lead) = shape.limit(job.options), shape.signal(job.options)
         self._warned = False
@@ -95,8 +97,10 @@ class Attempt:
     def _end_if_asked(self, alive: list[procs.Process]) -> None:
         if self._ended_at is None:
             over = self._limit is not None and time.monotonic() - self._began > self._limit
-            if over or self.stop.is_set() or records.cancelled(self.run, self.job.job):
+            cancelled = records.cancelled(self.run, self.job.job)
+            if over or self.stop.is_set() or cancelled:
                 self._ended_at = time.monotonic()
+                self.asked = "cancelled" if cancelled else "timeout" if over else "stopped"
                 procs.send(alive, signal.SIGCONT, signal.SIGTERM)
         elif time.monotonic() - self._ended_at > KILL_WAIT_S:
             procs.send(alive, signal.SIGKILL)
@@ -129,11 +133,15 @@ def work(run: RunDir, job: records.Job, stop: StopFlag) -> int:
         attempt.start()
         codes = attempt.wait()
         LOG.info("%s: attempt %d ended with %s", job.job, attempt.number, codes)
-        if all(code == EXIT_DONE for code in codes):
-            return _ended(run, job, EXIT_DONE, "")
+        mine = [a for a in attempts.history(run, job.what) if a.number == attempt.number]
+        if all(code == EXIT_DONE for code in codes) or (mine and mine[0].cause == "done"):
+            return _ended(run, job, EXIT_DONE, "")  # whatever ended a task after that
         if all(code == EXIT_STOPPED for code in codes):
             continue  # every rank saved and left by itself
-        verdict = attempts.settle(run, job.what, attempt.about, _epitaph(codes, attempt.dead))
+        if attempt.asked and not any(a.cause for a in mine):
+            attempts.end(run, job.what, attempt.about, attempt.asked, f"had not saved within {KILL_WAIT_S:g} s")
+            continue
+        verdict = attempts.settle(run, job.what, attempt.about, _epitaph(codes, attempt.dead), sure=bool(attempt.dead))
         LOG.info("%s: %s", job.job, verdict.why)
         if not verdict.again and not records.cancelled(run, job.job):
             worst = next((c for c in codes if c not in (None, EXIT_DONE, EXIT_STOPPED)), EXIT_FAILED)
@@ -142,7 +150,7 @@ def work(run: RunDir, job: records.Job, stop: StopFlag) -> int:
 
 def supervise(run: RunDir, base: str) -> int:
     """The jobs of this supervisor, in order; an evaluation of the last weights once the training has succeeded."""
-    stop, code = StopFlag().install(), EXIT_DONE
+    stop, code = StopFlag().install(signal.SIGINT), EXIT_DONE
     jobs = local.of_base(run, base)
     if all(job.beside for job in jobs):
         os.nice(10)  # a training uses the same cores

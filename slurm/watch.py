@@ -129,6 +129,9 @@ def wait(run: RunDir, say: Callable[[str], None], between: Callable[[], None] = 
             if not state.live and state.name != "UNKNOWN":
                 break
             time.sleep(POLL_S if job.local else SLURM_POLL_S)
+        if (next_ := records.successor(run, job)) is not None:
+            todo.insert(0, next_)  # the same work goes on under another number
+            continue
         if what == records.TRAIN:
             bar.close()
         code = code or _code(run, job, state)

@@ -20,7 +20,7 @@ from hpcssl.data.stage import stage
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
 from hpcssl.files import RunDir
 from hpcssl.journal import Journal, set_up_logging
-from hpcssl.signals import StopFlag
+from hpcssl.signals import Requeue, StopFlag
 from hpcssl.train import recipe as recipes
 from hpcssl.train.checkpoint import Store
 from hpcssl.train.lock import RunLock
@@ -33,12 +33,13 @@ from hpcssl.world import World
 LOG = logging.getLogger("hpcssl")
 
 
-def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag, requeue: Callable[[], str | None] | None = None,
-          attempt: dict | None = None, watch: Callable[..., Watch | None] | None = None) -> int:
+def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
+          requeue: Callable[[list[str]], Requeue] | None = None, attempt: dict | None = None,
+          watch: Callable[..., Watch | None] | None = None) -> int:
     """Train ``recipe`` (by default what ``run.config`` says) from the newest whole checkpoint on. All ranks call it.
 
-    ``requeue`` asks for another attempt after a stop (rank 0, once the state is durable): None if granted, else a
-    sentence. ``attempt``: what ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run,
+    ``requeue(signals)`` asks for another attempt after a stop (rank 0, once the state is durable). ``attempt``: what
+    ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run,
     world, stop)`` makes the evaluation during training. Returns 0 when the run is finished, 75 when it was stopped.
     Raises ``HpcsslError``.
     """
@@ -109,8 +110,9 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     if done:
         LOG.info("finished after %d steps: %s", training.step, run.weights_at(training.step))
         return EXIT_DONE
-    record.signals, record.why = world.gather_text(stop.reason or ""), loop.unsaved
-    answer = world.tell((requeue() or "") if requeue and world.main else "")
+    record.signals, record.why = sorted({*world.gather_text(stop.reason or "")} - {""}), loop.unsaved
+    asked = requeue(record.signals) if requeue and world.main else Requeue("stopped")
+    record.cause, answer = asked.cause, world.tell(asked.refused)
     record.why = record.why or answer
     LOG.info("stopped at step %d, %s; %s", training.step,
              "saved" if loop.unsaved is None else f"NOT saved ({loop.unsaved}): the checkpoint before it stays",
@@ -152,7 +154,7 @@ class _Attempt:
         self.run, self.world = run, world
         self.last_step: int | None = None
         self.signals: list[str] | None = None
-        self.why: str | None = None
+        self.cause, self.why = "stopped", None
         past = [a["attempt"] for a in files.read_lines(run.attempts) if a.get("event") == "start"]
         self.about = {"attempt": max(past, default=0) + 1, "job": f"process {os.getpid()}"} | told
         self.lock = RunLock(run, str(self.about["job"])) if world.main else None
@@ -168,8 +170,8 @@ class _Attempt:
 
     def _write(self, **fields) -> None:
         if self.world.main:
-            files.append_line(self.run.attempts, self.about | fields | {
-                "host": socket.gethostname(), "world": self.world.size, "time": round(time.time(), 1)})
+            files.append_line(self.run.attempts, {"host": socket.gethostname()} | self.about | fields | {
+                "world": self.world.size, "time": round(time.time(), 1)})
 
     def __enter__(self) -> _Attempt:
         return self
@@ -180,8 +182,8 @@ class _Attempt:
                 self._write(event="end", cause="error", last_step=self.last_step,
                             why=" ".join(f"{kind.__name__}: {error}".split())[:500])
             elif self.signals is not None:
-                self._write(event="end", cause="stopped", signals=sorted({s for s in self.signals if s}),
-                            last_step=self.last_step, **({"why": self.why} if self.why else {}))
+                self._write(event="end", cause=self.cause, signals=self.signals, last_step=self.last_step,
+                            **({"why": self.why} if self.why else {}))
             else:
                 self._write(event="end", cause="done", last_step=self.last_step)
         if self.lock is not None:

@@ -51,9 +51,9 @@ def train(run, *, stop, requeue, attempt):
     while step < told["steps"]:
         if stop.is_set():
             atomic_write(state, str(step))
-            end("stopped", signals=[stop.reason])
             if rank == 0:
-                answer = requeue()
+                cause, answer = requeue([stop.reason])
+                end(cause, signals=[stop.reason])
                 append_line(run.root / "answers.jsonl", {"answer": answer})
             return 75
         if step == told.get("crash_at") and rank == told.get("crash_rank", 0):
@@ -85,8 +85,8 @@ def evaluate(run, what, *, stop, requeue, attempt):
         raise RuntimeError("the stand-in was told to crash")
     for _ in range(10):
         if stop.is_set():
-            attempts.end(run, what, attempt, "stopped")
-            requeue()
+            cause, _ = requeue([stop.reason])
+            attempts.end(run, what, attempt, cause)
             return 75
         time.sleep(0.02)
     for name in (what, *(str(replace(asked, step=step)) for step in chain.left_over(run, asked))):

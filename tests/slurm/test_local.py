@@ -53,7 +53,7 @@ def test_preempted_three_times_it_goes_on_by_itself(stand_in, until):
         until(lambda n=attempt: len(causes(run)) == n and attempts.reached(run) >= n * 25, f"attempt {attempt}")
         assert "2 tasks" in control.preempt(run)
     assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["stopped", "stopped", "stopped", "done"]
+    assert causes(run) == ["preempted", "preempted", "preempted", "done"]
     last = [a.last_step for a in attempts.history(run)]
     assert [a.first_step for a in attempts.history(run)] == [0, *last[:3]]
     places = read_lines(run.root / "places.jsonl")
@@ -72,7 +72,7 @@ def test_a_signal_during_start_up_waits_for_the_handlers(stand_in, until):
     until(lambda: len(task_pids(run, job)) == 2, "two tasks")
     control.preempt(run)
     assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["stopped", "done"]
+    assert causes(run) == ["preempted", "done"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -109,7 +109,7 @@ def test_cancel_saves_and_nothing_starts_again(stand_in, until):
     until(training(run, 5), "step 5")
     assert control.cancel(run) == [job.job, f"{job.job}.knn"]
     assert watch.wait(run, lambda text: None) == 75
-    assert causes(run) == ["stopped"]
+    assert causes(run) == ["cancelled"]
     assert int((run.root / "state-0").read_text()) == attempts.history(run)[0].last_step
     assert read_lines(run.root / "answers.jsonl") == [{"answer": "the job was cancelled"}]
     assert local.ask(run, job).name == "CANCELLED"
@@ -124,7 +124,7 @@ def test_the_end_of_the_time_is_a_stop_and_never_a_crash(stand_in):
     run = stand_in(steps=250)
     launch(run, time="0:04", signal="USR2@1")
     assert watch.wait(run, lambda text: None) == 0
-    assert set(causes(run)[:-1]) == {"stopped"}
+    assert set(causes(run)[:-1]) == {"timeout"}
     assert causes(run)[-1] == "done"
     assert {a.error for a in attempts.history(run)[:-1]} == {"SIGUSR2"}
 

@@ -47,14 +47,35 @@ def test_exit_codes(code, shown):
     assert line("FAILED", code=code).exit_code == shown
 
 
-@pytest.mark.parametrize(("state", "granted"), [
-    (sched.State("RUNNING"), True), (sched.State("COMPLETING"), False), (sched.State("CANCELLED"), False),
-    (sched.State("COMPLETING", out_of_time=True), True), (sched.State("UNKNOWN"), True),
-    (sched.State("COMPLETING", preempted=True), True)])
-def test_only_a_job_that_slurm_is_not_ending_is_requeued(monkeypatch, state, granted):
-    asked = []
-    monkeypatch.setattr(sched, "ask_quietly", lambda job: state)
-    done = sched.subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(sched, "call", lambda *words: asked.append(words) or done)
-    assert (sched.requeue("12") is None) is granted
-    assert asked == ([("scontrol", "requeue", "12")] if granted else [])
+SAID = "Requeue=1 Restarts=0 NumNodes=2"
+
+
+@pytest.mark.parametrize(("state", "fields", "cause"), [  # as 22.05 showed them while rank 0 handled the signal
+    ("COMPLETING", SAID + " ExitCode=0:15 PreemptTime=None", "cancelled"),
+    ("RUNNING", SAID + " PreemptTime=2026-11-20T21:32:18", "preempted"),
+    ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=2", "preempted"),  # without a grace time
+    ("COMPLETING", "Requeue=0 Restarts=0 NumNodes=2 PreemptTime=2026-11-20T21:37:23", "preempted"),
+    ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=1", "node_fail"),
+    ("COMPLETING", "Reason=NodeDown Requeue=0 Restarts=0 NumNodes=1 PreemptTime=None", "node_fail"),
+    ("COMPLETING", SAID + " RunTime=00:01:01 TimeLimit=00:01:00 PreemptTime=None", "timeout"),
+    ("RUNNING", SAID + " RunTime=00:00:41 TimeLimit=00:01:00 PreemptTime=None", None),
+])
+def test_why_slurm_ends_a_job_is_read_from_its_own_words(state, fields, cause):
+    now = sched.parse("12", f"JobId=12 JobState={state} {fields}\n")
+    assert sched.cause(now, restart=0, nodes=2) == cause
+    assert now.requeue is ("Requeue=0" not in fields)
+
+
+def test_what_a_requeue_is_refused_with(monkeypatch):
+    answers = [sched.subprocess.CompletedProcess([], 1, "", said) for said in ("busy", sched.DISABLED + " for job 12")]
+    monkeypatch.setattr(sched, "call", lambda *words: answers.pop(0))
+    monkeypatch.setattr(sched.time, "sleep", lambda seconds: None)
+    assert sched.requeue("12").startswith(sched.DISABLED) and not answers
+
+
+def test_nodes_that_have_gone_since_an_attempt_began(monkeypatch):
+    text = ("NodeName=n1 State=MIXED BootTime=2026-11-20T14:44:09 SlurmdStartTime=2026-11-20T21:32:07\n"
+            "NodeName=n2 State=DOWN+NOT_RESPONDING BootTime=None SlurmdStartTime=2026-11-20T21:32:07 Reason=x\n")
+    monkeypatch.setattr(sched, "call", lambda *words: sched.subprocess.CompletedProcess([], 0, text))
+    assert sched.lost_nodes("n[1-2]", sched._moment("2026-11-20T21:40:00")) == ["n2"]
+    assert sched.lost_nodes("n[1-2]", sched._moment("2026-11-20T21:30:00")) == ["n1", "n2"]

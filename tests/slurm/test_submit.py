@@ -39,6 +39,7 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_SOCKET_IFNAME=ib0
 echo ready
 export PYTHONPATH={run}/code PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
+trap : INT TERM USR1 USR2
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -239,7 +240,7 @@ def test_a_real_training_preempted_once_equals_one_that_was_not(call, data, unti
     until(lambda: attempts.reached(run) >= 5, "step 5", 120)
     control.preempt(run)
     assert watch.wait(run, lambda text: None) == 0
-    assert [a.cause for a in attempts.history(run)] == ["stopped", "done"]
+    assert [a.cause for a in attempts.history(run)] == ["preempted", "done"]
     assert [row["step"] for row in read_lines(run.eval_rows("knn"))] == [0, 30]
     assert [line["step"] for line in read_lines(run.journal)] == list(range(1, 31))
 
