@@ -58,7 +58,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> Place:
         raise WorldError("launcher's variables", got=str(error), expected="all of " + ", ".join(TORCHRUN),
                          mend="start through torchrun, srun or hpcssl-submit, or unset RANK and WORLD_SIZE "
                               "to run one process") from error
-    token = environ.get(TOKEN) or environ.get("TORCHELASTIC_RUN_ID", "none")
+    restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps one store for all of them
+    token = environ.get(TOKEN) or environ.get("TORCHELASTIC_RUN_ID", "none") + (f".{restart}" if restart != "0" else "")
     return Place(rank=rank, local_rank=local, size=size, address=environ["MASTER_ADDR"], port=port, token=token)
 
 

@@ -6,30 +6,38 @@ it, in the same order. With one process each is the identity, so that no caller 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpcssl import errors, launch
+from hpcssl import errors, launch, pulse
+from hpcssl.devices import choose
 from hpcssl.errors import HpcsslError, WorldError
+from hpcssl.pulse import Pulse
 
 
 class World:
     """Rank, size and device of this process, and the collectives. Build it with ``alone`` or ``start``."""
 
-    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, group: bool):
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device,
+                 place: launch.Place | None = None):
         self.rank, self.size, self.local_rank, self.device = rank, size, local_rank, device
-        self._group = group
+        self._place = place  # where the ranks have met; None without a group
         self.batch, self.micro_batches = 0, 1
+        self.pulse: Pulse | None = None
+        """Who is told of marks and collectives: a rank's signs of life."""
 
     @classmethod
     def alone(cls, device: str | torch.device = "cpu") -> World:
-        return cls(0, 1, 0, torch.device(device), group=False)
+        return cls(0, 1, 0, torch.device(device))
 
     @classmethod
     def start(cls, devices: str = "auto", timeout_s: float = 1800.0) -> World:
@@ -39,14 +47,12 @@ class World:
         rendezvous keys carry the attempt's token: a rank left over from an earlier attempt meets nobody.
         """
         place = launch.find()
-        device = _device(devices, place.local_rank if place else 0)
+        device = choose(devices, place.local_rank if place else 0)
         if place is None:
             return cls.alone(device)
-        timeout = timedelta(seconds=timeout_s)
         try:
-            store = dist.TCPStore(place.address, place.port, is_master=place.rank == 0, timeout=timeout,
-                                  wait_for_workers=False, multi_tenant=True)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout,
+            store = _meet(place, timeout_s)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
                                     store=dist.PrefixStore(place.token, store), rank=place.rank,
                                     world_size=place.size,
                                     device_id=device if device.type == "cuda" else None)
@@ -55,12 +61,12 @@ class World:
                              got=" ".join(str(error).split())[:200], expected="all ranks to meet there",
                              mend="see whether every rank started, and whether the address and its interface "
                                   "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) reach every node") from error
-        return cls(place.rank, place.size, place.local_rank, device, group=True)
+        return cls(place.rank, place.size, place.local_rank, device, place)
 
     def close(self) -> None:
-        if self._group:
+        if self._place is not None:
             dist.destroy_process_group()
-            self._group = False
+            self._place = None
 
     def __deepcopy__(self, _memo) -> World:
         return self  # a network that is copied stays in the same world
@@ -69,6 +75,32 @@ class World:
     def main(self) -> bool:
         """Whether this is rank 0, which writes what is written once. No collective."""
         return self.rank == 0
+
+    # -- signs of life --------------------------------------------------------------------------------------
+
+    def board(self) -> Board | None:
+        """Texts that all ranks read and write, over a connection of its own; None for one process. No collective."""
+        return Board(_prefixed(self._place, _client(self._place, 60.0))) if self._place else None
+
+    def mark(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:
+        """This rank's main thread is now doing ``phase`` (``Pulse.mark``). No collective."""
+        if self.pulse is not None:
+            self.pulse.mark(phase, step, patient=patient)
+
+    @contextlib.contextmanager
+    def _collective(self, kind: str, x: Tensor) -> Iterator[None]:
+        if self.pulse is None:
+            yield
+            return
+        self.pulse.enter(f"{kind} of {x.dtype} {list(x.shape)}".replace("torch.", ""))
+        yield
+        self.pulse.wait(False)
+
+    @staticmethod
+    def failed(error: BaseException) -> bool:
+        """Whether an error is that of a collective, which fails on every rank when one of them is gone."""
+        return isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL")))
 
     # -- rows -----------------------------------------------------------------------------------------------
 
@@ -80,10 +112,11 @@ class World:
         x = x.contiguous()
         sent = x.to(torch.uint8) if x.dtype == torch.bool else x
         whole = sent.new_empty((self.size * len(sent), *sent.shape[1:]))
-        if self.device.type == "cuda":
-            dist.all_gather_into_tensor(whole, sent)
-        else:
-            dist.all_gather(list(whole.chunk(self.size)), sent)
+        with self._collective("gather", sent):
+            if self.device.type == "cuda":
+                dist.all_gather_into_tensor(whole, sent)
+            else:
+                dist.all_gather(list(whole.chunk(self.size)), sent)
         return whole.to(x.dtype)
 
     def gather_grad(self, x: Tensor) -> Tensor:
@@ -128,7 +161,8 @@ class World:
         if self.size == 1:
             return x.detach()
         x = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x)
+        with self._collective("sum", x):
+            dist.all_reduce(x)
         return x
 
     def mean(self, x: Tensor) -> Tensor:
@@ -141,8 +175,11 @@ class World:
     def maximum(self, x: Tensor) -> Pending:
         """Elementwise maximum over ranks, not waited for: the backward pass may be launched meanwhile."""
         x = x.detach().clone()
-        work = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None
-        return Pending(x, work)
+        if self.size == 1:
+            return Pending(x, None)
+        with self._collective("maximum", x):
+            work = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+        return Pending(x, work, self.pulse)
 
     def barrier(self) -> None:
         self.any(False)
@@ -192,7 +229,7 @@ class World:
         parameters: without it DDP rebuilds its buckets after the first step of each process, which changes the
         order of summation on three and more ranks, and with it the bits of a resumed run.
         """
-        if not self._group:
+        if self._place is None:
             return network
         ddp = nn.parallel.DistributedDataParallel
         renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters  # torch 2.15 warns of the old name
@@ -204,8 +241,8 @@ class World:
 class Pending:
     """A small reduction on its way. ``result`` waits for it alone, not for what was launched after it."""
 
-    def __init__(self, x: Tensor, work):
-        self._x, self._work, self._event = x, work, None
+    def __init__(self, x: Tensor, work, pulse: Pulse | None = None):
+        self._x, self._work, self._pulse, self._event = x, work, pulse, None
         if x.device.type == "cuda":
             if work is not None:
                 work.wait()  # orders streams; does not block the host
@@ -217,13 +254,34 @@ class Pending:
 
     def result(self) -> Tensor:
         """The values, on the CPU."""
+        if self._pulse is not None:
+            self._pulse.wait(True)
         if self._event is not None:
             self._event.synchronize()
-            return self._host
-        if self._work is not None:
+        elif self._work is not None:
             self._work.wait()
             self._work = None
-        return self._x
+        if self._pulse is not None:
+            self._pulse.wait(False)
+        return self._x if self._event is None else self._host
+
+
+class Board:
+    """``pulse.Board`` over a connection to the rendezvous store."""
+
+    def __init__(self, store: dist.Store):
+        self._store = store
+
+    def set(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def get(self, keys: Iterable[str]) -> list[str]:
+        """The texts of keys that are there."""
+        return [text.decode() for text in self._store.multi_get(list(keys))]
+
+    def first(self, key: str, text: str) -> str:
+        """Set a key unless it holds a text already; what it holds then."""
+        return self._store.compare_set(key, "", text).decode()
 
 
 class _GatherGrad(torch.autograd.Function):
@@ -237,20 +295,48 @@ class _GatherGrad(torch.autograd.Function):
         return ctx.world.part(ctx.world.sum(grad)), None
 
 
-def _device(devices: str, local_rank: int) -> torch.device:
-    if devices not in ("auto", "cpu", "gpu"):
-        raise WorldError("machine.devices", got=repr(devices), expected="cpu, gpu or auto",
-                         mend="set machine.devices=auto")
-    seen = torch.cuda.device_count() if devices != "cpu" and torch.cuda.is_available() else 0
-    if seen == 0:
-        if devices == "gpu":
-            raise WorldError("machine.devices=gpu", got="no usable CUDA device", expected="one GPU per process",
-                             mend="ask for GPUs (--gpus-per-node), or set machine.devices=cpu")
-        return torch.device("cpu")
-    if seen > 1 and local_rank >= seen:
-        raise WorldError(f"local rank {local_rank}", got=f"{seen} visible GPUs", expected="one GPU per process",
-                         mend="ask for as many GPUs as processes per node, or set machine.devices=cpu")
-    # a cluster that binds one GPU to each task shows each task a single device, number 0
-    device = torch.device("cuda", local_rank if seen > 1 else 0)
-    torch.cuda.set_device(device)
-    return device
+TOKEN_KEY = "hpcssl/token"
+"""Where the store of an attempt says whose it is, under no prefix: a rank of another attempt finds it too."""
+
+
+def _hosted() -> bool:
+    """Whether rank 0 keeps the store; under torchrun its agent does, which lets in nobody of another attempt."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _client(place: launch.Place, timeout_s: float, *, keeper: bool = False) -> dist.TCPStore:
+    return dist.TCPStore(place.address, place.port, is_master=keeper, timeout=timedelta(seconds=timeout_s),
+                         wait_for_workers=False, multi_tenant=keeper)
+
+
+def _prefixed(place: launch.Place, store: dist.Store) -> dist.Store:
+    return dist.PrefixStore(f"{place.token}/pulse", store)
+
+
+def _meet(place: launch.Place, timeout_s: float) -> dist.Store:
+    """The store in which this attempt's ranks meet, once all of them have come. Raises ``WorldError`` with the ranks
+    that did not, and at once where the store is another attempt's."""
+    deadline, minutes = time.monotonic() + timeout_s, f"{timeout_s / 60:.3g} minutes"
+    keeper = place.rank == 0 and _hosted()
+    store = _client(place, timeout_s, keeper=keeper)
+    if keeper:
+        store.set(TOKEN_KEY, place.token)
+    elif _hosted() and (theirs := store.get(TOKEN_KEY).decode()) != place.token:
+        raise WorldError(f"rank {place.rank} of attempt {place.token}",
+                         got=f"attempt {theirs} at {place.address}:{place.port}", expected="its own attempt's ranks",
+                         mend="none is needed for a process that an earlier attempt left over; otherwise give each "
+                              "run a MASTER_PORT of its own")
+    board = _prefixed(place, store)
+    board.set(pulse.key(place.rank), pulse.arrival(place.rank))
+    missing = list(range(place.size))
+    while missing:
+        with contextlib.suppress(dist.DistStoreError):  # only that they have not come yet
+            board.wait([pulse.key(rank) for rank in missing], timedelta(seconds=1))
+        missing = [rank for rank in missing if not board.check([pulse.key(rank)])]
+        if missing and time.monotonic() > deadline:
+            raise WorldError(f"rank {place.rank} at {place.address}:{place.port}", got=f"rank"
+                             f"{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {place.size} never came "
+                             f"within {minutes}", expected="all ranks to meet there",
+                             mend="see the logs of these ranks and their nodes; machine.timeout_minutes lets them take "
+                                  "longer")
+    return store

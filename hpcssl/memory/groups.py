@@ -41,6 +41,7 @@ class Groups:
         rows, known = ledger.everything()
         groups = torch.full_like(self._of, -1)
         if self.world.main and known.any():
+            self.world.mark("cluster", patient=True)
             groups[known] = found(rows[known]).to(groups)
         self._of = self.world.sum(groups if self.world.main else groups.zero_())
 

@@ -120,6 +120,7 @@ class PseudoHead:
         self.net.train()
         with torch.autocast(z_ND.device.type, enabled=False):
             for epoch in range(options.epochs):
+                self.world.mark("pseudo-labels")
                 order = rng.permutation(rng.key(self.seed, "pseudo", step, epoch), rows)
                 for some in torch.from_numpy(order).to(z_ND.device).split(options.batch):
                     if len(some) < 2:  # batch norm has nothing to say of one row

@@ -21,6 +21,7 @@ from hpcssl.nets import weights
 from hpcssl.signals import StopFlag
 from hpcssl.train import replicas
 from hpcssl.train.checkpoint import Store
+from hpcssl.train.data import Damage
 from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
 
@@ -51,6 +52,7 @@ class Loop:
     run: RunDir
     stop: StopFlag
     watch: Watch | None = None
+    damage: Damage | None = None
     unsaved: str | None = None
 
     def go(self) -> bool:
@@ -64,11 +66,16 @@ class Loop:
         saved_at = time.monotonic()
         batches = iter(self.batches(t.step, t.last_step))
         while t.step < t.last_step:
+            t.world.mark("data", t.step + 1)
             batch = next(batches)
+            t.world.mark("step")
             due = machine.checkpoint_minutes > 0 and time.monotonic() - saved_at > machine.checkpoint_minutes * 60
-            report = train_step(t, batch, (self.stop.is_set(), due and t.world.main, self.store.busy))
-            stop, due, busy = report.flags
+            report = train_step(t, batch, (self.stop.is_set(), due and t.world.main, self.store.busy,
+                                           self.damage is not None and self.damage.news(batch)))
+            stop, due, busy, damaged = report.flags
             self._record(batch, report.scalars)
+            if damaged:
+                self.damage.note(t.step, batch)
             if not report.taken:
                 LOG.warning("step %d: %s; no rank took the step", t.step, report.why)
                 self._bear(batch)
@@ -89,6 +96,7 @@ class Loop:
         return self._finish()
 
     def _stop(self) -> bool:
+        self.training.world.mark("save")
         self.journal.sync()
         replicas.check(self.training)
         self.unsaved = self.store.save(self.training.state())
@@ -127,6 +135,7 @@ class Loop:
     # -- saving ---------------------------------------------------------------------------------------------
 
     def _begin_save(self) -> None:
+        self.training.world.mark("save")
         if self.store.saving:
             self._warn(self.store.finish())
         replicas.check(self.training)  # a checkpoint that went wrong on one rank would spread to all
@@ -140,6 +149,7 @@ class Loop:
     def _finish(self) -> bool:
         """The last checkpoint, the exported weights, and the mark that the run is done, in this order."""
         t = self.training
+        t.world.mark("finish")
         replicas.check(t)
         self.journal.sync()
         failed = self.store.save(t.state())
@@ -170,6 +180,7 @@ class Loop:
                 weights.save(beside, t.pair.online.second.backbone, t.recipe.arch, **about)
             weights.save(path, t.pair.online.backbone, t.recipe.arch, **about)
 
+        t.world.mark("export")
         t.world.on_main(write)
         return path
 
@@ -192,6 +203,7 @@ class Loop:
             if self.store.saving:  # sealed now: the evaluation may be the last that this attempt lives to do
                 self._warn(self.store.finish())
             self.journal.flush()
+            t.world.mark("evaluate")
             scores = self.watch(path, t.step)
             if scores is None:
                 return False

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl import config
+from hpcssl.data.stream import check_address, is_remote
 from hpcssl.errors import ConfigError, nearest
 from hpcssl.methods import METHODS
 from hpcssl.nets import norm, resnet
@@ -36,15 +37,26 @@ class AboutOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """``train``, ``val``: shard folders. ``stage``: a folder on node-local disk to which the training shards are copied
-    and checked first, once per node. ``window``: shards shuffled together, or ``all``. ``damaged_limit``: so many
-    samples that cannot be decoded are replaced and named, per process and attempt, before the run stops.
+    """``train``, ``val``: shard folders, or addresses of them (``https://host/train``; ``data/stream.py``).
+
+    ``stage``: a folder on node-local disk to which the training shards are copied and checked first, once per node;
+    those of an address are fetched there before they are needed, and it must be named. ``stage_gb``: at most so many
+    gigabytes of these are kept, those that ``window`` is done with leave first (0: all are kept). ``stall_seconds``: a
+    transfer without a byte for so long is cut; each file is asked for ``tries`` times. ``window``: shards shuffled
+    together, or ``all``. ``verify``: ``sizes`` of all shards are compared with the index before training, or with
+    ``sha256`` every byte, at each attempt; staged ones that changed are copied anew. ``damaged_limit``: so many samples
+    that cannot be decoded are replaced and named; one more ends the run. Each counts once, over all ranks and attempts
+    (``damaged.jsonl`` of the run folder).
     """
 
     train: str = ""
     val: str = ""
     stage: str = ""
+    stage_gb: float = 0.0
+    stall_seconds: float = 60.0
+    tries: int = 5
     window: str = "all"
+    verify: str = "sizes"
     damaged_limit: int = 100
 
     @property
@@ -98,6 +110,8 @@ class MachineOptions:
     finite the run goes back to its last good checkpoint and on past their batches, ``rollbacks`` times before it ends.
     ``check_replicas_steps``: every so many steps, and before each save, the ranks compare what they hold alike (0: only
     before a save).
+    ``timeout_minutes``: for ranks to arrive, and for a collective. ``hang_minutes`` without progress of any rank (a
+    fraction may be given; 0: never) end the attempt with the rank and the place that are to blame.
     ``log_samples`` writes the sample ids of every step. ``export_epochs``: weights are exported every so many epochs.
     """
 
@@ -117,6 +131,7 @@ class MachineOptions:
     rollbacks: int = 1
     check_replicas_steps: int = 100
     timeout_minutes: float = 30.0
+    hang_minutes: float = 10.0
     export_epochs: int = 0
 
 
@@ -231,16 +246,38 @@ def check(recipe: Recipe) -> None:
                               ("machine.nonfinite_limit", recipe.machine.nonfinite_limit, 1)):
         if value < least:
             raise ConfigError(key, got=value, expected=f"{least} or more", mend=f"set {key}={least} or more")
+    if not 0 <= recipe.machine.hang_minutes < float("inf"):
+        raise ConfigError("machine.hang_minutes", got=recipe.machine.hang_minutes, expected="minutes, or 0 for never",
+                          mend="set machine.hang_minutes=10")
+    _check_data(recipe.data)
     if recipe.model.norm == "ghost" and recipe.model.norm_group < 2:
         raise ConfigError("model.norm_group", got=recipe.model.norm_group, expected="2 or more samples per ghost group",
                           mend="set model.norm_group, for example to 64")
     # a length was asked for, and is longer than its warm-up for some data set
     total_steps(recipe.schedule, 1 if recipe.schedule.steps else 10**9)
-    _ = recipe.data.window_shards
     if recipe.optim.batch % recipe.machine.accumulate:
         raise ConfigError("machine.accumulate", got=recipe.machine.accumulate,
                           expected=f"a divisor of optim.batch={recipe.optim.batch}",
                           mend="choose a number of micro-batches that divides the batch")
+
+
+def _check_data(data: DataOptions) -> None:
+    _choice("data.verify", data.verify, ("sizes", "sha256"))
+    _ = data.window_shards
+    for key, value, least in (("data.stage_gb", data.stage_gb, 0), ("data.stall_seconds", data.stall_seconds, 0.1),
+                              ("data.tries", data.tries, 1), ("data.damaged_limit", data.damaged_limit, 0)):
+        if not value >= least:
+            raise ConfigError(key, got=value, expected=f"{least} or more", mend=f"set {key}={least} or more")
+    for key, address in (("data.train", data.train), ("data.val", data.val)):
+        if not is_remote(address):
+            continue
+        check_address(address, allow_pipe=key == "data.train", key=key)  # who may run a command is asked where it runs
+        if not data.stage:
+            raise ConfigError("data.stage", got=f"no folder, with {key} at an address", expected="a folder on each "
+                              "node's own disk, where shards are kept", mend="add data.stage=FOLDER, such as /tmp")
+    if data.stage_gb and not is_remote(data.train):
+        raise ConfigError("data.stage_gb", got=f"{data.stage_gb:g} with data.train in a folder", expected="an address",
+                          mend="leave it out: shards of a folder are staged whole, or read where they are")
 
 
 def _choice(key: str, value: str, known: tuple[str, ...]) -> None:

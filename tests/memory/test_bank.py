@@ -31,7 +31,7 @@ CASES = [(size, placement, dtype) for size in ranks.RINGS for placement in ranks
 
 def bank_of(size, rank=0, world=1, **options):
     """A bank of one rank of a world that is not there: enough for what needs no other rank."""
-    place = World(rank, world, rank, torch.device("cpu"), group=False)
+    place = World(rank, world, rank, torch.device("cpu"))
     return Bank(size, ranks.COLUMNS, place, key=ranks.KEY, **options)
 
 
