@@ -6,16 +6,16 @@ its own loss. After a resume the journal is cut back to the checkpoint's step: e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 
 import torch
 
-from hpcssl.files import RunDir, atomic_write, read_lines
+from hpcssl.files import LineFile, RunDir, atomic_write, read_lines
 from hpcssl.world import World
 
 LOG = logging.getLogger("hpcssl")
@@ -35,28 +35,33 @@ def set_up_logging(rank: int = 0) -> None:
 class Journal:
     """Scalars of a run, averaged over ranks: one JSON line per step, the newest also to TensorBoard and the screen.
 
-    All ranks call ``write`` and ``flush``; rank 0 keeps the files.
+    All ranks call ``write`` and ``flush``; rank 0 keeps the files. A full disk is told once, and the training goes on:
+    lines wait in memory until there is room; what TensorBoard's files miss then stands in ``journal.jsonl`` alone.
     """
 
     def __init__(self, run: RunDir, world: World, *, first_step: int, last_step: int, every: int, batch: int):
         self.run, self.world, self.every, self.batch = run, world, every, batch
         self._waiting: list[tuple[int, dict]] = []
-        self._last, self._bar, self._file, self._events = last_step, None, None, None
+        self._last, self._bar, self._file, self._samples, self._events = last_step, None, None, None, None
+        self._told: set[str] = set()  # what is amiss with the files, said once
         self._clock, self._clock_step = time.monotonic(), first_step
         world.on_main(lambda: self._open(first_step))
 
     def _open(self, first_step: int) -> None:
         run = self.run
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
-
         for path in (run.journal, run.samples):
             cut_back(path, first_step)
-        self._file = open(run.journal, "a", buffering=1)  # noqa: SIM115 - it lives as long as the journal
-        self._events = SummaryWriter(str(run.events), purge_step=first_step + 1)
+        self._file = LineFile(run.journal)
+        self._open_events(purge_step=first_step + 1)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=self._last, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def _open_events(self, **options) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it is used
+
+        self._events = SummaryWriter(str(self.run.events), **options)
 
     def write(self, step: int, **scalars: torch.Tensor | float) -> None:
         """Take this rank's scalars of ``step`` (the number of steps done after it), the same names on all ranks."""
@@ -84,21 +89,44 @@ class Journal:
             self._write(lines)
 
     def _write(self, lines: list[dict]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._tell(self.run.journal, self._file.add(*lines))
         newest = dict(lines[-1])
         step = newest.pop("step")
-        for name, value in newest.items():
-            self._events.add_scalar(name, float(value), step)
+        self._draw(newest, step)
         shown = {k: f"{float(newest[k]):.4g}" for k in ("loss", "purity", "lr", "images_per_s") if k in newest}
         self._say(step, shown)
 
     def sync(self) -> None:
         """``flush``, and everything written is on the disk: before a checkpoint, after which nobody writes it again."""
         self.flush()
+        for file in (self._file, self._samples):
+            if file is not None:
+                self._tell(file.path, file.sync())
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._events.flush()
+            self._draw(flush=True)
+
+    def _draw(self, scalars: dict | None = None, step: int = 0, *, flush: bool = False) -> None:
+        """Scalars to TensorBoard. Its writer does not survive a full disk: a new one is tried at the next ``sync``."""
+        if self._events is None and not flush:
+            return
+        try:
+            if self._events is None:
+                self._open_events()
+            for name, value in (scalars or {}).items():
+                self._events.add_scalar(name, float(value), step)
+            if flush:
+                self._events.flush()
+                self._tell(self.run.events, None)
+        except OSError as error:
+            self._events = None
+            self._tell(self.run.events, error.strerror or str(error))
+
+    def _tell(self, path, why: str | None) -> None:
+        if why is None:
+            self._told.discard(str(path))
+        elif str(path) not in self._told:
+            self._told.add(str(path))
+            LOG.warning("%s: %s; the training goes on, and its lines wait for room", path, why)
 
     def scored(self, step: int) -> bool:
         """Whether the results of an evaluation at ``step`` stand here already. A collective."""
@@ -108,9 +136,8 @@ class Journal:
     def score(self, step: int, **scalars: float) -> None:
         """Results of an evaluation during training, on rank 0."""
         if self.world.main:
-            self._file.write(json.dumps({"step": step, "eval": True, **scalars}) + "\n")
-            for name, value in scalars.items():
-                self._events.add_scalar(f"eval/{name}", value, step)
+            self._tell(self.run.journal, self._file.add({"step": step, "eval": True, **scalars}))
+            self._draw({f"eval/{name}": value for name, value in scalars.items()}, step)
             self._say(step, {k: f"{v:.4g}" for k, v in scalars.items()})
         self._clock = time.monotonic()  # the rate is the training's, not the evaluation's
 
@@ -125,18 +152,19 @@ class Journal:
         """Write the sample ids of the whole world's batch. A collective."""
         every = self.world.whole_batch(index.to(self.world.device)).tolist()
         if self.world.main:
-            with open(self.run.samples, "a") as file:
-                file.write(json.dumps({"step": step, "index": every}) + "\n")
+            self._samples = self._samples or LineFile(self.run.samples)
+            self._tell(self.run.samples, self._samples.add({"step": step, "index": every}))
 
     def close(self) -> None:
         """Everything written is on disk; after this ``os._exit`` loses nothing. No collective: ``flush`` first."""
         self._waiting.clear()
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._events.close()
-            self._file = None
+        for file in (self._file, self._samples):
+            if file is not None:
+                self._tell(file.path, file.close())
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
+        self._file = self._samples = self._events = None
         if self._bar is not None:
             self._bar.close()
 
