@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpcssl.errors import WorldError
 from hpcssl.world import World
 
 SCOPES = ("local", "whole", "ghost")
@@ -29,16 +28,14 @@ def group_size(scope: str, *, global_batch: int, world_size: int, ghost: int) ->
     return {"whole": global_batch, "local": global_batch // world_size, "ghost": ghost}[scope]
 
 
-def check_group(group: int, *, global_batch: int, world_size: int) -> None:
-    """Raise ``WorldError`` unless groups tile the global batch and either split a rank's part or span whole ranks."""
+def why_not(group: int, *, global_batch: int, world_size: int) -> str | None:
+    """Why groups of this size cannot be, or None: they must tile the global batch, and split a rank's part or span
+    whole ranks."""
     part = global_batch // world_size
-    if group < 2 or global_batch % group or (part % group and group % part):
-        fitting = [g for g in range(2, global_batch + 1)
-                   if not global_batch % g and (not part % g or not g % part)]
-        raise WorldError(f"norm groups of {group} samples",
-                         got=f"a global batch of {global_batch} on {world_size} ranks",
-                         expected="groups that tile the batch and either split a rank's part or span whole ranks",
-                         mend="set model.norm_group to one of " + ", ".join(map(str, fitting)))
+    if group >= 2 and global_batch % group == 0 and (part % group == 0 or group % part == 0):
+        return None
+    return (f"norm groups of {group} samples, which do not tile a batch of {global_batch} or neither split a process's "
+            f"{part} nor span whole processes")
 
 
 class BatchNorm(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hpcssl import config, rng
 from hpcssl.data.loader import Batch
-from hpcssl.errors import ConfigError, ResumeError, WorldError
+from hpcssl.errors import ConfigError, ResumeError
 from hpcssl.memory.bank import Bank, ColumnSpec
 from hpcssl.memory.rows import Memory
 from hpcssl.methods import METHODS
@@ -18,6 +18,7 @@ from hpcssl.methods.base import Context, Method, Remembering, Scene
 from hpcssl.nets import heads, norm, resnet
 from hpcssl.nets.pair import Branch, Pair
 from hpcssl.optim import build, schedule
+from hpcssl.train import worlds
 from hpcssl.train.checkpoint import Rows, Saved, State
 from hpcssl.train.recipe import Recipe
 from hpcssl.views import mix
@@ -79,8 +80,7 @@ class Training:
 
     def _check_cuts(self) -> None:
         """Refuse a batch that cannot be cut into these micro-batches and ranks."""
-        recipe, world = self.recipe, self.world
-        batch, accumulate = recipe.optim.batch, recipe.machine.accumulate
+        recipe, accumulate = self.recipe, self.recipe.machine.accumulate
         sent_away = recipe.mix.kind != "none" and recipe.mix.pairing != "neighbours"
         if accumulate > 1 and (self.method.in_batch or sent_away):
             raise ConfigError("machine.accumulate",
@@ -88,16 +88,7 @@ class Training:
                                                            else f"method {recipe.method.name}"),
                               expected="1, since the rows of its batch enter each other's loss",
                               mend="set machine.accumulate=1 and use more processes")
-        if batch % (accumulate * world.size):
-            raise WorldError("machine.accumulate", got=f"{accumulate} micro-batches of {batch} images on {world.size} "
-                             "processes", expected="micro-batches that divide evenly over the processes",
-                             mend="choose machine.accumulate and the number of processes so that their product "
-                                  "divides optim.batch")
-        if recipe.mix.kind != "none" and not sent_away and batch // accumulate // world.size % 2:
-            raise WorldError("mix.kind", got=f"{batch // accumulate // world.size} images of a process at a time",
-                             expected="an even number, since neighbours are mixed", mend="use fewer processes or "
-                             "micro-batches, or an even optim.batch per process")
-        norm.check_group(self.science["model"]["norm_group"], global_batch=batch // accumulate, world_size=world.size)
+        worlds.check(recipe, self.world.size)
 
     def _pair(self) -> Pair:
         recipe, world, options = self.recipe, self.world, self.recipe.model

@@ -8,6 +8,7 @@ import torch
 
 from hpcssl.errors import WorldError
 from hpcssl.nets import norm
+from hpcssl.train import recipe, worlds
 from hpcssl.world import World
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -91,7 +92,21 @@ def test_a_discarded_step_leaves_no_trace():
     assert torch.equal(layer.running_var, torch.ones(ranks.C))
 
 
-@pytest.mark.parametrize(("group", "batch", "size"), [(3, 16, 1), (4, 12, 2), (1, 16, 2), (32, 16, 1)])
-def test_groups_that_cannot_work_are_refused_with_those_that_can(group, batch, size):
-    with pytest.raises(WorldError, match=r"set model.norm_group to one of \d"):
-        norm.check_group(group, global_batch=batch, world_size=size)
+@pytest.mark.parametrize(("size", "overrides", "said"), [
+    (3, [], "16, which does not divide evenly over them; expected a number of processes such as 1, 2, 4, 8;"),
+    (16, [], "norm groups of 1 samples"),
+    (3, ["optim.batch=24", "machine.accumulate=2", "mix.kind=cutmix", "model.norm=whole"], None),
+    (4, ["optim.batch=12", "mix.kind=cutmix", "model.norm=whole"], "3 images of a process at a time, of which "
+     "neighbours cannot all be mixed in pairs; expected a number of processes such as 1, 2, 3, 6;"),
+    (2, ["model.norm=ghost", "model.norm_group=3"], "expected a recipe that some number of processes can run; to mend: "
+     "change optim.batch, machine.accumulate or mix.pairing, or set model.norm_group to one of 2, 4, 8, 16"),
+    (2, ["optim.batch=12", "model.norm=ghost", "model.norm_group=4"], "expected a number of processes such as 1, 3"),
+])
+def test_worlds_that_cannot_work_are_refused_with_those_that_can(size, overrides, said):
+    made = recipe.compose("digits_msf", ["optim.batch=16", "model.norm=local", *overrides])
+    if said is None:
+        worlds.check(made, size)
+    else:
+        with pytest.raises(WorldError, match=f"{size} processes: got ") as caught:
+            worlds.check(made, size)
+        assert said in str(caught.value)

@@ -27,7 +27,7 @@ KILLS = [{"kill_at": 3, "machine": ["machine.loader_threads=2"]},
          {"machine": ["machine.loader_threads=1"]}]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda n: f"{n}-ranks")
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.full), 4], ids=lambda n: f"{n}-ranks")
 def runs(request, play):
     plans = []
     cases = CASES if request.param > 1 else {name: CASES[name] for name in ALONE}
@@ -54,33 +54,47 @@ def test_killed_runs_end_in_the_same_bits(runs, case):
     assert losses[0] == losses[1]
 
 
-def test_arbitrary_moments(play):
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
+def test_arbitrary_moments(play, world):
     """Preempted 0, 1 and 5 times and killed 0, 1 and 3 times, whatever the ranks were doing: one digest per world."""
     moments = [0.35, 0.9, 0.6, 1.3, 0.75]
     plans = [{"name": f"{world}-{kind}{count}", "recipe": "digits_msf", "worlds": [world],
               "overrides": ["model.norm=whole", "schedule.steps=24"],
               "attempts": [{f"{kind}_after": moments[i] * (1 + world / 4)} for i in range(count)] + [{}]}
-             for world in (2, 4) for kind, count in (("stop", 0), ("stop", 1), ("stop", 5), ("kill", 1), ("kill", 3))]
+             for kind, count in (("stop", 0), ("stop", 1), ("stop", 5), ("kill", 1), ("kill", 3))]
     for name, (result, folder) in (results := play(plans)).items():
         assert result["done"], f"{name}: {result['log']}"
-        assert result["digest"] == results[f"{name[0]}-stop0"][0]["digest"], name
+        assert result["digest"] == results[f"{world}-stop0"][0]["digest"], name
         assert [line["step"] for line in read_lines(RunDir(folder).journal)] == list(range(1, 25))
     ends = [code for result, _ in results.values() for codes in result["codes"] for code in codes]
     assert 75 in ends and -9 in ends, f"no attempt was stopped or none was killed in time: {ends}"
 
 
 def test_elastic_worlds_keep_samples_and_bank(play):
-    """2 ranks, then 1, then 4: the same samples at each step, and a sharded bank that loads on each of them."""
+    """Preempted on 4 ranks, resumed on 2 and on 1, or killed on 2, 1 and 4: the same samples at each step, a sharded
+    bank that loads on each of them, and the losses of the run that nobody disturbed. Three ranks are refused."""
     overrides = ["model.norm=whole", "bank.placement=sharded", "optim.precision=fp64", "bank.size=26"]
-    plans = [{"name": "still", "recipe": "digits_msf", "overrides": overrides, "worlds": [2], "attempts": [{}]},
-             {"name": "moving", "recipe": "digits_msf", "overrides": overrides, "worlds": [2, 1, 4],
-              "attempts": [{"kill_at": 3}, {"kill_at": 5}, {}]}]
-    results = play(plans)
-    (still, here), (moving, there) = results["still"], results["moving"]
-    assert still["done"] and moving["done"], still["log"] + moving["log"]
-    assert [len(codes) for codes in moving["codes"]] == [2, 1, 4]
-    assert read_lines(RunDir(here).samples) == read_lines(RunDir(there).samples)
-    _close(here, there, 1e-10)
+    plans = [{"name": "still", "worlds": [4], "attempts": [{}]},
+             {"name": "fewer", "worlds": [4, 2, 1],
+              "attempts": [{"harm": [{"at": 1, "rank": 2, "kind": "stop"}]},
+                           {"harm": [{"at": 3, "rank": 1, "kind": "stop"}]}, {}]},
+             {"name": "killed", "worlds": [2, 1, 4], "attempts": [{"kill_at": 3}, {"kill_at": 5}, {}]},
+             {"name": "refused", "worlds": [4, 3],
+              "attempts": [{"harm": [{"at": 1, "rank": 0, "kind": "stop"}]}, {}]}]
+    results = play([{"recipe": "digits_msf", "overrides": overrides, **plan} for plan in plans])
+    still, here = results["still"]
+    assert still["done"], still["log"]
+    for name, ends in (("fewer", [[75] * 4, [75] * 2, [0]]), ("killed", None)):
+        moving, there = results[name]
+        assert moving["done"], moving["log"]
+        assert ends is None or moving["codes"] == ends
+        assert read_lines(RunDir(here).samples) == read_lines(RunDir(there).samples)
+        losses = [[line["loss"] for line in read_lines(RunDir(f).journal)] for f in (here, there)]
+        torch.testing.assert_close(*map(torch.tensor, losses), rtol=0, atol=1e-10)
+        _close(here, there, 1e-10)
+    refused, _ = results["refused"]
+    assert refused["codes"] == [[75] * 4, [1] * 3]
+    assert "3 processes: got " in refused["log"] and "such as 1, 2, 4" in refused["log"]
 
 
 def test_worlds_agree_in_float64(play):

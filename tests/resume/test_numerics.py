@@ -43,7 +43,7 @@ def runs(request, play):
 
 
 def test_what_is_not_finite_on_one_rank_is_passed_over_by_all(runs):
-    world, results = runs
+    _, results = runs
     named = {"images-one": "the loss or a target was not finite on rank", "gradient-one": "a gradient was not finite"}
     for name, words in named.items():
         result, folder = results[name]
@@ -55,7 +55,7 @@ def test_what_is_not_finite_on_one_rank_is_passed_over_by_all(runs):
 
 def test_three_in_a_row_roll_back_and_go_on_past_the_batches(runs):
     _, results = runs
-    (back, folder), (killed, torn) = results["back"], results["back-killed"]
+    (back, folder), (killed, _) = results["back"], results["back-killed"]
     assert back["done"] and killed["done"], back["log"] + killed["log"]
     assert "the state of step 2 is taken up again, and the run goes on past their batches, at step 6" in log(folder)
     assert newest_valid(RunDir(folder))[0].manifest["numbers"]["rolled_back"] == [[2, 6]]

@@ -143,7 +143,7 @@ def test_world_that_does_not_divide_the_batch(start_ranks, shards, tmp_path):
     """Three ranks for a batch of 16: every rank says so and leaves."""
     command = ["-m", "hpcssl", "train", "digits_msf", "--run", str(tmp_path / "run"), f"data.train={shards.root}"]
     for said in start_ranks(3, command + TINY, expect=1):
-        assert "a global batch of 16: got 3 processes; expected a number of processes that divides it" in said
+        assert "3 processes: got a global batch of 16, which does not divide evenly over them" in said
 
 
 def test_another_recipe_in_the_same_run_folder(refused, door, train, tmp_path):
