@@ -26,7 +26,8 @@ Size = Annotated[int | None, typer.Option("--size", help="Pixels a side; with --
 
 
 @app.command()
-def train(recipe: str, overrides: Overrides = None, run: Run = ...) -> int:
+def train(recipe: str, overrides: Overrides = None, run: Run = ..., allow_pipe: Annotated[bool, typer.Option(
+        "--allow-pipe", help="data.train may be pipe:COMMAND, a shell command of your own.")] = False) -> int:
     """Train RECIPE (a packaged name or a .yaml file) in a run folder; what the folder holds is resumed.
 
     One process, or one of several under torchrun or srun.
@@ -36,7 +37,8 @@ def train(recipe: str, overrides: Overrides = None, run: Run = ...) -> int:
 
     stop = StopFlag().install(keyboard=True)
     folder = RunDir(run)
-    return runs.train(folder, runs.resolve(recipe, overrides or [], folder), stop=stop)
+    made = runs.resolve(recipe, overrides or [], folder, allow_pipe=allow_pipe)
+    return runs.train(folder, made, stop=stop, allow_pipe=made.data.train if allow_pipe else "")
 
 
 @app.command("eval")

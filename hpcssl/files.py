@@ -28,6 +28,11 @@ def _sync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def _private(path: str, flags: int) -> int:
+    """Files that others may read and not write, whatever the umask: some of them say what to run."""
+    return os.open(path, flags, 0o644)
+
+
 def make_folder(path: Path | str) -> None:
     """Create a folder and what is missing above it, durably: a file that is safe in a folder that is not, is lost."""
     path, missing = Path(path), []
@@ -67,7 +72,7 @@ def atomic_file(path: Path | str) -> Iterator:
     make_folder(path.parent)
     part = _temporary(path)
     try:
-        with open(part, "wb") as file:
+        with open(part, "wb", opener=_private) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -221,6 +226,7 @@ class RunDir:
     journal = property(lambda self: self.root / "journal.jsonl")
     samples = property(lambda self: self.root / "samples.jsonl")
     events = property(lambda self: self.root / "tensorboard")
+    damaged = property(lambda self: self.root / "damaged.jsonl")
     attempts = property(lambda self: self.root / "attempts.jsonl")
     jobs = property(lambda self: self.root / "jobs.jsonl")
     chain = property(lambda self: self.root / "chain.json")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpcssl import config
+from hpcssl.data.stream import is_remote
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hpcssl.evals import run as evals
 from hpcssl.evals.watch import check, watch
@@ -16,6 +17,7 @@ from hpcssl.nets.importers import Source
 from hpcssl.signals import StopFlag
 from hpcssl.train import main as training
 from hpcssl.train import recipe as recipes
+from hpcssl.train.data import open_shards
 from hpcssl.train.recipe import MachineOptions, Recipe
 from hpcssl.train.state import another_recipe, method_of
 from hpcssl.world import World
@@ -29,19 +31,19 @@ def compose(name: str, overrides: list[str]) -> Recipe:
     return recipe
 
 
-def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = False) -> Recipe:
+def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = False, allow_pipe: bool = False) -> Recipe:
     """Compose a recipe with absolute paths, and check it against the data and against what the run folder holds.
 
     A run continues under other machinery (devices, threads, checkpoint period, evaluations, paths), and never under
     other science: ``ResumeError`` names the fields. Shard folders are opened, so that a wrong path is refused here and
     not in a job. ``write`` stores the recipe at once, for a caller who knows that nobody trains there; otherwise the
-    attempt does, once it holds the run's lock.
+    attempt does, once it holds the run's lock. ``allow_pipe``: whether ``data.train`` may be a shell command.
     """
     recipe = compose(name, overrides)
-    shards = training.open_shards(recipe)
+    shards = open_shards(recipe, allow_pipe=allow_pipe)
     values = config.as_dict(recipe)
     for kind in ("train", "val", "stage"):
-        if values["data"][kind]:
+        if values["data"][kind] and not is_remote(values["data"][kind]):
             values["data"][kind] = str(Path(values["data"][kind]).absolute())
     if run.config.exists():
         theirs, ours = recipes.read(run.config).science(training.digest_of(run) or shards.digest, 1), \
@@ -57,9 +59,11 @@ def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = False
 
 
 def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
-          requeue: Callable[[], str | None] | None = None, attempt: dict | None = None) -> int:
+          requeue: Callable[[], str | None] | None = None, attempt: dict | None = None,
+          on_hang: Callable[[str], None] | None = None, allow_pipe: str = "") -> int:
     """Train a run folder with k-NN on the way where ``evals.every_epochs`` asks for it. Returns the exit code."""
-    return training.train(run, recipe, stop=stop, requeue=requeue, attempt=attempt, watch=watch)
+    return training.train(run, recipe, stop=stop, requeue=requeue, attempt=attempt, watch=watch,
+                          on_hang=on_hang, allow_pipe=allow_pipe)
 
 
 def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Source | Path | None, train: Path | None,

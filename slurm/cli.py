@@ -62,6 +62,8 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
            sbatch: Annotated[list[str] | None, typer.Option(help='An option that only a newer SLURM knows, such as '
                                                             '"--any=thing".')] = None,
            local: Annotated[bool, typer.Option("--local", help="Run on this machine, without SLURM.")] = False,
+           allow_pipe: Annotated[bool, typer.Option("--allow-pipe", help="data.train may be pipe:COMMAND, a shell "
+                                                    "command of your own, which runs in the job.")] = False,
            wait: Annotated[bool, typer.Option("--wait", "-W", help="Follow the run; exit with its code.")] = False,
            dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts only.")] = False,
            parsable: Annotated[bool, typer.Option("--parsable", help="Print the bare job id.")] = False) -> int:
@@ -75,6 +77,7 @@ def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metava
     request = submits.Request(
         run=run, recipe=recipe, overrides=overrides, evals=evals or "knn" * bool(eval_every), eval_every=eval_every,
         sbatch=(ctx.obj or {}) | further, local=local, profile=profiles.find(cluster),
+        allow_pipe=allow_pipe,
         eval_sbatch=_by_evaluation(eval_sbatch or []))
     if local:
         _say_left_out({k: v for k, v in request.sbatch.items() if k not in shape.LOCAL}, cluster)

@@ -55,14 +55,15 @@ def note(run: RunDir, event: str, job: str, **values) -> None:
     append_line(run.jobs, {"event": event, "job": job, "time": now(), **values})
 
 
+def every(run: RunDir) -> list[Job]:
+    """Every job that was submitted for the run, oldest first."""
+    return [Job(line["job"], line["what"], line["kind"], line.get("options", {}), line.get("profile", {}),
+                line.get("follows")) for line in read_lines(run.jobs) if line.get("event") == "submit"]
+
+
 def submitted(run: RunDir) -> dict[str, Job]:
     """The latest job of each kind of work, in the order of their first submission."""
-    jobs: dict[str, Job] = {}
-    for line in read_lines(run.jobs):
-        if line.get("event") == "submit":
-            jobs[line["what"]] = Job(line["job"], line["what"], line["kind"], line.get("options", {}),
-                                     line.get("profile", {}), line.get("follows"))
-    return jobs
+    return {job.what: job for job in every(run)}
 
 
 def successor(run: RunDir, job: Job) -> Job | None:
@@ -74,6 +75,16 @@ def successor(run: RunDir, job: Job) -> Job | None:
 def of(run: RunDir, event: str, job: str) -> list[dict]:
     """Lines of one event of one job, oldest first."""
     return [x for x in read_lines(run.jobs) if x.get("event") == event and x.get("job") == job]
+
+
+def allow_pipe(run: RunDir, command: str) -> None:
+    """Note the shell command that ``--allow-pipe`` was given for: this text may run in the run's jobs, no other."""
+    append_line(run.jobs, {"event": "allow-pipe", "command": command, "time": now()})
+
+
+def allowed_pipe(run: RunDir) -> str:
+    """The command that the last submission allowed, '' for none."""
+    return ([x["command"] for x in read_lines(run.jobs) if x.get("event") == "allow-pipe"] or [""])[-1]
 
 
 def cancelled(run: RunDir, job: str) -> bool:

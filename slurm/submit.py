@@ -13,14 +13,14 @@ from pathlib import Path
 from hpcssl import config
 from hpcssl.errors import ConfigError, SubmitError, nearest
 from hpcssl.files import RunDir
-from slurm import beside, chain, cluster, control, freeze, local, records, sched, script, shape, watch
+from slurm import beside, chain, cluster, control, freeze, local, records, sched, script, shape, trust, watch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What a person asked for, with sbatch's options apart. ``evals``: the text of ``--evals``. ``eval_every``:
     epochs between two evaluations beside the training, 0 for none. ``eval_sbatch``: options of sbatch by evaluation,
-    those of all under ''."""
+    those of all under ''. ``allow_pipe``: ``data.train`` may be a shell command."""
 
     run: str
     recipe: str
@@ -31,6 +31,7 @@ class Request:
     eval_sbatch: dict[str, dict[str, str | bool]] = field(default_factory=dict)
     profile: cluster.Profile = field(default_factory=cluster.Profile)
     local: bool = False
+    allow_pipe: bool = False
 
     @property
     def kind(self) -> str:
@@ -100,9 +101,11 @@ def submit(request: Request) -> list[records.Job]:
     planned = plan(request)
     run = planned.run
     with records.locked(run):
+        trust.secure(run.root)
         living = _living(run)
         training = not run.done.exists() and records.TRAIN not in living
-        recipe = runs.resolve(request.recipe, planned.overrides, run, write=training or not living)
+        recipe = runs.resolve(request.recipe, planned.overrides, run, write=training or not living,
+                              allow_pipe=request.allow_pipe)
         if training:  # they wait for a training that did not succeed, or hold on to its code
             for job in living.values():
                 control.end(run, job)
@@ -119,7 +122,8 @@ def submit(request: Request) -> list[records.Job]:
             return []
         if not living:
             freeze.freeze(run)
-        run.logs.mkdir(parents=True, exist_ok=True)
+        if request.allow_pipe:
+            records.allow_pipe(run, recipe.data.train)
         parent = living.get(records.TRAIN)
         jobs = local.launch(run, wanted) if request.local and wanted else \
             _through_sbatch(run, wanted, request.profile, parent.job if parent else None)
@@ -164,15 +168,14 @@ def _check_recipe(request: Request) -> tuple[list[str], list[chain.Entry], int, 
     from math import gcd
 
     from hpcssl import run as runs
-    from hpcssl.data.shards import ShardSet
     from hpcssl.optim.schedule import total_steps
-    from hpcssl.train.main import open_shards
+    from hpcssl.train.data import open_shards, open_val
 
     recipe, overrides = runs.compose(request.recipe, request.overrides), list(request.overrides)
-    shards = open_shards(recipe)
+    shards = open_shards(recipe, allow_pipe=request.allow_pipe)
     entries = _entries(request, recipe)
     if recipe.data.val:
-        ShardSet.open(recipe.data.val)
+        open_val(recipe)
     per_epoch = len(shards) // recipe.optim.batch
     if request.eval_every:
         overrides.append(f"machine.export_epochs={gcd(recipe.machine.export_epochs, request.eval_every)}")

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import torch
 from hpcssl import rng
 from hpcssl.data.decode import Scratch, peek
 from hpcssl.data.order import Order, Sequential
-from hpcssl.data.reader import Reader
+from hpcssl.data.reader import Loss, Reader
 from hpcssl.errors import ConfigError
 from hpcssl.views.augment import PARAMS, ViewSpec, draw
 from hpcssl.views.crop import cut
@@ -34,9 +34,9 @@ class Batch:
     """One step's rows of this rank.
 
     ``index``: global indices int64 [b]; of the replacement where a sample was damaged. ``label``: int64 [b], -1
-    without one. ``images``: uint8 [b, S, S, 3] per view, cropped and resized, nothing else. ``params``: ``PARAMS`` [b]
-    per view, for ``augment.apply``. Images and params lie in the ring: they hold until the batch after the next one is
-    asked for, and are not to be written.
+    without one. ``images``: uint8 [b, S, S, 3] per view, cropped and resized, nothing else. ``params``: ``PARAMS``
+    [b] per view, for ``augment.apply``. ``lost``: the damaged samples that others stand in for. Images and params
+    lie in the ring: they hold until the batch after the next one is asked for, and are not to be written.
     """
 
     step: int
@@ -45,6 +45,7 @@ class Batch:
     label: np.ndarray
     images: list[torch.Tensor]
     params: list[np.ndarray]
+    lost: list[Loss] = field(default_factory=list)
 
 
 class Loader:
@@ -52,16 +53,18 @@ class Loader:
 
     ``views``: what to cut; a view's number in this list is part of its address. ``threads``: 1 or more, of this
     process; ``ring``: batches of memory, of which all but two are filled ahead; ``pin``: page-locked memory, for
-    copies to a GPU. Raises ``WorldError`` where ``size`` does not divide the global batch.
+    copies to a GPU. ``progress(step, opened)`` is called as step ``step`` is taken, where the threads have begun with
+    all steps before ``opened``. Raises ``WorldError`` where ``size`` does not divide the global batch.
     """
 
     def __init__(self, reader: Reader, order: Order | Sequential, views: Sequence[ViewSpec], *, seed: int,
-                 rank: int = 0, size: int = 1, threads: int = 1, ring: int = 4, pin: bool = False):
+                 rank: int = 0, size: int = 1, threads: int = 1, ring: int = 4, pin: bool = False,
+                 progress: Callable[[int, int], None] | None = None):
         for name, got, least in (("data.threads", threads, 1), ("data.ring", ring, KEPT + 1), ("views", len(views), 1)):
             if got < least:
                 raise ConfigError(name, got=got, expected=f"at least {least}", mend=f"set {name} to {least} or more")
         self.reader, self.order, self.views = reader, order, list(views)
-        self.seed, self.rank, self.size, self.threads = seed, rank, size, threads
+        self.seed, self.rank, self.size, self.threads, self.progress = seed, rank, size, threads, progress
         rows = order.rows(size)
         self._slots = [_Slot(rows, self.views, pin) for _ in range(ring)]
         self._run: _Run | None = None
@@ -108,6 +111,7 @@ class _Slot:
         self.params = [np.zeros(rows, PARAMS) for _ in views]
         self.index = self.label = np.empty(0, np.int64)
         self.wanted: list[int] = []
+        self.lost: list[Loss] = []
         self.step = self.epoch = -1
         self.left = 0
         self.error: BaseException | None = None
@@ -115,12 +119,12 @@ class _Slot:
     def open(self, step: int, epoch: int, wanted: np.ndarray) -> None:
         self.step, self.epoch, self.wanted = step, epoch, wanted.tolist()
         self.index, self.label = wanted.copy(), np.empty(len(wanted), np.int64)
-        self.left, self.error = len(wanted), None
+        self.lost, self.left, self.error = [], len(wanted), None
 
     def batch(self) -> Batch:
         rows = len(self.wanted)
         return Batch(self.step, self.epoch, self.index, self.label, [x[:rows] for x in self.images],
-                     [p[:rows] for p in self.params])
+                     [p[:rows] for p in self.params], self.lost)
 
 
 class _Run:
@@ -162,6 +166,8 @@ class _Run:
 
     def take(self, step: int) -> Batch:
         slot = self._slot(step)
+        if self.loader.progress is not None:
+            self.loader.progress(step, self.opened)
         with self._turn:
             self.asked = step
             self._turn.notify_all()
@@ -241,6 +247,8 @@ class _Run:
             index, one, two = reader.images(slot.wanted[row], slot.epoch, first=first, second=second, body=body,
                                             scratch=scratch[:2])
             slot.index[row], slot.label[row] = index, reader.labels[index]
+            if index != slot.wanted[row]:
+                slot.lost.append(reader.damaged[slot.wanted[row]])
             for number, view in enumerate(self.loader.views):
                 image = two if view.second else one
                 if image.shape[:2] != size:  # turned by EXIF, no JPEG, a replacement, or of two kinds

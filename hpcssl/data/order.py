@@ -7,7 +7,7 @@ world size that divides the global batch sees the same batches, and starting at 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -63,13 +63,40 @@ class Order:
     def _draw(self, epoch: int) -> np.ndarray:
         if self.window == "all":
             return rng.permutation(rng.key(self.seed, "order", epoch), self.samples)
-        shards = rng.permutation(rng.key(self.seed, "order", epoch, "shards"), len(self._starts))
         parts = []
-        for first in range(0, len(shards), self.window):
-            near = np.concatenate([np.arange(self._starts[s], self._ends[s])
-                                   for s in shards[first:first + self.window]])
-            parts.append(near[rng.permutation(rng.key(self.seed, "order", epoch, "window", first), len(near))])
+        for number, shards in enumerate(self._windows(epoch)):
+            near = np.concatenate([np.arange(self._starts[s], self._ends[s]) for s in shards])
+            key = rng.key(self.seed, "order", epoch, "window", number * self.window)
+            parts.append(near[rng.permutation(key, len(near))])
         return np.concatenate(parts)
+
+    def _windows(self, epoch: int) -> list[np.ndarray]:
+        if self.window == "all":
+            return [np.arange(len(self._starts))]
+        shards = rng.permutation(rng.key(self.seed, "order", epoch, "shards"), len(self._starts))
+        return [shards[first:first + self.window] for first in range(0, len(shards), self.window)]
+
+    def ahead(self, step: int, stop: int) -> Iterator[np.ndarray]:
+        """The windows that steps ``step`` .. ``stop`` - 1 read, each as the numbers of its shards, one after the
+        other through the epochs; the first is the one that ``step`` begins in."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        left = place * self.global_batch  # samples of the epoch that came before
+        while epoch * self.steps_per_epoch < stop:
+            for shards in self._windows(epoch):
+                left -= int((self._ends - self._starts)[shards].sum())
+                if left < 0:
+                    yield shards
+            epoch, left = epoch + 1, 0
+
+    def held(self, steps: int) -> int:
+        """The most shards that so many steps in a row may read."""
+        counts = np.sort(self._ends - self._starts)
+        if self.window == "all":
+            return len(counts)
+        samples = steps * self.global_batch + self.global_batch  # and what the end of an epoch drops
+        full = max(1, int(counts[:self.window].sum()))  # of the smallest whole window
+        # one begun before, and the short one at the end of an epoch
+        return min(len(counts), self.window * (-(-samples // full) + 2))
 
     def batch(self, step: int) -> np.ndarray:
         """Global indices of the whole world's batch at ``step``, int64 [global_batch]."""

@@ -19,7 +19,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,8 @@ from hpcssl.errors import DataError
 FORMAT = 1
 INDEX, ROWS, TARGETS = "index.json", "index.npy", "targets.npy"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_AGAIN = "write the shards again with the same command: finished shards are kept"
+_NAME = re.compile(r"\w[\w.-]*\.tar", re.ASCII)
 
 ROW = np.dtype(
     [
@@ -47,19 +51,29 @@ ROW = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar of the folder as the index describes it."""
+    """One tar of the folder as the index describes it. ``DataError`` for a name that leads elsewhere, or to a shell."""
 
     name: str
     bytes: int
     samples: int
     sha256: str
 
+    def __post_init__(self):
+        if not _NAME.fullmatch(self.name):
+            raise DataError(f"the {INDEX} of a shard folder", got=f"a shard named {self.name!r}",
+                            expected="plain names *.tar", mend="do not use this index: a name must not lead elsewhere")
+        if not isinstance(self.bytes, int):
+            raise TypeError(f"{self.bytes!r} bytes")
+
 
 class ShardSet:
     """A shard folder, opened by its index. Holds no file handles; ``data/reader.py`` does."""
 
-    def __init__(self, root: Path, meta: dict, rows: np.ndarray, targets: np.ndarray | None = None):
+    def __init__(self, root: Path | str, meta: dict, rows: np.ndarray, targets: np.ndarray | None = None):
         self.root = root
+        """Its folder; the address of a remote set of which only the index is here."""
+        self.near: Callable[[], ShardSet] = lambda: self
+        """The same set with its files on this machine: of a remote one, this fetches them (``data/cache.py``)."""
         self.meta = meta
         self.rows = rows
         self.targets = targets
@@ -74,8 +88,11 @@ class ShardSet:
         ``check_sizes`` compares every tar's size with the index (one stat each), which finds missing and truncated
         shards before training; ``hpcssl-shard verify`` compares contents. Raises ``DataError``.
         """
-        root = Path(root).absolute()
+        given, root = str(root), Path(root).absolute()
         what = f"shard folder {root}"
+        if re.match(r"[a-z]\w+:/", given):
+            raise DataError(what, got="an address", expected="a folder on this machine", mend="data.train and data.val "
+                            "of a recipe may be addresses, with data.stage=FOLDER for the copy; options take folders")
         if not root.is_dir():
             raise DataError(what, got="no such folder", expected="a folder written by hpcssl-shard",
                             mend="check data.train and data.val, or write one with `hpcssl-shard images SRC OUT`")
@@ -85,34 +102,41 @@ class ShardSet:
             raise DataError(what, got=f"no {INDEX} (it holds {', '.join(inside) or 'nothing'})",
                             expected="a folder written by hpcssl-shard",
                             mend=f"write one with `hpcssl-shard images SRC OUT`{train}")
-        try:
-            meta = json.loads((root / INDEX).read_text())
-            bodies = {ROWS: ((root / ROWS).read_bytes(), meta["rows_sha256"])}
-            if "targets_sha256" in meta:
-                bodies[TARGETS] = (root / TARGETS).read_bytes(), meta["targets_sha256"]
-            shards = [Shard(**s) for s in meta["shards"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(what, got=f"an index that cannot be read ({type(error).__name__}: {error})",
-                            expected=f"{INDEX} and the .npy files beside it as hpcssl-shard wrote them",
-                            mend="write the shards again with the same command: finished shards are kept") from error
-        if meta.get("format") != FORMAT:
-            raise DataError(what, got=f"index format {meta.get('format')}", expected=f"format {FORMAT}",
-                            mend="write the shards again with this version's hpcssl-shard")
-        for name, (body, wanted) in bodies.items():
-            if hashlib.sha256(body).hexdigest() != wanted:
-                raise DataError(what, got=f"{name} with another sha256 than {INDEX} records",
-                                expected=wanted[:12] + "…",
-                                mend="write the shards again with the same command: finished shards are kept")
-        arrays = [np.load(io.BytesIO(body), allow_pickle=False) for body, _ in bodies.values()]
+        found = cls.described(what, root, _text(what, root / INDEX), lambda name, _: (root / name).read_bytes())
         if check_sizes:
-            for shard in shards:
+            for shard in found.shards:
                 path = root / shard.name
                 size = path.stat().st_size if path.exists() else None
                 if size != shard.bytes:
                     raise DataError(f"shard {path}", got="no such file" if size is None else f"{size} bytes",
                                     expected=f"{shard.bytes} bytes",
                                     mend="copy it again, or write the shards again with the same command")
-        return cls(root, meta, *arrays)
+        return found
+
+    @classmethod
+    def described(cls, what: str, root: Path | str, text: str, read: Callable[[str, str], bytes]) -> ShardSet:
+        """The set that ``text``, an ``index.json``, describes; ``read(name, sha256)`` gives the files beside it.
+
+        ``what`` names the set in errors. Raises ``DataError`` for an index that cannot be read or does not agree.
+        """
+        try:
+            meta = json.loads(text)
+            if meta.get("format") != FORMAT:
+                raise DataError(what, got=f"index format {meta.get('format')}", expected=f"format {FORMAT}",
+                                mend="write the shards again with this version's hpcssl-shard")
+            bodies = {ROWS: (read(ROWS, meta["rows_sha256"]), meta["rows_sha256"])}
+            if "targets_sha256" in meta:
+                bodies[TARGETS] = read(TARGETS, meta["targets_sha256"]), meta["targets_sha256"]
+            for name, (body, wanted) in bodies.items():
+                if hashlib.sha256(body).hexdigest() != wanted:
+                    raise DataError(what, got=f"{name} with another sha256 than {INDEX} records",
+                                    expected=wanted[:12] + "…", mend=_AGAIN)
+            arrays = [np.load(io.BytesIO(body), allow_pickle=False) for body, _ in bodies.values()]
+            return cls(root, meta, *arrays)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(what, got=f"an index that cannot be read ({type(error).__name__}: {error})",
+                            expected=f"{INDEX} and the .npy files beside it as hpcssl-shard wrote them",
+                            mend=_AGAIN) from error
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,3 +182,11 @@ class ShardSet:
             return f"sample {index}"
         folder, _, base = name.rpartition("/")
         return f"{folder}/{base.split('.')[0]}".lstrip("/")
+
+
+def _text(what: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError) as error:
+        raise DataError(what, got=f"an {INDEX} that cannot be read ({type(error).__name__}: {error})",
+                        expected="a text file that hpcssl-shard wrote", mend=_AGAIN) from error

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import hpcssl
 from hpcssl import config, files
+from hpcssl.data.cache import opened
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError, EvalError, nearest
 from hpcssl.evals import detect, finetune, knn, linear, lowshot, svm, transfer
@@ -106,12 +107,14 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     sets = {"train": train, "val": val} | ({"test": test} if test else {})
     _check(name, sets)
     began = time.monotonic()
+    named = {f"{kind}_name": _called(data) for kind, data in sets.items()}
     encoder = Encoder.open(weights, world)
     identity = identity_of(name, resolved, sets, encoder.sha256)
     found = _found(run, name, identity, world)
     if found is not None:
         log.info("%s of step %d: done before, taken from %s", name, found["step"], run.eval_rows(name))
         return found
+    sets = {kind: data.near() for kind, data in sets.items()}
     context = Context(options=resolved, encoder=encoder, **sets, world=world, stop=stop or never,
                       identity=identity, threads=threads or _threads(),
                       cache=run.features if run is not None and cache else None,
@@ -123,7 +126,7 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
            "method": encoder.meta["method"], "arch": encoder.meta["arch"].arch,
            "options": config.as_dict(resolved), "metrics": metrics, "details": context.details,
            **{kind: data.digest for kind, data in sets.items()},
-           **{f"{kind}_name": _called(data) for kind, data in sets.items()},
+           **named,
            "world": world.size, "device": world.device.type, "seconds": round(time.monotonic() - began, 3),
            "commit": code_commit(run), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     row = json.loads(world.tell(json.dumps(row) if world.main else None))
@@ -241,7 +244,9 @@ def question(name: str, recipe: dict, *, train: Path | str | None = None, val: P
             raise ConfigError(f"evaluation {name}, {kind} shards", got="none named and none in the recipe",
                               expected=f"a folder that hpcssl-shard wrote, by --{kind} or data.{kind}",
                               mend=f"add --{kind} SHARDS")
-    return options, {kind: ShardSet.open(folder) for kind, folder in folders.items()}
+    how = {"stage": data.get("stage", ""), "stall_s": data.get("stall_seconds", 60.0), "tries": data.get("tries", 5)}
+    return options, {kind: opened(folder, key=f"{kind} shards of an evaluation", **how)
+                     for kind, folder in folders.items()}
 
 
 def identity_of(name: str, options: object, sets: dict[str, ShardSet], weights_sha256: str) -> str:
@@ -280,7 +285,7 @@ def weights_of(run: RunDir, step: int | str = "last") -> Path:
 
 def _called(data: ShardSet) -> str:
     """The last two names of a set's folder, such as ``imagenet/train``, for tables."""
-    return "/".join(data.root.parts[-2:])
+    return "/".join(str(data.root).rstrip("/").split("/")[-2:])
 
 
 def code_commit(run: RunDir | None = None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcssl import config
+from hpcssl.data.cache import opened
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import ConfigError
 from hpcssl.evals.options import EvalsOptions
@@ -44,6 +45,10 @@ def check(recipe) -> EvalsOptions:
     if section.every_epochs and not recipe.data.val:
         raise ConfigError("evals.every_epochs", got=f"{section.every_epochs} without data.val",
                           expected="validation shards", mend="add data.val=FOLDER, or evals.every_epochs=0")
+    if section.every_epochs and recipe.data.stage_gb:
+        raise ConfigError("evals.every_epochs", got=f"{section.every_epochs} with data.stage_gb="
+                          f"{recipe.data.stage_gb:g}", expected="room for all training shards, which k-NN reads",
+                          mend="set evals.every_epochs=0 or data.stage_gb=0")
     return section
 
 
@@ -53,7 +58,9 @@ def watch(recipe, run: RunDir, world: World, stop: Stop) -> KnnWatch | None:
     section = check(recipe)
     if section.every_epochs == 0:
         return None
-    train, val = ShardSet.open(recipe.data.train), ShardSet.open(recipe.data.val)
+    data = recipe.data
+    train, val = (opened(address, stage=data.stage, key=key, stall_s=data.stall_seconds, tries=data.tries)
+                  for key, address in (("data.train, of which k-NN reads all,", data.train), ("data.val", data.val)))
     check_labels(train, val)
     return KnnWatch(run, world, train, val, section.every_epochs, stop, config.as_dict(section.knn),
                     recipe.machine.loader_threads)

@@ -14,20 +14,20 @@ import torch
 from hpcssl import config, files
 from hpcssl.data.loader import Loader
 from hpcssl.data.order import Order
-from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
-from hpcssl.data.stage import stage
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
 from hpcssl.files import RunDir
 from hpcssl.journal import Journal, set_up_logging
 from hpcssl.signals import Requeue, StopFlag
 from hpcssl.train import recipe as recipes
 from hpcssl.train.checkpoint import Store
+from hpcssl.train.data import Damage, Feed
 from hpcssl.train.lock import RunLock
 from hpcssl.train.loop import Loop, Watch
 from hpcssl.train.recipe import MachineOptions, Recipe
-from hpcssl.train.state import Training, method_of, plan_of
+from hpcssl.train.state import Training
 from hpcssl.train.support import attach
+from hpcssl.train.watchdog import RankLost, watchdog
 from hpcssl.world import World
 
 LOG = logging.getLogger("hpcssl")
@@ -35,21 +35,23 @@ LOG = logging.getLogger("hpcssl")
 
 def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
           requeue: Callable[[list[str]], Requeue] | None = None, attempt: dict | None = None,
-          watch: Callable[..., Watch | None] | None = None) -> int:
+          watch: Callable[..., Watch | None] | None = None, on_hang: Callable[[str], None] | None = None,
+          allow_pipe: str = "") -> int:
     """Train ``recipe`` (by default what ``run.config`` says) from the newest whole checkpoint on. All ranks call it.
 
     ``requeue(signals)`` asks for another attempt after a stop (rank 0, once the state is durable). ``attempt``: what
-    ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run,
-    world, stop)`` makes the evaluation during training. Returns 0 when the run is finished, 75 when it was stopped.
-    Raises ``HpcsslError``.
+    ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run, world, stop)`` makes the
+    evaluation during training. ``on_hang(sentence)`` leaves a process that makes no progress, from another thread.
+    ``allow_pipe``: the one shell command that ``data.train`` may be. Returns 0 when the run is finished, 75 when it was
+    stopped. Raises ``HpcsslError``.
     """
     recipe = recipe or recipes.read(run.config)
     prepare(recipe.machine)
     world = World.start(recipe.machine.devices, recipe.machine.timeout_minutes * 60)
     set_up_logging(world.rank)
     record = _Attempt(run, world, attempt or {})
-    with record:
-        code = _attempt(recipe, run, world, record, stop, requeue, watch)
+    with record, watchdog(world, recipe.machine.hang_minutes, record.fail, on_hang):
+        code = _attempt(recipe, run, world, record, stop, requeue, watch, allow_pipe)
     world.barrier()  # rank 0 has written its end: whoever leaves first may bring KILL to the others
     world.close()  # not after an error: the other ranks may still be in a collective, which closing would wait for
     return code
@@ -67,42 +69,45 @@ def prepare(machine: MachineOptions) -> None:
         torch.backends.cudnn.benchmark = True
 
 
-def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch) -> int:
-    record.take_lock(patience_s=120.0 if requeue else 10.0)
+def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch,
+             allow_pipe: str) -> int:
+    record.take_lock(patience_s=120.0 if requeue else 10.0, stop=stop)
     if world.any(world.main and run.done.exists()):  # asked of rank 0, once nobody else writes here
         LOG.info("%s is finished; evaluate it, or start another run in another folder", run.root)
         return EXIT_DONE
-    shards = open_shards(recipe)
+    feed = Feed(recipe, run, world, allowed=allow_pipe)
+    shards, reader = feed.shards, feed.reader
     world.on_main(lambda: store(run, recipe, shards))
-    if recipe.data.stage:
-        shards = stage(shards, recipe.data.stage)
     order = Order([s.samples for s in shards.shards], seed=recipe.seed, global_batch=recipe.optim.batch,
                   window=recipe.data.window_shards, micro_batches=recipe.machine.accumulate)
-    order.rows(world.size)  # refuse a world that does not divide before anything is built
     training = Training(recipe, world, steps_per_epoch=order.steps_per_epoch, labels=shards.labels,
                         data_digest=shards.digest)
     machine = recipe.machine
-    checkpoints = Store(run, world, keep=machine.keep, keep_every=machine.keep_every)
+    checkpoints = Store(run, world, keep=machine.keep, keep_every=machine.keep_every,
+                        guard=record.check_lock)
+    world.mark("resume", training.step)
     saved = checkpoints.newest()
     if saved is not None:
         changed = training.load(saved)
         LOG.info("resumed at step %d from %s", training.step, saved.folder.name)
         if changed:
             LOG.warning("from here on the bits may differ from a run that was never stopped: %s", ", ".join(changed))
-    watched = watch(recipe, run, world, stop.is_set) if watch else None
+    watched = watch(recipe, run, world, lambda: _asked(world, stop)) if watch else None
     record.start(training.step)
-    # mapped only where nobody else writes: a mapped file that shrinks kills the process
-    reader = Reader(shards, limit=recipe.data.damaged_limit, seed=recipe.seed, mapped=bool(recipe.data.stage))
     common = {"threads": machine.loader_threads, "pin": world.device.type == "cuda"}
-    loader = Loader(reader, order, training.view_specs, seed=recipe.seed, rank=world.rank, size=world.size, **common)
+    loader = Loader(reader, order, training.view_specs, seed=recipe.seed, rank=world.rank, size=world.size,
+                    progress=feed.progress, **common)
     support = attach(training, reader, **common)
     journal = Journal(run, world, first_step=training.step, last_step=training.last_step, every=machine.log_steps,
                       batch=recipe.optim.batch)
-    loop = Loop(training, loader.run, checkpoints, journal, run, stop, watched)
+    loop = Loop(training, loader.run, checkpoints, journal, run, stop, watched,
+                damage=Damage(run, world, shards, recipe.data.damaged_limit))
+    feed.follow(order, training.step, training.last_step, whole=support is not None)
     try:
         done = loop.go()
     finally:
         record.last_step = training.step
+        feed.close()
         loader.close()
         if support is not None:
             support.close()
@@ -111,6 +116,7 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
         LOG.info("finished after %d steps: %s", training.step, run.weights_at(training.step))
         return EXIT_DONE
     record.signals, record.why = sorted({*world.gather_text(stop.reason or "")} - {""}), loop.unsaved
+    world.mark("requeue")
     asked = requeue(record.signals) if requeue and world.main else Requeue("stopped")
     record.cause, answer = asked.cause, world.tell(asked.refused)
     record.why = record.why or answer
@@ -118,6 +124,12 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
              "saved" if loop.unsaved is None else f"NOT saved ({loop.unsaved}): the checkpoint before it stays",
              "run the same command to go on" if requeue is None else answer or "another attempt was asked for")
     return EXIT_STOPPED
+
+
+def _asked(world: World, stop: StopFlag) -> bool:
+    """Whether to stop; an evaluation that asks, makes progress."""
+    world.mark("evaluate")
+    return stop.is_set()
 
 
 def store(run: RunDir, recipe: Recipe, shards: ShardSet) -> None:
@@ -134,21 +146,9 @@ def digest_of(run: RunDir) -> str | None:
     return json.loads(run.data.read_text())["train"] if run.data.exists() else None
 
 
-def open_shards(recipe: Recipe) -> ShardSet:
-    """The training shards of a recipe. ``ConfigError`` where none are named, ``DataError`` where they are bad."""
-    if not recipe.data.train:
-        raise ConfigError("data.train", got="no folder", expected="a folder written by hpcssl-shard",
-                          mend="add data.train=FOLDER to the command")
-    shards = ShardSet.open(recipe.data.train)
-    if any(view.second for view in plan_of(recipe, method_of(recipe)).views) and not shards.has_second:
-        raise DataError(f"shard folder {shards.root}", got="images without a second modality", expected="a KEY.b.png "
-                        "beside each image, since the method's views show it",
-                        mend="write the shards with `hpcssl-shard images SRC OUT --second edges`")
-    return shards
-
-
 class _Attempt:
-    """Two lines in ``attempts.jsonl`` from rank 0: where this attempt began, and how it ended."""
+    """Two lines in ``attempts.jsonl``: where this attempt began, and how it ended. Rank 0 writes them, but for a
+    failure, which the rank writes that it befalls first."""
 
     def __init__(self, run: RunDir, world: World, told: dict):
         self.run, self.world = run, world
@@ -157,34 +157,58 @@ class _Attempt:
         self.cause, self.why = "stopped", None
         past = [a["attempt"] for a in files.read_lines(run.attempts) if a.get("event") == "start"]
         self.about = {"attempt": max(past, default=0) + 1, "job": f"process {os.getpid()}"} | told
-        self.lock = RunLock(run, str(self.about["job"])) if world.main else None
+        self.lock = RunLock(run, str(self.about["job"]), attempt=self.about["attempt"],
+                            requeued="job" in told) if world.main else None
         self.started = False
 
-    def take_lock(self, patience_s: float) -> None:
-        """Rank 0 takes the run's lock; if it cannot, every rank raises its reason."""
+    def take_lock(self, patience_s: float, stop: StopFlag) -> None:
+        """Rank 0 takes the run's lock; if it cannot, every rank raises its reason. Whoever loses it later, stops."""
+        if self.lock is not None:
+            self.lock.on_loss = lambda: stop.set("the run's lock was taken over")
         self.world.on_main(lambda: self.lock.take(patience_s))
+
+    def check_lock(self) -> None:
+        """On rank 0: raise ``ResumeError`` if another process has taken the run over."""
+        self.lock.check()
 
     def start(self, step: int) -> None:
         self.world.on_main(lambda: self._write(event="start", first_step=step))
         self.last_step, self.started = step, True
 
     def _write(self, **fields) -> None:
-        if self.world.main:
-            files.append_line(self.run.attempts, {"host": socket.gethostname()} | self.about | fields | {
-                "world": self.world.size, "time": round(time.time(), 1)})
+        files.append_line(self.run.attempts, {"host": socket.gethostname()} | self.about | fields | {
+            "world": self.world.size, "time": round(time.time(), 1)})
 
     def __enter__(self) -> _Attempt:
         return self
 
+    def fail(self, cause: str, why: str, step: int | None = None) -> None:
+        """Write how the attempt failed, from any rank and once it has started, unless a rank has done so: what fails
+        after the first is its echo. No collective."""
+        if not self.started:
+            return
+        with files.alone(self.run.attempts):
+            ended = [x for x in files.read_lines(self.run.attempts) if x.get("event") == "end"]
+            if all(x["attempt"] != self.about["attempt"] for x in ended):
+                self._write(event="end", cause=cause, why=why, last_step=self.last_step if step is None else step)
+
     def __exit__(self, kind, error, _trace) -> None:
-        if self.started:
-            if error is not None:
-                self._write(event="end", cause="error", last_step=self.last_step,
-                            why=" ".join(f"{kind.__name__}: {error}".split())[:500])
-            elif self.signals is not None:
-                self._write(event="end", cause=self.cause, signals=self.signals, last_step=self.last_step,
-                            **({"why": self.why} if self.why else {}))
-            else:
-                self._write(event="end", cause="done", last_step=self.last_step)
+        try:
+            self._end(kind, error)
+        except OSError as full:  # which must not hide the error, or make a failure of a stop
+            LOG.warning("%s: %s; how this attempt ended is not noted there", self.run.attempts, full.strerror or full)
         if self.lock is not None:
             self.lock.release()
+
+    def _end(self, kind, error) -> None:
+        if not self.started:
+            return
+        if error is not None:
+            who = "" if self.world.main or kind is RankLost else f"rank {self.world.rank}: "
+            self.fail("killed" if kind is RankLost else "error",
+                      (who + " ".join(f"{kind.__name__}: {error}".split()))[:900])
+        elif self.world.main and self.signals is not None:
+            self._write(event="end", cause=self.cause, signals=self.signals, last_step=self.last_step,
+                        **({"why": self.why} if self.why else {}))
+        elif self.world.main:
+            self._write(event="end", cause="done", last_step=self.last_step)
