@@ -89,7 +89,8 @@ def _train(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.
 
     if (place is None or place.rank == 0) and LOCAL_JOB not in os.environ:  # there the supervisor looks
         beside.follow(run)
-    return train(run, stop=stop, requeue=partial(again.after_stop, run, what, attempt), attempt=attempt)
+    return train(run, stop=stop, requeue=partial(again.after_stop, run, what, attempt), attempt=attempt,
+                 on_hang=partial(_hung, run, what, attempt, place, stop), allow_pipe=records.allowed_pipe(run))
 
 
 def _evaluate(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: launch.Place | None) -> int:
@@ -98,15 +99,21 @@ def _evaluate(run: RunDir, what: str, stop: StopFlag, attempt: dict, place: laun
     return evaluate(run, what, stop=stop, requeue=partial(again.after_stop, run, what, attempt), attempt=attempt)
 
 
+def _hung(run: RunDir, what: str, attempt: dict, place: launch.Place | None, stop: StopFlag, sentence: str) -> None:
+    """Leave from the thread that found no progress; the main thread may never come back."""
+    _crashed(run, what, attempt, place, sentence, stop, cause="hang")
+    leave(run, EXIT_FAILED, attempt, place)
+
+
 def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place | None, sentence: str,
-             stop: StopFlag) -> None:
+             stop: StopFlag, cause: str = "error") -> None:
     """Write down an end that wrote no line of its own.
 
     A signal reaches every process of a step, also those that an evaluation has started: what fails after it, may well
     fail because of it. That is a stop; what fails anyhow will fail again without one.
     """
     rank = place.rank if place else 0
-    cause = "stopped" if stop.is_set() and what != records.TRAIN else "error"
+    cause = "stopped" if stop.is_set() and what != records.TRAIN else cause
     print(f"rank {rank}: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the task's log
     if attempt is not None:
         with contextlib.suppress(OSError), records.alone(run):  # a full disk must not hide the first error
