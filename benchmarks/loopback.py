@@ -57,7 +57,7 @@ class Cluster:
     """slurmctld and two slurmd, for as long as the test session lives."""
 
     def __init__(self, root: Path):
-        self.root, self.processes = root, []
+        self.root, self.processes = root, {}
         self.conf = root / "slurm.conf"
 
     def start(self) -> None:
@@ -92,13 +92,30 @@ class Cluster:
     def stop(self) -> None:
         self("scancel", "--full", "-u", "root")
         self.until(lambda: not self("squeue", "-h", "-t", "R,CG"), "empty queue", 30)
-        for process in reversed(self.processes):
+        for process in reversed(self.processes.values()):
             process.send_signal(signal.SIGTERM)
-        for process in self.processes:
+        for process in self.processes.values():
             try:
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+    def restart(self, name: str, after_s: float = 0.0) -> None:
+        """Kill ``slurmctld``, ``slurmd n1`` or ``slurmd n2``, and start it again with what it has on its disk."""
+        self.processes[name].kill()
+        self.processes[name].wait()
+        time.sleep(after_s)
+        program, *node = name.split()
+        self._spawn(program, "-D", *(["-N", *node] if node else []))
+        if program == "slurmctld":
+            self.until(lambda: "is UP" in self("scontrol", "ping"), "answer of slurmctld", 30)
+
+    def sweep(self) -> None:
+        """End whatever still runs that was started with this cluster's configuration: on the way out, however."""
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit() and procs.environment(int(folder.name)).get("SLURM_CONF") == str(self.conf):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(folder.name), signal.SIGKILL)
 
     def _munge(self) -> str:
         """The socket of a munge that runs already, or of one of our own with a key of our own."""
@@ -121,8 +138,9 @@ class Cluster:
 
     def _spawn(self, *words: str, **more) -> None:
         with open(self.root / f"{words[0]}.out", "ab") as log:
-            self.processes.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                                   start_new_session=True, cwd="/", **more))
+            name = f"{words[0]} {words[-1]}" if "-N" in words else words[0]
+            self.processes[name] = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                                    start_new_session=True, cwd="/", **more)
 
     def _story(self) -> str:
         logs = "\n".join(f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-15:])
