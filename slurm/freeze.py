@@ -9,7 +9,8 @@ from importlib import import_module
 from pathlib import Path
 
 from hpcssl.errors import SubmitError
-from hpcssl.files import RunDir, atomic_dir, atomic_write
+from hpcssl.files import RunDir, atomic_dir, atomic_write, remove, temporaries
+from slurm import trust
 
 PACKAGES = ("hpcssl", "slurm", "data_prep")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
@@ -23,17 +24,28 @@ def freeze(run: RunDir) -> str:
     """
     stamp = commit()
     fresh, old = run.code.with_name("code.new"), run.code.with_name("code.old")
-    for left in (fresh, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in (fresh, old, *temporaries(run.root, "code.*")):
+        remove(left)
     with atomic_dir(fresh) as part:
         for name in PACKAGES:
             shutil.copytree(_home(name), part / name, ignore=_LEFT_OUT)
         atomic_write(part / "COMMIT", stamp + "\n")
+        _close(part)
     if run.code.exists():
         run.code.rename(old)
     fresh.rename(run.code)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     return stamp
+
+
+def _close(code: Path) -> None:
+    """Nobody else may write what jobs import, whatever the umask and the rights of the sources. The folders of
+    compiled files are made now, too: Python would make them by the umask of whoever imports first."""
+    for package in [p for p in code.rglob("*") if p.is_dir()]:
+        if any(package.glob("*.py")):
+            (package / "__pycache__").mkdir()
+    for path in (code, *code.rglob("*")):
+        trust.close(path)
 
 
 def commit() -> str:

@@ -109,8 +109,11 @@ def _srun(sbatch: dict, profile: Profile) -> list[str]:
 
 
 def _setup(run: RunDir, profile: Profile) -> list[str]:
-    # frozen code first on the path, and the current folder never on it
-    return [*profile.lines(),
+    # code that another has put in the place of ours would not refuse itself (slurm/trust.py): the shell does it
+    told = shlex.quote(f"hpcssl: {run.root}: it or its folder code is not of the user of this job, and is not run")
+    mine = " && ".join(f"[ -O {shlex.quote(str(folder))} ]" for folder in (run.root, run.code))
+    return [f"{mine} || {{ echo {told} >&2; exit 1; }}", *profile.lines(),
+            # frozen code first on the path, and the current folder never on it
             f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",
             # who waits for srun is not ended by a signal (a handler, which srun does not inherit)
             "trap : INT TERM USR1 USR2"]

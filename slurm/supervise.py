@@ -21,7 +21,7 @@ from hpcssl import launch
 from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, HpcsslError
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
-from slurm import attempts, beside, local, procs, records, sched, script, shape, start, watch
+from slurm import attempts, beside, local, procs, records, sched, script, shape, start, trust, watch
 from slurm.again import ATTEMPT, LOCAL_JOB
 
 LOG = logging.getLogger("hpcssl")
@@ -130,6 +130,10 @@ def work(run: RunDir, job: records.Job, stop: StopFlag) -> int:
         if records.cancelled(run, job.job) or stop.is_set():
             return _ended(run, job, EXIT_STOPPED, "cancelled" if not stop.is_set() else "the supervisor was stopped")
         attempt = Attempt(run, job, attempts.next_number(run, job.what), stop)
+        try:
+            trust.check(run.root)
+        except (HpcsslError, OSError) as error:
+            return _ended(run, job, EXIT_FAILED, str(error))
         attempt.start()
         codes = attempt.wait()
         LOG.info("%s: attempt %d ended with %s", job.job, attempt.number, codes)

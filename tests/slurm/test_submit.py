@@ -33,6 +33,8 @@ GOLDEN = """\
 #SBATCH --time=1-12
 
 # setup
+[ -O {run} ] && [ -O {run}/code ] || \
+{{ echo 'hpcssl: {run}: it or its folder code is not of the user of this job, and is not run' >&2; exit 1; }}
 module load cuda/12.4
 export OMP_NUM_THREADS=1
 export GLOO_SOCKET_IFNAME=ib0
