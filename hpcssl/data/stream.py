@@ -57,9 +57,9 @@ def check_address(address: str, *, allow_pipe: bool, key: str = "data.train") ->
     scheme = address.partition(":")[0].lower() if is_remote(address) else "no scheme"
     if scheme == "pipe":
         if not allow_pipe:
+            mend = "give --allow-pipe if this shell command is your own"
             raise ConfigError(key, got=f"{address!r}, a shell command", expected="an address",
-                              mend="give --allow-pipe if this shell command is your own" if key == "data.train" else
-                              "name a folder or another address")
+                              mend=mend if key.startswith("data.train") else "name a folder or another address")
         if "{}" not in address:
             raise ConfigError(key, got=repr(address), expected="{} where the name of a file belongs",
                               mend="such as pipe:cat /archive/train/{}")
@@ -74,8 +74,8 @@ def check_address(address: str, *, allow_pipe: bool, key: str = "data.train") ->
                           mend="check its spelling") from error
     if parts.query or parts.fragment or "?" in address:
         raise ConfigError(key, got="an address with a query, which may hold a token", expected="the address of a "
-                          "folder", mend="name the folder that holds index.json; ~/.netrc or ~/.curlrc hold secrets")
-    if found := _SHELL.search(parts.path + re.sub(r"[\[\]]", "", parts.netloc)):
+                          "folder", mend="name the folder that holds index.json; ~/.netrc holds passwords")
+    if found := _SHELL.search(re.sub(r"^\w+://\[[0-9A-Fa-f:.]+\]", "", address)):  # but an IPv6 address in brackets
         raise ConfigError(key, got=f"{address!r}, with {found.group()!r} in it", expected="an address without blanks, "
                           "brackets and shell text", mend="write such a letter as %XX; pipe:COMMAND with --allow-pipe "
                           "runs a command")
@@ -189,7 +189,7 @@ class Remote:
             raise ConfigError("environment variable GOPEN_REWRITE", got=str(error), expected="PATTERN=TEXT;…",
                               mend="unset it") from error
         if meant != address:
-            check_address(meant, allow_pipe=self.allow_pipe, key="what GOPEN_REWRITE makes of " + self._key)
+            check_address(meant, allow_pipe=self.allow_pipe, key=f"{self._key} after GOPEN_REWRITE")
         return address
 
     def _blocks(self, name: str) -> Iterator[bytes]:

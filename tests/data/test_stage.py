@@ -120,3 +120,45 @@ def test_a_source_that_differs_from_its_index_is_not_staged(tmp_path, make_shard
         stage(shards, tmp_path / "disk")
     assert not list((tmp_path / "disk").rglob("index.json"))
     assert not list((tmp_path / "disk").rglob("shard-000001.tar"))
+
+
+@pytest.mark.parametrize("kind", ["a link", "a file"])
+def test_what_others_left_under_our_name_is_refused(shards, tmp_path, kind):
+    """In /tmp anybody can make a name first: a link of theirs may lead to any folder of ours."""
+    trap = tmp_path / "disk" / f"hpcssl-{os.getuid()}-{shards.digest[:16]}"
+    trap.parent.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    trap.symlink_to(tmp_path / "elsewhere") if kind == "a link" else trap.write_text("")
+    with pytest.raises(DataError, match=rf"staging folder .*got {kind}; expected a folder of our own"):
+        stage(shards, tmp_path / "disk")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_folder_of_another_user_is_refused(shards, tmp_path, monkeypatch):
+    real = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: real + 1)
+    with pytest.raises(DataError, match="a folder of another user"):
+        stage(shards, tmp_path)
+
+
+def test_a_folder_that_others_may_enter_is_closed(shards, tmp_path):
+    root = stage(shards, tmp_path).root
+    root.chmod(0o777)
+    assert stage(shards, tmp_path).root.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_disk_that_is_not_there_is_one_sentence(shards, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"staging folder .*file.*got Not a directory.*data\.stage"):
+        stage(shards, tmp_path / "file" / "disk")
+
+
+@pytest.mark.parametrize("harm", ["cut", "removed"])
+def test_a_staged_set_that_lost_a_part_is_mended(shards, tmp_path, copied, harm):
+    """As a cleaner of /tmp does it, or another job that made room."""
+    staged = stage(shards, tmp_path)
+    os.truncate(staged.path(3), 100) if harm == "cut" else staged.path(3).unlink()
+    copied.clear()
+    with Reader(stage(shards, tmp_path), mapped=True) as reader:
+        assert reader.read(24) == Reader(shards).read(24)
+    assert copied == [shards.shards[3].name]
