@@ -45,10 +45,11 @@ class Beat:
 
 def gone(silent: Mapping[int, float], beats: Mapping[int, Beat]) -> str:
     """Ranks that give no sign of life, with the seconds for which they have not, and where they were last seen."""
-    told = "; ".join(f"{beats[rank].name} (process {beats[rank].pid}) is gone or stopped: no sign of life for "
-                     f"{seconds:.0f} s, last seen in {beats[rank].where}{_at(beats[rank])}"
-                     for rank, seconds in sorted(silent.items()))
-    return _cut(told)
+    told = []
+    for rank, seconds in sorted(silent.items()):
+        beat, since = beats[rank], f" or stopped: no sign of life for {seconds:.0f} s" if seconds >= 1 else ""
+        told.append(f"{beat.name} (process {beat.pid}) is gone{since}; last seen in {beat.where}{_at(beat)}")
+    return _cut("; ".join(told))
 
 
 def hang(beats: Mapping[int, Beat], silent: Mapping[int, float], limit_s: float) -> str:
@@ -62,14 +63,21 @@ def hang(beats: Mapping[int, Beat], silent: Mapping[int, float], limit_s: float)
         ahead = next(beat for beat in every if beat not in behind)
         return _cut(head + "; ".join(_stuck(beat) for beat in behind)
                     + f"; the others wait for it in {ahead.where}, after {ahead.count} collectives")
-    sides = _sides(every)
-    if len(sides) > 1:
-        told = "; ".join(f"{_ranks(side)} in {call}{_at(side[0])}" for call, side in sides.items())
-        return _cut(f"{head}a mismatched collective in {every[0].where}: {told}")
+    if len(_sides(every)) > 1:
+        return _cut(head + mismatch(beats))
     if len(every) == 1:
         return _cut(head + _stuck(every[0]))
     return _cut(f"{head}all {len(every)} ranks wait alike in {every[0].where}, collective {every[0].count} "
                 f"({every[0].last}){_at(every[0])}: the network between their nodes may be down")
+
+
+def mismatch(beats: Mapping[int, Beat]) -> str:
+    """Which ranks call which collective, where they differ; else empty."""
+    sides = _sides(sorted(beats.values(), key=lambda beat: beat.rank))
+    if len(sides) < 2:
+        return ""
+    told = "; ".join(f"{_ranks(side)} in {call}{_at(side[0])}" for call, side in sides.items())
+    return _cut(f"a mismatched collective in {next(iter(sides.values()))[0].where}: {told}")
 
 
 def _behind(every: Sequence[Beat]) -> list[Beat]:

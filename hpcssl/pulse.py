@@ -73,7 +73,7 @@ class Pulse:
         self._looked = None  # since when the beats of all ranks are read
         self._seen: dict[int, tuple[Beat, float]] = {}  # the newest beat of a rank, and when we first saw it
         self._say, self._end = "", ""
-        self._lost = False
+        self._lost = self._failed = False
         self._over, self._wake, self._told = threading.Event(), threading.Event(), threading.Event()
 
     # -- the main thread ------------------------------------------------------------------------------------
@@ -122,20 +122,23 @@ class Pulse:
         if self.board is not None and not self._lost:
             self._post("error", sentence)
 
-    def who_is_gone(self) -> str:
-        """After a collective has failed: which rank said why it fails, or fell silent; empty if none did so."""
+    def who_is_gone(self) -> tuple[str, str]:
+        """After a collective has failed: the cause of its end (``error``, ``hang``, ``killed``) and which rank is to
+        blame. It said so itself, or fell silent, or called another collective; empty if none of that is seen."""
         if self.board is None:
-            return ""
-        began = self._looked = time.monotonic()
-        enough = max(2 * self.beat_s, LEAST_S)
+            return "", ""
+        began, self._failed = time.monotonic(), True
+        enough = max(2.5 * self.beat_s, LEAST_S)
+        self._wake.set()
         while self._answered < began + enough and time.monotonic() < began + 2 * enough:
             if self._lost or self._end:
                 break
             time.sleep(self.beat_s / 4)
         if self._end:
-            return json.loads(self._end)["why"]
-        silent = self._silent(time.monotonic(), 0.9 * enough)
-        return diagnosis.gone(silent, self._beats()) if silent else ""
+            end = json.loads(self._end)
+            return end["cause"], end["why"]
+        silent, beats = self._silent(time.monotonic(), 0.8 * enough), self._beats()
+        return ("killed", diagnosis.gone(silent, beats)) if silent else ("error", diagnosis.mismatch(beats))
 
     # -- the thread that talks ------------------------------------------------------------------------------
 
@@ -153,7 +156,7 @@ class Pulse:
 
     def _exchange(self) -> None:
         self.board.set(key(self.rank), self._beat())
-        asked = range(self.size) if self._looked is not None else (0,)
+        asked = range(self.size) if self._failed or self._looked is not None else (0,)
         now = time.monotonic()
         for text in self.board.get([key(rank) for rank in asked]):
             beat = Beat(**json.loads(text))
@@ -195,7 +198,7 @@ class Pulse:
             if self._end:
                 failed_at = failed_at or now
                 self._follow(now - failed_at)
-            elif self.hang_s:
+            elif self.hang_s and not self._failed:
                 self._judge(now)
 
     def _anew(self, now: float) -> None:
@@ -272,17 +275,15 @@ def arrival(rank: int) -> str:
 
 
 def stack(frame: FrameType | None, calls: int = 5) -> str:
-    """A thread's innermost calls on one line, the innermost first, and our own innermost file where it lies deeper."""
-    found, ours = [], None
-    while frame is not None:
+    """A thread's innermost calls on one line: where it stands, and who of us called it there."""
+    found: list[str] = []
+    while frame is not None and len(found) < calls:
         code = frame.f_code
-        words = f"{'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno} {code.co_name}"
-        if len(found) < calls:
-            found.append(words)
-        if ours is None and "/hpcssl/" in code.co_filename:
-            ours = words
+        foreign = found and "/site-packages/" in code.co_filename
+        if not foreign and not code.co_filename.endswith("/threading.py"):
+            found.append(f"{'/'.join(code.co_filename.split('/')[-2:])}:{frame.f_lineno} {code.co_name}")
         frame = frame.f_back
-    return " < ".join(found + ([f"… < {ours}"] if ours and ours not in found else []))
+    return " < ".join(found)
 
 
 def _other_stacks(main: int, most: int = 4) -> str:

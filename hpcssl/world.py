@@ -318,7 +318,15 @@ def _meet(place: launch.Place, timeout_s: float) -> dist.Store:
     that did not, and at once where the store is another attempt's."""
     deadline, minutes = time.monotonic() + timeout_s, f"{timeout_s / 60:.3g} minutes"
     keeper = place.rank == 0 and _hosted()
-    store = _client(place, timeout_s, keeper=keeper)
+    try:
+        store = _client(place, timeout_s, keeper=keeper)
+    except dist.DistNetworkError as error:
+        if place.rank == 0 or time.monotonic() < deadline - 1:
+            raise
+        raise WorldError(f"rank {place.rank} of {place.size}", got=f"no rank 0 at {place.address}:{place.port} within "
+                         f"{minutes}", expected="rank 0, which all the others meet",
+                         mend="see the log of rank 0 and its node, and whether the address reaches every node") \
+            from error
     if keeper:
         store.set(TOKEN_KEY, place.token)
     elif _hosted() and (theirs := store.get(TOKEN_KEY).decode()) != place.token:

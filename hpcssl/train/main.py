@@ -85,7 +85,7 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
     machine = recipe.machine
     checkpoints = Store(run, world, keep=machine.keep, keep_every=machine.keep_every,
                         guard=record.check_lock)
-    world.mark("resume", training.step)
+    world.mark("resume")
     saved = checkpoints.newest()
     if saved is not None:
         changed = training.load(saved)
@@ -204,9 +204,9 @@ class _Attempt:
         if not self.started:
             return
         if error is not None:
-            who = "" if self.world.main or kind is RankLost else f"rank {self.world.rank}: "
-            self.fail("killed" if kind is RankLost else "error",
-                      (who + " ".join(f"{kind.__name__}: {error}".split()))[:900])
+            who = "" if self.world.main else f"rank {self.world.rank}: "
+            self.fail(*((error.cause, error.got) if isinstance(error, RankLost) else
+                        ("error", (who + " ".join(f"{kind.__name__}: {error}".split()))[:500])))
         elif self.world.main and self.signals is not None:
             self._write(event="end", cause=self.cause, signals=self.signals, last_step=self.last_step,
                         **({"why": self.why} if self.why else {}))

@@ -13,7 +13,10 @@ from hpcssl.world import World
 
 
 class RankLost(WorldError):
-    """A collective failed because another rank is gone: died without a word, or failed with words of its own."""
+    """A collective failed because of another rank: one that died without a word (``cause`` killed), or that had words
+    of its own (its cause)."""
+
+    cause = "killed"
 
 
 @contextlib.contextmanager
@@ -34,14 +37,15 @@ def watchdog(world: World, hang_minutes: float, end: Callable[[str, str, int | N
     try:
         yield
     except BaseException as error:
-        blamed = pulse.who_is_gone() if world.failed(error) else ""
+        cause, blamed = pulse.who_is_gone() if world.failed(error) else ("", "")
         words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         pulse.last_words(blamed or f"rank {world.rank} on {pulse.mine.host}: {words}")
-        if blamed:
-            raise RankLost(f"a collective in {pulse.where}", got=f"{blamed} ({words[:120]})", expected="all ranks",
-                           mend="see the log and the node of that rank; the same command goes on from the last "
-                                "checkpoint") from error
-        raise
+        if not blamed:
+            raise
+        lost = RankLost(f"a collective in {pulse.where}", got=blamed, expected="the same call on all ranks",
+                        mend="see the log and the node of that rank; the same command goes on from the last checkpoint")
+        lost.cause = cause
+        raise lost from error
     finally:
         pulse.close()
         world.pulse = None

@@ -1,0 +1,140 @@
+"""Ranks that stop, hang, fail or die while the others watch, forked from one process that imported torch once.
+
+``python watched.py PLAN.json`` reads a list of scenarios and prints a JSON line for each: exit codes, what
+``attempts.jsonl`` says, and the ranks' logs. A scenario has ``world``, ``rank`` (whom it befalls), ``fault`` (a name
+of ``FAULTS``, as that rank enters step ``at``) and ``machine`` (overrides). A rank that is stopped is killed at the
+end, as srun would do once the others have left.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.utils.tensorboard  # noqa: F401 - imported once here instead of in every rank
+
+from hpcssl.data.reader import Reader
+from hpcssl.files import RunDir, read_lines
+from hpcssl.signals import StopFlag
+from hpcssl.train import loop, main, recipe
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def stuck_read(_training, _mine):
+    reader, held = os.pipe()  # nobody ever writes to it
+    Reader.read = lambda *_args, **_more: os.read(reader, held)
+
+
+def mismatch(training, mine):
+    if mine:
+        training.world.sum(torch.zeros(3))
+    else:
+        training.world.gather(torch.zeros(3))
+
+
+def torn(training, mine):
+    training.world.gather(torch.zeros(3 + 40 * mine))
+
+
+def raise_error(_training, _mine):
+    raise ValueError("the seventh image of a rank's own")
+
+
+def spin(_training, _mine):
+    while True:
+        time.sleep(0.05)
+
+
+FAULTS = {
+    "stop": lambda _training, _mine: os.kill(os.getpid(), signal.SIGSTOP),
+    "kill": lambda _training, _mine: os.kill(os.getpid(), signal.SIGKILL),
+    "raise": raise_error,
+    "spin": spin,
+    "mismatch": mismatch,
+    "torn": torn,
+    "stuck_read": stuck_read,
+    "slow": lambda _training, _mine: time.sleep(1.0),
+    "debugged": lambda _training, _mine: exec(compile("time.sleep(4)", "/lib/pdb.py", "exec")),
+    "none": lambda _training, _mine: None,
+}
+
+
+def place(rank, plan, port):
+    token = plan.get("tokens", ["attempt-2"] * plan["world"])[rank]
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(plan["world"]), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), HPCSSL_TOKEN=token, SLURMD_NODENAME=f"n{rank}")
+
+
+def rank_process(plan, made, rank, port):
+    """Fork one rank; the parent gets its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        stop = StopFlag().install()
+        out = os.open(f"{plan['run']}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        place(rank, plan, port)
+        honest, mine = loop.train_step, rank == plan["rank"]
+
+        def faulty(training, batch, flags):
+            if training.step == plan["at"] and (mine or plan["fault"] in ("mismatch", "torn")):
+                FAULTS[plan["fault"]](training, mine)
+            return honest(training, batch, flags)
+
+        loop.train_step = faulty
+        code = main.train(RunDir(plan["run"]), made, stop=stop)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def over(pid, seconds):
+    fd = os.pidfd_open(pid)
+    try:
+        return bool(select.select([fd], [], [], seconds)[0])
+    finally:
+        os.close(fd)
+
+
+def scenario(plan):
+    run = RunDir(plan["run"])
+    run.root.mkdir(parents=True)
+    made = recipe.compose("digits_msf", plan["overrides"] + plan["machine"])
+    port = free_port()
+    pids = {r: rank_process(plan, made, r, port) for r in range(plan["world"]) if r not in plan.get("absent", [])}
+    if "suspend" in plan:
+        while not run.attempts.exists():
+            time.sleep(0.05)
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids.values():
+                os.kill(pid, number)
+            time.sleep(plan["suspend"])
+    waiting = [r for r in pids if not (r == plan["rank"] and plan["fault"] == "stop")]
+    timely = [over(pids[r], plan.get("patience", 60)) for r in waiting]
+    for pid in pids.values():
+        if not over(pid, 0 if plan["fault"] == "stop" or not all(timely) else 20):
+            os.kill(pid, signal.SIGKILL)
+    codes = {r: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for r, pid in pids.items()}
+    return {"name": plan["name"], "codes": [codes.get(r) for r in range(plan["world"])], "timely": all(timely),
+            "done": run.done.exists(), "ends": [x for x in read_lines(run.attempts) if x["event"] == "end"],
+            "logs": [Path(run.root / f"rank-{r}.txt").read_text() if r in pids else "" for r in range(plan["world"])]}
+
+
+if __name__ == "__main__":
+    for plan in json.loads(Path(sys.argv[1]).read_text()):
+        print(json.dumps(scenario(plan)), flush=True)
