@@ -51,6 +51,12 @@ def tasks_per_node(sbatch: dict) -> int | None:
     return max(1, gpus_per_node(sbatch))
 
 
+def processes(sbatch: dict) -> int | None:
+    """Processes of the whole job; None where SLURM is to decide."""
+    tasks = tasks_per_node(sbatch)
+    return None if tasks is None or not str(sbatch.get("nodes", "1")).isdigit() else nodes(sbatch) * tasks
+
+
 def local_tasks(sbatch: dict) -> int:
     """Processes on this machine. Raises ``ConfigError`` for more than one node."""
     if nodes(sbatch) > 1:

@@ -53,10 +53,9 @@ class Plan:
 def plan(request: Request) -> Plan:
     """Check everything that can be checked before a job exists. Raises members of ``HpcsslError``."""
     run = _folder(request.run)
-    overrides, entries, every, last = _check_recipe(request)
     train = request.profile.options() | request.sbatch
-    if request.local:
-        shape.local_tasks(train)
+    overrides, entries, every, last = _check_recipe(
+        request, shape.local_tasks(train) if request.local else shape.processes(train))
     given = request.eval_sbatch
     if unknown := given.keys() - {"", *(e.name for e in entries)}:
         raise ConfigError("option --eval-sbatch", got=f"options for {min(unknown)}", expected="those of --evals",
@@ -160,18 +159,21 @@ def _folder(path: str) -> RunDir:
     return run
 
 
-def _check_recipe(request: Request) -> tuple[list[str], list[chain.Entry], int, int]:
+def _check_recipe(request: Request, processes: int | None) -> tuple[list[str], list[chain.Entry], int, int]:
     """Refuse now what a job would find out on 64 GPUs: overrides, entries, and the steps that ``Plan`` holds.
 
-    Raises ``ConfigError``, ``DataError``.
+    Raises ``ConfigError``, ``DataError``, and ``WorldError`` where so many ``processes`` cannot run the recipe.
     """
     from math import gcd
 
     from hpcssl import run as runs
     from hpcssl.optim.schedule import total_steps
+    from hpcssl.train import worlds
     from hpcssl.train.data import open_shards, open_val
 
     recipe, overrides = runs.compose(request.recipe, request.overrides), list(request.overrides)
+    if processes is not None:
+        worlds.check(recipe, processes)
     shards = open_shards(recipe, allow_pipe=request.allow_pipe)
     entries = _entries(request, recipe)
     if recipe.data.val:

@@ -111,6 +111,8 @@ def test_dry_run_prints_what_sbatch_would_get_and_writes_nothing(call, data, tmp
     (["digits_msf", "optim.lr=0.1", "digits_byol", "--run", "r"], 2, "one recipe"),
     (["--run", "r", "optim.lr=0.1"], 2, "RECIPE: got none"),
     (["digits_msf", "--run", "r", "--local", "optim.rl=1"], 2, "did you mean 'lr'"),
+    (["digits_msf", "--run", "r", "--local", "--ntasks-per-node", "7"], 1, "a number of processes such as 1, 2, 4, 8"),
+    (["digits_msf", "--run", "r", "--dry-run", "-N3", "--ntasks-per-node", "5"], 1, "15 processes: got a global batch"),
     (["digits_msf", "--run", "r", "--local", "--evals", "knm"], 2, "did you mean 'knn'"),
     (["digits_msf", "--run", "r", "--local", "--evals", "knn,knn"], 2, "each evaluation once"),
     (["digits_msf", "--run", "r", "--local", "--evals", "linear,linear:protocol=msf_center"], 2, "mean the same"),
