@@ -81,9 +81,14 @@ def atomic_file(path: Path | str) -> Iterator:
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, os.fspath(part)):
-            error.filename = os.fspath(path)  # a write does not say where, and nobody knows the temporary
+        _name(error, part, path)
         raise
+
+
+def _name(error: BaseException, part: Path, path: Path) -> None:
+    """A write does not say where it failed, and nobody knows the temporary: the error shall name ``path``."""
+    if isinstance(error, OSError) and error.filename in (None, os.fspath(part)):
+        error.filename = os.fspath(path)
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
@@ -101,14 +106,15 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     part = _temporary(path)
-    part.mkdir()
     try:
+        part.mkdir()
         yield part
         _sync_dir(part)
         os.rename(part, path)
         _sync_dir(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        _name(error, part, path)
         raise
 
 

@@ -182,6 +182,8 @@ class Store:
             if before:
                 LOG.warning("checkpoint not saved: %s", before)
         if self.durable == state.step:
+            if self.world.main:
+                self._tidy(state.step)  # a kill may have come before
             return None
         self.begin(state)
         failed = self.finish()
