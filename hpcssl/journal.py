@@ -16,6 +16,8 @@ import time
 import torch
 
 from hpcssl.files import LineFile, RunDir, atomic_write, read_lines
+from hpcssl.pulse import host
+from hpcssl.straggler import Stragglers
 from hpcssl.world import World
 
 LOG = logging.getLogger("hpcssl")
@@ -45,6 +47,7 @@ class Journal:
         self._last, self._bar, self._file, self._samples, self._events = last_step, None, None, None, None
         self._told: set[str] = set()  # what is amiss with the files, said once
         self._clock, self._clock_step = time.monotonic(), first_step
+        self._stragglers = Stragglers(world.gather_text(host()))
         world.on_main(lambda: self._open(first_step))
 
     def _open(self, first_step: int) -> None:
@@ -78,7 +81,8 @@ class Journal:
         flat = [torch.as_tensor(v, dtype=torch.float64, device=self.world.device).detach().reshape(())
                 for _, scalars in self._waiting for v in scalars.values()]
         self._waiting.clear()
-        values = iter(self.world.mean(torch.stack(flat)).tolist())
+        found = self.world.mean(torch.cat([torch.stack(flat), self._times()])).tolist()
+        values = iter(found)
         lines = [{"step": step, **{name: _finite(next(values)) for name in row}}
                  for step, row in zip(steps, names, strict=True)]
         now = time.monotonic()
@@ -86,7 +90,26 @@ class Journal:
         self._clock, self._clock_step = now, steps[-1]
         lines[-1]["images_per_s"] = round(rate, 1)
         if self.world.main:
+            lines[-1] |= self._slowest(found[len(flat):])
             self._write(lines)
+
+    def _times(self) -> torch.Tensor:
+        """[2W] float64: this rank's own seconds per step and its wait for data, in its place among all ranks'."""
+        world = self.world
+        times = torch.zeros(2, world.size if world.pulse is not None else 0, dtype=torch.float64)
+        if world.pulse is not None:
+            times[:, world.rank] = torch.tensor(world.pulse.clock.take(), dtype=torch.float64)
+        return times.flatten().to(world.device)
+
+    def _slowest(self, means: list[float]) -> dict[str, float]:
+        """Scalars on the ranks' seconds from their means over ranks; a straggler is named in the log."""
+        size = self.world.size
+        if size == 1 or not means:
+            return {"data_s": round(means[1], 5)} if means else {}
+        scalars, sentence = self._stragglers.look(*([size * s for s in means[k:k + size]] for k in (0, size)))
+        if sentence:
+            LOG.warning("%s", sentence)
+        return {name: round(value, 5) for name, value in scalars.items()}
 
     def _write(self, lines: list[dict]) -> None:
         self._tell(self.run.journal, self._file.add(*lines))

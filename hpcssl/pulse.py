@@ -20,13 +20,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 from hpcssl import diagnosis
 from hpcssl.diagnosis import Beat
+from hpcssl.straggler import StepClock
 
 LOG = logging.getLogger("hpcssl")
 BEAT_S = 1.0
@@ -61,14 +62,15 @@ class Pulse:
     """
 
     def __init__(self, board: Board | None, rank: int = 0, size: int = 1, *, hang_s: float,
-                 leave: Callable[[str, str], None], beat_s: float = BEAT_S):
+                 leave: Callable[[str, str], None], beat_s: float = BEAT_S, event: Callable[[], Any] | None = None):
         self.board, self.rank, self.size, self.hang_s, self.leave = board, rank, size, hang_s, leave
         self.beat_s = min(beat_s, hang_s / 8) if hang_s else beat_s
         self.silent_s = max(SILENT_BEATS * self.beat_s, min(SILENT_S, hang_s / 10))
         self.mine = Beat(rank=rank, host=host(), pid=os.getpid())
         self._main = threading.main_thread().ident
         self._phase, self._step, self._patient = "start", None, False
-        self._count, self._last, self._inside = 0, "no collective", False
+        self._count, self._last, self._inside = 0, ("no collective",), False
+        self.clock = StepClock(event)
         self._moved = self._answered = time.monotonic()
         self._looked = None  # since when the beats of all ranks are read
         self._seen: dict[int, tuple[Beat, float]] = {}  # the newest beat of a rank, and when we first saw it
@@ -96,15 +98,27 @@ class Pulse:
         if step is not None:
             self._step = step
         self._moved = time.monotonic()
+        if phase == "data":
+            self.clock.wait_for_data()
+        elif phase == "step":
+            self.clock.begin_step()
+        elif phase == "backward":
+            self.clock.meet()
 
-    def enter(self, what: str) -> None:
-        """The main thread calls a collective, ``what`` in words."""
+    def enter(self, kind: str, dtype: object, shape: Sequence[int]) -> None:
+        """The main thread calls a collective."""
         self._count += 1
-        self._last, self._inside, self._patient = what, True, False
+        self._last, self._inside, self._patient = (kind, dtype, shape), True, False
         self._moved = time.monotonic()
+        self.clock.enter()
+
+    def left(self) -> None:
+        """The collective is over, or launched."""
+        self.clock.leave()
+        self.wait(False)
 
     def wait(self, inside: bool) -> None:
-        """The main thread begins or ends to wait for a collective."""
+        """The main thread begins or ends to wait for a collective that was launched before."""
         self._inside = inside
         self._moved = time.monotonic()
 
@@ -174,8 +188,8 @@ class Pulse:
         others = "" if self._inside or idle < 2 * self.beat_s else _other_stacks(self._main)
         self.mine = dataclasses.replace(
             self.mine, phase=self._phase, step=self._step, idle=0.0 if self._patient else round(idle, 1),
-            count=self._count, last=self._last, inside=self._inside, others=others, number=self.mine.number + 1,
-            stack=stack(sys._current_frames().get(self._main)))
+            count=self._count, last=_words(*self._last), inside=self._inside, others=others,
+            number=self.mine.number + 1, stack=stack(sys._current_frames().get(self._main)))
         return json.dumps(asdict(self.mine))
 
     def _post(self, cause: str, sentence: str) -> None:
@@ -272,6 +286,10 @@ def host() -> str:
 def arrival(rank: int) -> str:
     """The first beat of a rank, before it has a pulse."""
     return json.dumps(asdict(Beat(rank=rank, host=host(), pid=os.getpid())))
+
+
+def _words(kind: str, dtype: object = None, shape: Sequence[int] = ()) -> str:
+    return kind if dtype is None else f"{kind} of {str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def stack(frame: FrameType | None, calls: int = 5) -> str:

@@ -92,9 +92,9 @@ class World:
         if self.pulse is None:
             yield
             return
-        self.pulse.enter(f"{kind} of {x.dtype} {list(x.shape)}".replace("torch.", ""))
+        self.pulse.enter(kind, x.dtype, x.shape)
         yield
-        self.pulse.wait(False)
+        self.pulse.left()
 
     @staticmethod
     def failed(error: BaseException) -> bool:

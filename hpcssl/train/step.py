@@ -133,6 +133,8 @@ def _learn(t: Training, images: list[Tensor], mixtures: dict[int, tuple[Mixture,
             loss_B = sum(_agree(t, term, query, aims, where_B, here, mixtures) for term in t.plan.terms)
             loss = loss_B.mean() / len(micros)
             losses.append(loss.detach())
+            if last:
+                t.world.mark("backward")  # where the ranks meet, in the reduction of the gradients
             t.scaler.scale(loss).backward()
     ctx.targets = ctx.targets or _joined(passed)
     # a row of the target that is not finite has no neighbours and costs nothing: the loss alone would not tell of it

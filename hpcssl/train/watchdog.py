@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+import torch
+
 from hpcssl.errors import EXIT_FAILED, WorldError
 from hpcssl.pulse import Pulse
 from hpcssl.world import World
@@ -33,7 +35,8 @@ def watchdog(world: World, hang_minutes: float, end: Callable[[str, str, int | N
             end(cause, sentence, pulse.steps)
         (leave or _leave)(sentence)
 
-    pulse = world.pulse = Pulse(world.board(), world.rank, world.size, hang_s=hang_minutes * 60, leave=fail).start()
+    pulse = world.pulse = Pulse(world.board(), world.rank, world.size, hang_s=hang_minutes * 60, leave=fail,
+                                event=_event if world.device.type == "cuda" else None).start()
     try:
         yield
     except BaseException as error:
@@ -49,6 +52,12 @@ def watchdog(world: World, hang_minutes: float, end: Callable[[str, str, int | N
     finally:
         pulse.close()
         world.pulse = None
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _leave(_sentence: str) -> None:

@@ -51,6 +51,11 @@ def raise_error(_training, _mine):
     raise ValueError("the seventh image of a rank's own")
 
 
+def lag(_training, _mine):
+    honest = loop.train_step
+    loop.train_step = lambda *args: (time.sleep(0.1), honest(*args))[1]
+
+
 def spin(_training, _mine):
     while True:
         time.sleep(0.05)
@@ -64,6 +69,7 @@ FAULTS = {
     "mismatch": mismatch,
     "torn": torn,
     "stuck_read": stuck_read,
+    "lag": lag,
     "slow": lambda _training, _mine: time.sleep(1.0),
     "debugged": lambda _training, _mine: exec(compile("time.sleep(4)", "/lib/pdb.py", "exec")),
     "none": lambda _training, _mine: None,
