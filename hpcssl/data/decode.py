@@ -11,7 +11,7 @@ import threading
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb: 256 MiB of RGB
 _JPEG, _EXIF = b"\xff\xd8", b"Exif\x00\x00"
@@ -40,8 +40,8 @@ def decode(data: bytes, scratch: Scratch | None = None) -> np.ndarray:
     """uint8 [height, width, 3], RGB, turned upright as its EXIF orientation says.
 
     Gray becomes three equal channels, CMYK and palettes are converted by Pillow, transparency is dropped, 16-bit
-    samples keep their upper 8 bits. With ``scratch`` the array may lie in that buffer and is valid until this thread's
-    next decode. Raises ``Damaged``.
+    samples keep their upper 8 bits; what moves (GIF, APNG, WebP) gives its first picture. With ``scratch`` the array
+    may lie in that buffer and is valid until this thread's next decode. Raises ``Damaged``.
     """
     if len(data) == 0:
         raise Damaged("no bytes")
@@ -75,7 +75,7 @@ def _jpeg(data: bytes, scratch: Scratch | None) -> np.ndarray:
     except (ValueError, KeyError) as error:  # a KeyError where the header is cut off
         if any(text in str(error).lower() for text in _HARMLESS):
             return _pillow(data)
-        raise Damaged(f"JPEG: {error}") from error
+        raise Damaged("JPEG: a header that is cut off" if isinstance(error, KeyError) else f"JPEG: {error}") from error
     return _upright(image, data) if _has_exif(data) else image
 
 
@@ -117,6 +117,10 @@ def _pillow(data: bytes) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except Damaged:
         raise
+    except UnidentifiedImageError as error:  # whose text names an address in memory
+        raise Damaged("no image of a kind that is known") from error
+    except Image.DecompressionBombError as error:
+        raise Damaged(f"far more pixels than the limit of {MAX_PIXELS}") from error
     except Exception as error:  # decoders of damaged files raise what they like: OSError, SyntaxError, ...
         raise Damaged(f"{type(error).__name__}: {error}") from error
 

@@ -162,7 +162,8 @@ class Damage:
     """The damaged samples that the world has met since the run began, in ``damaged.jsonl`` of the run folder.
 
     Each counts once, at the first step whose batch should have held it, whichever rank and attempt that was: how many
-    there are after a step depends on the data and the order alone. All ranks hold the same list.
+    there are after a step depends on the data and the order alone. All ranks hold the same list. Raises ``DataError``
+    on all ranks where there are more than ``limit``, at once where an earlier attempt has met them.
     """
 
     def __init__(self, run: RunDir, world: World, shards: ShardSet, limit: int):
@@ -170,17 +171,21 @@ class Damage:
         told = world.tell(json.dumps(files.read_lines(run.damaged)) if world.main else None)
         self.known = {line["index"]: Loss(**{k: line[k] for k in Loss.__dataclass_fields__})
                       for line in json.loads(told)}
+        self._refuse_more()
 
     def news(self, batch: Batch) -> bool:
         """Whether this rank's rows hold a damaged sample that nobody has met before. No collective."""
         return any(loss.index not in self.known for loss in batch.lost)
 
     def note(self, step: int, batch: Batch) -> None:
-        """Write down what is new on any rank. ``DataError`` on all of them where that is too much."""
+        """Write down what is new on any rank."""
         told = self.world.gather_text(json.dumps([asdict(loss) for loss in batch.lost]))
         losses = {loss["index"]: loss for text in told for loss in json.loads(text)}
         for index in sorted(losses.keys() - self.known.keys()):
             self.known[index] = Loss(**losses[index])
             self.world.on_main(lambda loss=losses[index]: files.append_line(self.run.damaged, {"step": step} | loss))
+        self._refuse_more()
+
+    def _refuse_more(self) -> None:
         if len(self.known) > self.limit:
             raise too_many(self.shards, f"{len(self.known)} damaged", self.known.values(), self.limit)
