@@ -80,7 +80,7 @@ class Report:
 
 def _of_kind(rows: list[dict]) -> dict:
     return {"count": len(rows), "steps_lost": sum(row["lost"] for row in rows),
-            "attempts": sum(row["attempts"] for row in rows),
+            "attempts": sum(len(row["causes"]) for row in rows),
             "submitted_again": sum(len(row.get("submitted_again", [])) for row in rows),
             "causes": dict(Counter(cause for row in rows for cause in row["causes"]))}
 
@@ -165,9 +165,9 @@ class Soak:
         """What the training leaves is given back; the next one finds an idle cluster."""
         scene, self.scene = self.scene, None
         for left in scene.left_over:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                left.wait(timeout=20)
-            left.kill()
+            left.kill()  # it has had its time: ranks wait for one another for 5 s
+            if "let in" in left.communicate()[1]:
+                self.report.surprise("a rank of another attempt was let in at the rendezvous")
         self.cluster("scancel", scene.job)
         with contextlib.suppress(AssertionError):
             self.cluster.until(lambda: not scene.processes("slurm"), "end of the job's processes", 30)
@@ -187,15 +187,17 @@ class Soak:
         worst = max(measures, key=("none", "signal", "kill", "damage", "disk").index)
         name = {"none": "after_signal", "signal": "after_signal", "damage": "after_damage", "disk": "after_full_disk",
                 "kill": "after_kill_in_a_save" if after.saving else "after_kill"}[worst]
-        for place, (fault, at, victim) in enumerate(done):
-            last = place == len(done) - 1
+        answers = [fault for fault, _, _ in done if KINDS[fault.kind].restarts] or [done[-1][0]]
+        causes = list(after.causes)
+        for fault, at, victim in done:
+            last = fault is answers[-1]
+            mine = [causes.pop(0) for _ in range(len(causes) if last else min(1, len(causes))) if fault in answers]
             row = {"fault": fault.number, "time": round(at, 1), "kind": fault.kind, "victim": victim,
                    "before": after.peak, "after": after.first, "lost": lost if last else 0,
-                   "measure": name if last and after.causes else None, "causes": after.causes if last else [],
-                   "attempts": len(after.causes) if last else 0}
+                   "measure": name if last and mine else None, "causes": mine}
             self.report.log.append(row | ({"submitted_again": after.resubmitted} if last and after.resubmitted else {}))
             say(f"{fault.number:4d} {at:7.1f} s  {fault.kind}: {victim}; step {after.peak}, then {after.first}"
-                + (f" ({', '.join(after.causes)})" if last and after.causes else ""))
+                + (f" ({', '.join(mine)})" if mine else ""))
         self._judge(done, after, lost, worst)
         self.floor = max(after.peak, after.first)
         self.report.write()

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.chaos_plan import Fault
-from benchmarks.chaos_scene import Scene, Stuck
+from benchmarks.chaos_scene import PERIOD, Scene, Stuck
 from hpcssl import launch
 from slurm import options, procs
 
@@ -78,7 +78,7 @@ def in_a_save(strike: Callable) -> Callable:
     """``strike``, when a checkpoint has begun that has no manifest yet."""
     def later(scene: Scene, fault: Fault) -> str:
         limit, tended = time.monotonic() + 60, time.monotonic()
-        while not scene.unsealed():
+        while not scene.saving():
             if scene.done or time.monotonic() > limit:
                 raise Missed
             if time.monotonic() - tended > 1:
@@ -210,7 +210,8 @@ def half_written(scene: Scene, fault: Fault) -> str:
     newest = _sealed(scene)[-1]
     body = next(newest.glob("part-*")).read_bytes()
     (newest / ".part-0.safetensors.0badc0de.tmp").write_bytes(body[:int(fault.share * len(body))])
-    folder = scene.run.checkpoint(int(newest.name[5:]) + 1)
+    step = int(newest.name[5:]) + 1
+    folder = scene.run.checkpoint(step + (step % PERIOD == 0))  # and none that looks like a periodic one
     folder.mkdir(exist_ok=True)
     (folder / "part-0.safetensors").write_bytes(body)
     return folder.name
@@ -312,12 +313,14 @@ KINDS: dict[str, Kind] = {
     "KILL of all ranks": Kind(to_all(signal.SIGKILL), "kill", causes=CRASHES),
     "STOP of one rank": Kind(to_one(signal.SIGSTOP), "kill", causes=("hang",)),
     "KILL during a save": Kind(in_a_save(to_one(signal.SIGKILL)), "kill", causes=CRASHES),
+    "TERM to srun": Kind(to_process("srun", TERM), "signal", causes=STOPS),
+    "TERM to the batch script": Kind(to_process("slurm_script", TERM), "signal", causes=STOPS, ends=True),
     "KILL of srun": Kind(to_process("srun"), "kill", causes=STOPS + CRASHES),
     "KILL of the batch script": Kind(to_process("slurm_script"), "kill", causes=STOPS + CRASHES, ends=True),
     "KILL of slurmstepd": Kind(to_process("slurmstepd:"), "kill", causes=STOPS + CRASHES, ends=True),
     "KILL of one rank in the start": Kind(in_the_start(to_one(signal.SIGKILL)), "signal", causes=CRASHES),
     "TERM to all ranks in the start": Kind(in_the_start(to_all(TERM)), "signal", causes=STOPS),
-    "a rank left over in the start": Kind(in_the_start(stranger), "signal"),
+    "a rank left over in the start": Kind(in_the_start(stranger), "none", restarts=False),
     "flipped bit": Kind(flip, "damage", restarts=False),
     "truncated part": Kind(truncate, "damage", restarts=False),
     "no manifest": Kind(no_manifest, "damage", restarts=False),

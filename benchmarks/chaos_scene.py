@@ -23,6 +23,8 @@ RECIPE = ["digits_msf", "optim.batch=32", "bank.size=256", "machine.devices=cpu"
           f"machine.checkpoint_steps={PERIOD}", "machine.checkpoint_minutes=0", "machine.hang_minutes=0.25"]
 FOUR = ["-N2", "--ntasks-per-node=2", "--time=60"]
 POLL_S = 0.2
+PATIENCE = 3
+"""How often somebody submits again what has ended, until something else is done about it."""
 REFUSED_S = 2.0
 """A node that has just ended a job refuses to start it again ("already killed") for a moment."""
 
@@ -164,10 +166,10 @@ class Scene:
 
     def until(self, true: Callable[[], bool], what: str, seconds: float = 150.0) -> None:
         """Tend the training until something is so, or it is finished. Raises ``Stuck``."""
-        limit = time.monotonic() + seconds
+        limit, submitted = time.monotonic() + seconds, len(self.resubmitted)
         while not true() and not self.done:
-            if time.monotonic() > limit:
-                raise Stuck(f"no {what} within {seconds:g} s")
+            if time.monotonic() > limit or len(self.resubmitted) > submitted + PATIENCE:
+                raise Stuck(f"no {what} within {seconds:g} s; {'; '.join(self.resubmitted[submitted:])}")
             self.tend()
             time.sleep(POLL_S)
 
@@ -183,7 +185,8 @@ class Scene:
             nonlocal peak, saving
             newest, step = self.attempt(), self.step()
             if newest is None or newest.number <= before.attempt:  # the next one will cut the journal back
-                peak, saving = max(peak, step), self.unsealed()
+                peak = max(peak, step)
+                saving = peak // PERIOD * PERIOD > self.sealed()
                 return not restarts and step > before.step and newest is not None and newest.cause is None
             # a line that was written after the start of the attempt was said is this attempt's
             own = _written(self.run.journal) > _written(self.run.attempts)
@@ -194,10 +197,15 @@ class Scene:
         first = passed[-1].first_step if passed and passed[-1].number > before.attempt else peak
         return After(peak, first, [a.cause for a in ended], saving, self.resubmitted[told:])
 
-    def unsealed(self) -> bool:
-        """Whether the newest save has not got its manifest: it runs, or was cut short."""
-        newest = self.checkpoints()[-1:]
-        return bool(newest) and not (newest[0] / "manifest.json").exists()
+    def sealed(self) -> int:
+        """Step of the newest checkpoint that has a manifest; 0 before there is one."""
+        steps = [int(f.name[5:]) for f in self.checkpoints() if (f / "manifest.json").exists()]
+        return max(steps, default=0)
+
+    def saving(self) -> bool:
+        """Whether a periodic save has begun that has no manifest yet."""
+        steps = [int(f.name[5:]) for f in self.checkpoints()]
+        return any(step % PERIOD == 0 and step > self.sealed() for step in steps)
 
     def checkpoints(self) -> list[Path]:
         """Folders of checkpoints, oldest first."""
