@@ -129,6 +129,26 @@ def transfer(
 
 
 @app.command()
+def webdataset(
+    src: Annotated[Path, typer.Argument(help="Folder of tars that others wrote: KEY.jpg|png with KEY.cls, a number.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; the same command continues an unfinished one.")],
+    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, classes: Classes = None,
+    skip_bad: SkipBad = 0, second: Second = "none",
+) -> None:
+    """Write shards with an index from WebDataset tars without one; members that lie apart are joined."""
+    from data_prep import build
+    from data_prep import webdataset as others
+
+    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad,
+                            second=second)
+    _refuse_inside(src, out)
+    with build.claim(out) as work:
+        todo = others.read(src, classes)
+        todo.made["verb"] = "webdataset"
+        print(build.describe(build.write(work, todo, options)))
+
+
+@app.command()
 def digits(
     out: Annotated[Path, typer.Argument(help="Writes OUT/train (1,438 samples) and OUT/val (359).")],
     samples_per_shard: PerShard = 200, workers: Workers = 1, seed: Seed = 0, second: Second = "edges",

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
-from hpcssl.data.shards import ShardSet
+from hpcssl.data.shards import INDEX, ShardSet
 
 
 def records(root: Path) -> Iterator[tuple[str, ...]]:
-    """Yield rows ``(kind, name, value, …)``. Raises DataError for a folder that is no shard folder."""
+    """Yield rows ``(kind, name, value, …)``: of a shard folder, or of a ``data.stage`` folder with the sets in it.
+
+    Raises DataError for any other folder.
+    """
+    if not (root / INDEX).exists() and (copies := sorted(root.glob("hpcssl-[0-9]*/"))):
+        yield from map(_staged, copies)
+        return
     found = ShardSet.open(root)
     sizes = found.rows["size"].astype(np.int64)
     yield "samples", str(len(found))
@@ -36,6 +43,18 @@ def records(root: Path) -> Iterator[tuple[str, ...]]:
         yield "class", str(number), name, str(count)
     for shard in found.shards:
         yield "shard", shard.name, str(shard.samples), str(shard.bytes), shard.sha256
+
+
+def _staged(copy: Path) -> tuple[str, ...]:
+    """One set in a staging folder: what is there of it, and when a job last began with it. Stale ones are removed with
+    ``rm -r``: a job that still reads one of a folder keeps its open files, one of an address fetches them again."""
+    lock = copy / "lock"
+    used = datetime.fromtimestamp((lock if lock.exists() else copy).stat().st_mtime).isoformat(" ", "minutes")
+    tars = [path.stat().st_size for path in copy.glob("*.tar")]
+    whole = "?"
+    if (copy / INDEX).exists():
+        whole = str(len(ShardSet.open(copy, check_sizes=False).shards))
+    return "staged", copy.name, f"{len(tars)} of {whole} shards", str(sum(tars)), f"last used {used}"
 
 
 def tables(rows: Iterator[tuple[str, ...]], title: str, at_most: int = 20) -> list:

@@ -90,6 +90,7 @@ def locked(path: Path) -> Iterator[None]:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
+        os.utime(fd)  # `hpcssl-shard show` says when a set was last used
         yield
     finally:
         os.close(fd)  # and with it the lock

@@ -122,6 +122,19 @@ def test_a_source_that_differs_from_its_index_is_not_staged(tmp_path, make_shard
     assert not list((tmp_path / "disk").rglob("shard-000001.tar"))
 
 
+def test_show_lists_the_sets_of_a_staging_folder(shards, tmp_path, make_shards, picture, encode):
+    from data_prep.show import records
+
+    other = make_shards(tmp_path / "other", [("a", encode(picture(0)), 0)])
+    roots = {stage(s, tmp_path / "disk").root: s for s in (shards, other)}
+    (target := min(roots)).joinpath("index.json").unlink()  # as a copy that was cut off
+    rows = list(records(tmp_path / "disk"))
+    assert [row[:4] for row in rows] == [
+        ("staged", root.name, f"{len(s.shards)} of {'?' if root == target else len(s.shards)} shards",
+         str(sum(x.bytes for x in s.shards))) for root, s in sorted(roots.items())]
+    assert all(row[4].startswith("last used 20") for row in rows)
+
+
 @pytest.mark.parametrize("kind", ["a link", "a file"])
 def test_what_others_left_under_our_name_is_refused(shards, tmp_path, kind):
     """In /tmp anybody can make a name first: a link of theirs may lead to any folder of ours."""
