@@ -196,6 +196,8 @@ class Pulse:
         self._say = json.dumps({"cause": cause, "rank": self.rank, "why": sentence})
         self._wake.set()
         self._told.wait(2 * self.beat_s)
+        if self.rank == 0:
+            time.sleep(1.5 * self.beat_s)  # the board goes with this process: let the others read it
 
     # -- the thread that watches ----------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Ranks that stop, hang, fail or die while the others watch, forked from one process that imported torch once.
 
-``python watched.py PLAN.json`` reads a list of scenarios and prints a JSON line for each: exit codes, what
+``python watched.py PLAN.json`` reads a list of scenarios and writes RUN.json for each: exit codes, what
 ``attempts.jsonl`` says, and the ranks' logs. A scenario has ``world``, ``rank`` (whom it befalls), ``fault`` (a name
 of ``FAULTS``, as that rank enters step ``at``) and ``machine`` (overrides). A rank that is stopped is killed at the
 end, as srun would do once the others have left.
@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch.utils.tensorboard  # noqa: F401 - imported once here instead of in every rank
+import torch.utils.tensorboard  # imported once here instead of in every rank
 
 from hpcssl.data.reader import Reader
 from hpcssl.files import RunDir, read_lines
@@ -141,6 +141,23 @@ def scenario(plan):
             "logs": [Path(run.root / f"rank-{r}.txt").read_text() if r in pids else "" for r in range(plan["world"])]}
 
 
+def play(plan):
+    """Fork a process that plays one scenario into a file: they mostly wait, and two of them can do so together."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        Path(plan["run"] + ".json").write_text(json.dumps(scenario(plan)))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    for plan in json.loads(Path(sys.argv[1]).read_text()):
-        print(json.dumps(scenario(plan)), flush=True)
+    plans = json.loads(Path(sys.argv[1]).read_text())
+    for some in zip(plans[::2], plans[1::2] + [None] * (len(plans) % 2), strict=True):
+        for pid in [play(plan) for plan in some if plan]:
+            os.waitpid(pid, 0)
