@@ -46,7 +46,7 @@ WITHOUT_VALUE = {
 SBATCH = WITH_VALUE | MAYBE_VALUE | WITHOUT_VALUE
 
 OURS_WITH_VALUE = {"run": "", "evals": "", "eval-every": "", "eval-sbatch": "", "cluster": "", "sbatch": ""}
-OURS_WITHOUT_VALUE = {"local": "", "wait": "W", "dry-run": "", "parsable": "", "help": "h"}
+OURS_WITHOUT_VALUE = {"local": "", "wait": "W", "dry-run": "", "parsable": "", "allow-pipe": "", "help": "h"}
 OURS = OURS_WITH_VALUE | OURS_WITHOUT_VALUE
 
 _LONG_OF_SHORT = {short: name for name, short in (SBATCH | OURS).items() if short}
