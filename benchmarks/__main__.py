@@ -7,8 +7,8 @@ import sys
 import benchmarks
 
 # shared by the others, nothing to run
-_PARTS = ("chaos_faults", "chaos_plan", "chaos_scene", "common", "loopback", "peers", "official_code",
-          "official_literal", "official_methods", "__main__")
+_PARTS = ("chaos_faults", "chaos_kinds", "chaos_plan", "chaos_scene", "common", "loopback", "peers",
+          "official_code", "official_literal", "official_methods", "__main__")
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 On a SLURM of two nodes on the loopback (``loopback``), MSF trains small networks on scanned digits with four ranks, a
 bank, a moving-average target and a checkpoint every 5 steps. First once undisturbed; then faults strike
-(``chaos_faults``; the seed names their sequence, ``chaos_plan``), and whenever a training is finished its digest is
+(``chaos_kinds``; the seed names their sequence, ``chaos_plan``), and whenever a training is finished its digest is
 held against the undisturbed one's, and the same training begins anew. No fault comes after H hours or N faults; the
 training of that moment is still finished. Exit code 1 where a digest differs or anything else was found.
 
@@ -30,9 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import loopback
-from benchmarks.chaos_faults import BOUTS, KINDS, Missed
+from benchmarks.chaos_faults import Missed
+from benchmarks.chaos_kinds import BOUTS, KINDS
 from benchmarks.chaos_plan import Fault, sequence
-from benchmarks.chaos_scene import PERIOD, After, Before, Scene, Stuck, Trainer
+from benchmarks.chaos_scene import PATIENCE, PERIOD, After, Before, Scene, Stuck, Trainer
 from hpcssl.files import RunDir, atomic_write
 
 STEPS = 400
@@ -40,6 +41,9 @@ ROOM_MB = 256
 MEASURES = ("after_signal", "after_kill", "after_kill_in_a_save", "after_damage", "after_full_disk")
 IN_FLIGHT = 5
 """Steps that a save may take until it is sealed."""
+
+Blow = tuple[Fault, float, str]
+"""A fault that has struck: when, in seconds since the start, and whom."""
 
 
 @dataclass
@@ -93,7 +97,7 @@ class Soak:
         self.scene: Scene | None = None
         self.floor = 0
         """The next bout waits for a later step: two crashes at one step would end the asking."""
-        self._runs = 0
+        self._runs = self._stuck = 0
 
     def undisturbed(self) -> None:
         began = time.monotonic()
@@ -104,27 +108,25 @@ class Soak:
             f"digest {self.report.expected[:12]}")
 
     def strike(self, bout: list[Fault]) -> None:
-        """One bout, whatever it takes; a training that ends before it was struck gives way to the next one."""
-        while True:
-            scene = self._alive()
-            done = []
-            try:
-                self._approach(scene, bout[0])
-                before = scene.now()
-                for fault in bout:
-                    done.append((fault, time.monotonic() - self.report.began,
-                                 KINDS[fault.kind].strike(scene, fault)))
-                after = scene.back(before, any(KINDS[f.kind].restarts for f in bout))
-            except Missed:
-                if not done:  # the training has just ended, or is between two attempts
-                    time.sleep(1)
-                    continue
-                after = scene.back(before, KINDS[bout[0].kind].restarts)
-            except (Stuck, subprocess.TimeoutExpired) as error:
-                self._rescue(bout, error)
-                return
+        """One bout, whatever it takes; a training that ends before it was struck gives way to the next one. Raises
+        ``Stuck`` where nothing works any more."""
+        done: list[Blow] = []
+        try:
+            while not done:
+                scene = self._alive()
+                with contextlib.suppress(Missed):  # the training has just ended, or is between two attempts
+                    self._approach(scene, bout[0])
+                    before = scene.now()
+                    for fault in bout:
+                        done.append((fault, time.monotonic() - self.report.began,
+                                     KINDS[fault.kind].strike(scene, fault)))
+                time.sleep(0 if done else 1)
+            after = scene.back(before, any(KINDS[fault.kind].restarts for fault, _, _ in done))
+        except (Stuck, AssertionError, OSError, subprocess.SubprocessError) as error:
+            self._rescue(bout, done, error)
+        else:
+            self._stuck = 0
             self._note(done, before, after)
-            return
 
     def finish(self) -> None:
         if self.scene is not None:
@@ -174,14 +176,21 @@ class Soak:
         scene.kill(*scene.processes("slurm"))
         shutil.rmtree(scene.run.root, ignore_errors=True)
 
-    def _rescue(self, bout: list[Fault], error: Exception) -> None:
+    def _rescue(self, bout: list[Fault], done: list[Blow], error: Exception) -> None:
         """The training is stuck: that is a finding. It is given up, and another one begins."""
         self.report.surprise(f"{', '.join(f'fault {f.number} ({f.kind})' for f in bout)}: {error}")
-        say(self.scene.about())
-        self._away()
+        self._stuck += 1
+        for fault, at, victim in done:
+            self.report.log.append({"fault": fault.number, "time": round(at, 1), "kind": fault.kind, "victim": victim,
+                                    "before": self.floor, "after": None, "lost": 0, "measure": None, "causes": []})
+        if self.scene is not None:
+            say(self.scene.about())
+            self._away()
         self.report.write()
+        if self._stuck >= PATIENCE:
+            raise Stuck(f"{PATIENCE} bouts in a row") from error
 
-    def _note(self, done: list[tuple[Fault, float, str]], before: Before, after: After) -> None:
+    def _note(self, done: list[Blow], before: Before, after: After) -> None:
         lost = after.peak - after.first
         measures = [KINDS[fault.kind].lost for fault, _, _ in done]
         worst = max(measures, key=("none", "signal", "kill", "damage", "disk").index)
@@ -202,7 +211,7 @@ class Soak:
         self.floor = max(after.peak, after.first)
         self.report.write()
 
-    def _judge(self, done: list[tuple[Fault, float, str]], after: After, lost: int, worst: str) -> None:
+    def _judge(self, done: list[Blow], after: After, lost: int, worst: str) -> None:
         """Hold what happened against what the kinds allow."""
         name = ", ".join(f"fault {fault.number} ({fault.kind})" for fault, _, _ in done)
         allowed = {"none": 0, "signal": 0, "kill": PERIOD + IN_FLIGHT * after.saving,

@@ -1,4 +1,4 @@
-"""The faults of the soak: one small function each, and the table of what may be lost by it.
+"""The faults of the soak: one small function each (the table is ``chaos_kinds``).
 
 A function does one thing to a running training and returns who suffered it. What comes after (the requeue, the next
 attempt) is the scene's to wait for.
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.chaos_plan import Fault
@@ -114,9 +113,11 @@ def to_process(word: str, number: signal.Signals = signal.SIGKILL) -> Callable:
         pids = scene.processes(word)
         if not pids:
             raise Missed
-        victim = pids[int(fault.share * len(pids))]
+        # of the two processes of an srun the first does the work
+        victim = pids[0 if word == "srun" else int(fault.share * len(pids))]
+        line = Path(f"/proc/{victim}/cmdline").read_text().strip("\0")
         scene.kill(victim, number=number)
-        return f"{word} ({1 + pids.index(victim)} of {len(pids)})"
+        return line if word == "slurmstepd:" else word
     return strike
 
 
@@ -275,74 +276,3 @@ def _waits(pid: int, number: int) -> bool:
     except OSError:
         return True
     return bool(int(lines["ShdPnd"], 16) & 1 << (number - 1))
-
-
-@dataclass(frozen=True)
-class Kind:
-    """``lost``: whose measure the steps lost fall under: ``signal`` none may be lost, ``kill`` those since the last
-    checkpoint, ``damage`` those since the one before. ``restarts``: another attempt must follow. ``causes``: how the
-    attempt may end in the record. ``ends``: SLURM may drop the job, so that somebody has to submit again."""
-
-    strike: Callable[[Scene, Fault], str]
-    lost: str
-    restarts: bool = True
-    causes: tuple[str, ...] = ()
-    ends: bool = False
-
-
-STOPS = ("stopped", "preempted", "timeout")
-CRASHES = ("error", "killed", "lost", "node_fail", "hang")
-TERM, USR1, USR2 = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2
-
-KINDS: dict[str, Kind] = {
-    "TERM to one rank": Kind(to_one(TERM), "signal", causes=STOPS),
-    "USR1 to one rank": Kind(to_one(USR1), "signal", causes=STOPS),
-    "USR2 to one rank": Kind(to_one(USR2), "signal", causes=STOPS),
-    "TERM to all ranks": Kind(to_all(TERM), "signal", causes=STOPS),
-    "USR1 to all ranks": Kind(to_all(USR1), "signal", causes=STOPS),
-    "USR2 to all ranks": Kind(to_all(USR2), "signal", causes=STOPS),
-    "TERM to one rank, twice": Kind(to_one(TERM, 2), "signal", causes=STOPS),
-    "USR2 to all ranks, twice": Kind(to_all(USR2, 2), "signal", causes=STOPS),
-    "TERM during a save": Kind(in_a_save(to_one(TERM)), "signal", causes=STOPS),
-    "preemption": Kind(preemption, "signal", causes=STOPS),
-    "requeue": Kind(requeue, "signal", causes=STOPS),
-    "walltime": Kind(walltime, "signal", causes=STOPS),
-    "node down": Kind(node_down, "kill", causes=STOPS + CRASHES),
-    "KILL of one rank": Kind(to_one(signal.SIGKILL), "kill", causes=CRASHES),
-    "KILL of rank 0": Kind(to_rank_zero, "kill", causes=CRASHES),
-    "KILL of all ranks": Kind(to_all(signal.SIGKILL), "kill", causes=CRASHES),
-    "STOP of one rank": Kind(to_one(signal.SIGSTOP), "kill", causes=("hang",)),
-    "KILL during a save": Kind(in_a_save(to_one(signal.SIGKILL)), "kill", causes=CRASHES),
-    "TERM to srun": Kind(to_process("srun", TERM), "signal", causes=STOPS),
-    "TERM to the batch script": Kind(to_process("slurm_script", TERM), "signal", causes=STOPS, ends=True),
-    "KILL of srun": Kind(to_process("srun"), "kill", causes=STOPS + CRASHES),
-    "KILL of the batch script": Kind(to_process("slurm_script"), "kill", causes=STOPS + CRASHES, ends=True),
-    "KILL of slurmstepd": Kind(to_process("slurmstepd:"), "kill", causes=STOPS + CRASHES, ends=True),
-    "KILL of one rank in the start": Kind(in_the_start(to_one(signal.SIGKILL)), "signal", causes=CRASHES),
-    "TERM to all ranks in the start": Kind(in_the_start(to_all(TERM)), "signal", causes=STOPS),
-    "a rank left over in the start": Kind(in_the_start(stranger), "none", restarts=False),
-    "flipped bit": Kind(flip, "damage", restarts=False),
-    "truncated part": Kind(truncate, "damage", restarts=False),
-    "no manifest": Kind(no_manifest, "damage", restarts=False),
-    "half-written save": Kind(half_written, "none", restarts=False),
-    "full disk": Kind(full_disk, "disk", restarts=False, causes=CRASHES, ends=True),
-    "STOP and CONT of all ranks": Kind(stop_and_continue, "none", restarts=False),
-    "KILL of slurmd": Kind(slurmd, "none", restarts=False),
-    "KILL of slurmctld": Kind(slurmctld, "none", restarts=False),
-    "a second job": Kind(second_job, "none", restarts=False),
-}
-
-ALONE = [(kind,) for kind, about in KINDS.items() if about.lost != "damage" and "in the start" not in kind]
-TOGETHER = [
-    ("flipped bit", "KILL of all ranks"),
-    ("truncated part", "KILL of one rank"),
-    ("no manifest", "KILL of one rank"),
-    ("half-written save", "KILL of rank 0"),
-    ("TERM to one rank", "KILL of one rank in the start"),
-    ("requeue", "TERM to all ranks in the start"),
-    ("USR1 to all ranks", "a rank left over in the start"),
-]
-OFTEN = [(kind,) for kind in ("STOP and CONT of all ranks", "KILL of slurmd", "KILL of slurmctld", "half-written save",
-                              "STOP and CONT of all ranks", "KILL of slurmd")]
-"""What needs no restart comes more than once per cycle."""
-BOUTS: list[tuple[str, ...]] = ALONE + TOGETHER + OFTEN

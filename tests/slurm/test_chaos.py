@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from benchmarks import chaos, chaos_plan
-from benchmarks.chaos_faults import BOUTS, KINDS
+from benchmarks.chaos_kinds import BOUTS, KINDS
 from benchmarks.chaos_scene import After, Before, Trainer
 from hpcssl.files import RunDir
 from slurm import script
