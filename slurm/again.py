@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 from hpcssl.errors import EXIT_DONE
 from hpcssl.files import RunDir
@@ -30,8 +31,12 @@ def after_stop(run: RunDir, what: str, attempt: dict, signals: list[str]) -> Req
         cause = "cancelled" if records.cancelled(run, job) else _noted(run, attempt) or "stopped"
         # the supervisor starts the next attempt when all have left with 75
         return Requeue(cause, "the job was cancelled" if cause == "cancelled" else None)
-    now = sched.ask_quietly(job)
-    cause = explain(run, what, attempt, now, signals)
+    for patience_s in (0, 1):  # the signal may be faster than what SLURM says of it (seen without a grace time)
+        time.sleep(patience_s)
+        now = sched.ask_quietly(job)
+        cause = explain(run, what, attempt, now, signals)
+        if cause != "stopped":
+            break
     return Requeue(cause, ask(run, what, attempt, now, cause))
 
 

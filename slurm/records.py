@@ -68,8 +68,7 @@ def submitted(run: RunDir) -> dict[str, Job]:
 
 def successor(run: RunDir, job: Job) -> Job | None:
     """The job that took over from this one."""
-    newest = submitted(run).get(job.what)
-    return newest if newest is not None and newest.follows == job.job else None
+    return next((other for other in every(run) if other.follows == job.job and other.what == job.what), None)
 
 
 def of(run: RunDir, event: str, job: str) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,7 +37,7 @@ STAND_IN = '''
 import json, os, time
 from hpcssl.files import append_line, atomic_write
 
-def train(run, *, stop, requeue, attempt):
+def train(run, *, stop, requeue, attempt, **_):
     told = json.loads((run.root / "told.json").read_text())
     rank = int(os.environ.get("RANK", "0"))
     state = run.root / f"state-{rank}"
@@ -135,3 +136,116 @@ def digits(tmp_path_factory) -> Path:
     if not root.exists():
         subprocess.run([sys.executable, "-m", "data_prep", "digits", str(root)], check=True, capture_output=True)
     return root
+
+
+class Runner:
+    """A job of the stand-in on SLURM or on this machine: the same scenario is played on both."""
+
+    def __init__(self, cluster: loopback.Cluster | None):
+        self.cluster, self.run, self.job = cluster, None, ""
+
+    def submit(self, run, what: str = "train", **sbatch) -> str:
+        from slurm import local, script
+        from slurm.cluster import Profile
+
+        self.run, options = run, {"ntasks-per-node": "2", **sbatch}
+        if self.cluster is None:
+            self.job = local.launch(run, {what: options})[0].job
+        else:
+            self.job = script.submit(run, what, {"nodes": "2", **options, "ntasks-per-node": "1"}, Profile())
+        return self.job
+
+    @property
+    def causes(self) -> list[str | None]:
+        from slurm import attempts
+
+        return [a.cause for a in attempts.history(self.run)]
+
+    @property
+    def step(self) -> int:
+        from slurm import attempts
+
+        return attempts.reached(self.run)
+
+    @property
+    def tasks(self) -> dict[int, int]:
+        return loopback.tasks_of(self.job)
+
+    def signal(self, who: int | str, *numbers: int) -> None:
+        """To one rank, to ``all``, or to another process of the job: ``batch``, ``srun``, ``supervisor``,
+        ``controller``."""
+        pids = list(self.tasks.values()) if who == "all" else [self.tasks[who]] if isinstance(who, int) else \
+            [self._other(who)]
+        for number in numbers:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _other(self, who: str) -> int:
+        from slurm import local, procs, records
+
+        if self.cluster is None:
+            leader = local.supervisor(self.run, records.submitted(self.run)["train"])["pid"]
+            if who == "supervisor":
+                return leader
+            return next(p.pid for p in procs.session(leader) if b"submitit.local._local" in _command(p.pid))
+        mark = {"batch": b"/slurm_script", "srun": b"srun"}[who]
+        mine = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()
+                and procs.environment(int(p.name)).get("SLURM_JOB_ID") == self.job
+                and any(word.endswith(mark) for word in _command(int(p.name))[:2])]
+        return min(mine)  # srun has a helper process
+
+    def until(self, true, what: str, seconds: float = 60) -> None:
+        """Wait, and let requeued jobs go on without SLURM's two minutes of waiting."""
+        from slurm import records
+
+        limit = time.monotonic() + seconds
+        while not true():
+            over = time.monotonic() > limit or records.of(self.run, "ended", self.job)
+            assert not over or true(), f"no {what} within {seconds} s: {self.causes}" + self._story()
+            if self.cluster is not None:
+                self._push()
+            time.sleep(0.1)
+
+    def _push(self) -> None:
+        for line in self.cluster("squeue", "-h", "-t", "PD", "-o", "%i %r").splitlines():
+            job, reason = line.split(maxsplit=1)
+            if reason == "BeginTime":  # a node that has just ended a job refuses to start it: "already killed"
+                time.sleep(2)
+                self.cluster("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+    def reach(self, step: int) -> None:
+        self.until(lambda: self.step >= step, f"step {step}")
+
+    def end(self) -> str:
+        """Wait for the end of the run's job, whatever its number is then; its state."""
+        from slurm import records, watch
+
+        found = []
+
+        def ended() -> bool:
+            state = watch.state_of(self.run, records.submitted(self.run)["train"])
+            found[:] = [state.name]
+            return not state.live
+        self.until(ended, "end", 180)
+        return found[0]
+
+    def _story(self) -> str:
+        return "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(self.run.logs.glob("*.[oel][ur][tgr]")))
+
+
+def _command(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+@pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slurm)])
+def runner(request) -> Runner:
+    return Runner(request.getfixturevalue("cluster") if request.param == "slurm" else None)
+
+
+@pytest.fixture
+def on_slurm(cluster) -> Runner:
+    return Runner(cluster)
