@@ -123,3 +123,14 @@ def test_peek_knows_the_size_of_a_jpeg_and_says_when_it_does_not(picture, encode
     assert peek(data) == (33, 17)
     for other in (encode(picture(1), "PNG"), b"", b"\xff\xd8\xff", data[:30]):
         assert peek(other) == (0, 0)
+
+
+@pytest.mark.parametrize("kind, options", [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_what_moves_gives_its_first_picture(picture, kind, options):
+    frames = [Image.fromarray(picture(i, 20, 24)).quantize(16).convert("RGB") for i in (1, 2, 3)]
+    out = io.BytesIO()
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(out.getvalue())).n_frames == 3
+    np.testing.assert_array_equal(decode(out.getvalue()), np.asarray(frames[0]))
+    with pytest.raises(Damaged):
+        decode(out.getvalue()[:60])

@@ -266,13 +266,14 @@ def test_a_command_runs_only_where_it_was_allowed(many, tmp_path):
 
 
 def test_the_permission_is_for_one_text_and_the_last_one(tmp_path):
-    from slurm import records
+    from slurm import options, records
 
     run = RunDir(tmp_path)
     assert records.allowed_pipe(run) == ""
     records.allow_pipe(run, "pipe:a {}")
     records.allow_pipe(run, "pipe:b {}")
     assert records.allowed_pipe(run) == "pipe:b {}" and records.submitted(run) == {}
+    assert options.split(["digits_msf", "--allow-pipe", "--nodes", "2"]).ours == ["digits_msf", "--allow-pipe"]
 
 
 MISTAKES = {
@@ -280,16 +281,16 @@ MISTAKES = {
     "empty folder": (["data.train={tmp}/empty"], r"got no index.json \(it holds nothing\)"),
     "the folder above": (["data.train={tmp}/above"], r"OUT/train and OUT/val are the folders to name"),
     "a server without an index": (["data.train=file://{tmp}/empty", "data.stage={tmp}/s"],
-        r"index.json of file://.*empty"),
+                                  r"index.json of file://.*empty"),
     "a misspelt scheme": (["data.train=htps://host/x", "data.stage={tmp}/s"],
-        r"data.train: got 'htps://host/x' \(htps\)"),
+                          r"data.train: got 'htps://host/x' \(htps\)"),
     "nowhere to put it": (["data.train=https://host/x"], r"data.stage: got no folder, with data.train at an address"),
     "a password": (["data.train=https://ann:pw@host/x", "data.stage=/tmp"], r"a user name or a password.*netrc"),
     "a limit for a folder": (["data.train={many}", "data.stage_gb=3"],
-        r"data.stage_gb: got 3 with data.train in a folder"),
+                             r"data.stage_gb: got 3 with data.train in a folder"),
     "a typo": (["data.train={many}", "data.verfy=sha256"], r"unknown key 'verfy'.*did you mean 'verify'"),
     "another check": (["data.train={many}", "data.verify=md5"],
-        r"data.verify: got 'md5'; expected one of sizes, sha256"),
+                      r"data.verify: got 'md5'; expected one of sizes, sha256"),
     "no tries": (["data.train={many}", "data.tries=0"], r"data.tries: got 0"),
     "val without a place": (["data.train={many}", "data.val=http://x/y"], r"data.stage: got no folder, with data.val"),
     "a command for val": (["data.train={many}", "data.val=pipe:x {{}}", "data.stage=/tmp"], r"data.val: got .*another"),
