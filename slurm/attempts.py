@@ -78,7 +78,7 @@ def history(run: RunDir, what: str = records.TRAIN) -> list[Attempt]:
                                     time=began if isinstance(began, float) else 0.0)
         elif number in found and number >= begun:
             before, cause = found[number], _cause(line)
-            if before.crashed and (cause not in BETTER or BETTER.index(cause) <= BETTER.index(before.cause)):
+            if before.cause in BETTER and (cause not in BETTER or BETTER.index(cause) <= BETTER.index(before.cause)):
                 continue
             found[number] = replace(before, cause=cause, last_step=line.get("last_step", before.last_step),
                                     error=line.get("why") or ", ".join(line.get("signals", [])) or before.error)

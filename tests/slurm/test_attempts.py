@@ -4,7 +4,7 @@ import pytest
 
 from hpcssl.files import RunDir, append_line, read_lines
 from hpcssl.signals import StopFlag
-from slurm import after, attempts, job, records
+from slurm import after, again, attempts, job, records, sched, successor
 
 
 @pytest.fixture
@@ -32,6 +32,13 @@ def lived(run, *ends):
     ([("done", 0, 9)], False),
     ([("cancelled", 0, 9)], False),
     ([("error", 0, 5), (None, 5, 5), ("error", 5, 5)], True),
+    ([("hang", 0, 5)], True),
+    ([("hang", 0, 5), ("hang", 0, 5)], False),
+    ([("killed", 0, 5), ("hang", 0, 5)], False),
+    *[([("error", 0, 5), (free, 5, 5), ("hang", 5, 5)], True)
+      for free in ("timeout", "preempted", "node_fail", "stopped", "interrupted", "lost")],
+    ([("node_fail", 0, 5)] * 9, True),
+    ([("timeout", 5, 5)] * 9, True),
 ])
 def test_two_crashes_in_a_row_at_the_same_step_end_the_asking(run, ends, again):
     lived(run, *ends)
@@ -67,6 +74,97 @@ def test_the_first_word_on_a_crash_stands(run):
     attempts.end(run, "train", {"attempt": 1}, "error", "rank 3: connection closed by peer")
     append_line(run.attempts, {"attempt": 1, "event": "end", "cause": "stopped", "last_step": 5})
     assert (attempts.history(run)[0].cause, attempts.history(run)[0].error) == ("error", "")
+
+
+@pytest.mark.parametrize(("words", "stands"), [
+    (["error", "killed"], "killed"), (["killed", "error"], "killed"), (["error", "hang", "error"], "hang"),
+    (["killed", "node_fail", "error"], "node_fail"), (["stopped", "killed"], "killed"), (["error", "done"], "error")])
+def test_what_is_known_better_later_stands(run, words, stands):
+    lived(run, (words[0], 0, 5))
+    for word in words[1:]:
+        attempts.end(run, "train", {"attempt": 1}, word)
+    assert [a.cause for a in attempts.history(run)] == [stands]
+
+
+def test_nothing_that_is_left_over_changes_an_earlier_attempt(run):
+    lived(run, ("preempted", 0, 5), (None, 5, None))
+    attempts.end(run, "train", {"attempt": 1}, "killed", "late")
+    assert [a.cause for a in attempts.history(run)] == ["preempted", None]
+    # but who was refused, because an earlier attempt lives, has never begun: the earlier one may still end
+    attempts.end(run, "train", {"attempt": 3, "job": "8", "restart": 0}, "error", "a running writer")
+    attempts.end(run, "train", {"attempt": 2}, "timeout")
+    assert [a.cause for a in attempts.history(run)] == ["preempted", "timeout", "error"]
+
+
+@pytest.fixture
+def slurm_says(monkeypatch):
+    """What SLURM answers about job 7, and whether it requeues it."""
+    asked = []
+
+    def says(**state):
+        monkeypatch.setattr(again.sched, "ask_quietly", lambda job, cluster=None: sched.State(**state))
+        monkeypatch.setattr(again.sched, "requeue", asked.append)
+        monkeypatch.setattr(again.time, "sleep", lambda seconds: None)
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+        monkeypatch.delenv("HPCSSL_LOCAL_JOB", raising=False)
+        return asked
+    return says
+
+
+MINE = {"attempt": 1, "job": "7", "restart": 0}
+
+
+@pytest.mark.parametrize(("state", "signals", "cause", "asks"), [
+    ({"name": "RUNNING"}, ["SIGTERM"], "stopped", 1),
+    ({"name": "RUNNING", "left_s": 200}, ["SIGUSR2"], "timeout", 1),
+    ({"name": "RUNNING", "left_s": 200}, ["SIGTERM"], "stopped", 1),
+    ({"name": "RUNNING", "left_s": 4000}, ["SIGUSR2"], "stopped", 1),
+    ({"name": "RUNNING", "preempted": True, "left_s": 20}, ["SIGUSR2"], "preempted", 1),
+    ({"name": "COMPLETING"}, ["SIGTERM"], "cancelled", 0),
+    ({"name": "COMPLETING", "restarts": 1}, ["SIGTERM"], "preempted", 0),  # SLURM has done it
+    ({"name": "COMPLETING", "restarts": 1, "nodes": 1}, ["SIGTERM"], "node_fail", 0),
+    ({"name": "RUNNING", "restarts": 1}, ["SIGTERM"], "preempted", 0),  # left over: the next attempt runs already
+])
+def test_who_asks_for_the_next_attempt(run, slurm_says, state, signals, cause, asks):
+    asked = slurm_says(**state)
+    answer = again.after_stop(run, "train", MINE, signals)
+    assert answer.cause == cause and len(asked) == asks
+    assert (answer.refused is None) is (cause != "cancelled")
+
+
+def test_whoever_sent_the_signal_says_why_but_slurm_knows_of_a_cancel(run, slurm_says):
+    records.note(run, "signal", "7", attempt=1, cause="preempted")
+    slurm_says(name="RUNNING")
+    assert again.after_stop(run, "train", MINE, ["SIGTERM"]).cause == "preempted"
+    assert again.after_stop(run, "train", MINE | {"attempt": 2}, ["SIGTERM"]).cause == "stopped"
+    slurm_says(name="COMPLETING")
+    assert again.after_stop(run, "train", MINE, ["SIGTERM"]).cause == "cancelled"
+
+
+def test_a_lost_node_is_written_down_by_the_next_attempt(run, slurm_says, monkeypatch):
+    monkeypatch.delenv("HPCSSL_LOCAL_JOB", raising=False)
+    records.note(run, "submit", "7", what="train", kind="slurm", options={})
+    append_line(run.attempts, {**MINE, "event": "start", "first_step": 0, "host": "n[1-2]", "time": 5.0})
+    attempts.end(run, "train", MINE, "error", "connection closed by peer")
+    monkeypatch.setattr(again.sched, "lost_nodes", lambda nodes, since: ["n2"] * ((nodes, since) == ("n[1-2]", 5.0)))
+    again.explain_before(run, "train", MINE | {"attempt": 2, "job": "8"})  # of another job: none of its business
+    assert attempts.history(run)[0].cause == "error"
+    again.explain_before(run, "train", MINE | {"attempt": 2, "restart": 1})
+    assert (attempts.history(run)[0].cause, attempts.history(run)[0].error) == ("node_fail", "lost n2")
+
+
+def test_dependants_move_to_the_successor(monkeypatch):
+    waits = ("13|afterok:12(unfulfilled)\n14|afterany:12(unfulfilled)\n15|afterok:112(unfulfilled)\n"
+             "16|afterok:11:12:13(unfulfilled),afternotok:12(unfulfilled)\n17|(null)\n20|afterany:12(unfulfilled)\n")
+    said = []
+
+    def call(program, *words, cluster=None):
+        said.extend([words[1:]] if program == "scontrol" else [])
+        return sched.subprocess.CompletedProcess([], 0, waits, "")
+    monkeypatch.setattr(successor.sched, "call", call)
+    assert successor.relink("12", "20") == ["13", "14", "16"]
+    assert said == [("jobid=13", "dependency=afterok:20"), ("jobid=14", "dependency=afterany:20"),
+                    ("jobid=16", "dependency=afterok:11:20:13,afternotok:20")]
 
 
 @pytest.mark.parametrize(("what", "signal", "cause"), [

@@ -23,6 +23,7 @@ def told(run, **values):
 # -- the same on both -----------------------------------------------------------------------------------------------
 
 
+@full
 def test_preempted_and_cancelled_by_hand(runner, stand_in):
     run = stand_in(steps=100_000)
     runner.submit(run)

@@ -80,6 +80,7 @@ def causes(run):
     return [a.cause for a in attempts.history(run)]
 
 
+@pytest.mark.full
 def test_the_end_of_the_time_changes_nothing(cluster, submit_msf, undisturbed):
     run, jobs = submit_msf("--time", "1")
     cluster.until(pushed(cluster, jobs["train"], training(run, 3)), "step 3", 120)
@@ -91,7 +92,7 @@ def test_the_end_of_the_time_changes_nothing(cluster, submit_msf, undisturbed):
     cluster.until(lambda: all(pending(p.pid, signal.SIGUSR2) for p in held), "warning of the time limit", 70)
     procs.send(held, signal.SIGCONT)
     ends(cluster, jobs["train"])
-    assert set(causes(run)[:-1]) == {"stopped"}
+    assert set(causes(run)[:-1]) == {"timeout"}
     assert causes(run)[-1] == "done"
     assert attempts.history(run)[0].error == "SIGUSR2"
     ends(cluster, undisturbed[1]["train"])
@@ -111,7 +112,7 @@ def test_a_preemption_changes_nothing_and_evaluations_run_once(cluster, submit_m
         assert cluster.field(jobs[job], "JobState") == "PENDING"
     ends(cluster, jobs["train"])
     assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["stopped", "done"]
+    assert causes(run) == ["preempted", "done"]
     assert attempts.history(run)[0].error == "SIGTERM"
     assert cluster.field(jobs["train"], "Restarts") == "1"
     for job in chained:
@@ -147,7 +148,7 @@ def test_preempt_and_cancel_by_hand(cluster, stand_in):
     assert sorted(p["RANK"] for p in places if p["attempt"] == 2) == ["0", "1", "2", "3"]
     assert control.cancel(run) == [job, child]
     ends(cluster, job, "CANCELLED")
-    assert causes(run) == ["stopped", "stopped"]
+    assert causes(run) == ["preempted", "cancelled"]
     assert [x["answer"] for x in read_lines(run.root / "answers.jsonl")] == [None, "the job was cancelled"]
 
 
@@ -158,11 +159,13 @@ def test_a_plain_scancel_is_not_brought_back_to_life(cluster, stand_in):
     cluster("scancel", job)
     ends(cluster, job, "CANCELLED")
     ends(cluster, child, "CANCELLED")
-    assert "already ending" in read_lines(run.root / "answers.jsonl")[0]["answer"]
+    assert causes(run) == ["cancelled"] and "last=cancelled" in watch.report(run).line()
+    assert read_lines(run.root / "answers.jsonl") == [{"answer": "the job was cancelled"}]
     assert "submit again" in watch.report(run).note
     assert not submit._living(run)
 
 
+@pytest.mark.full
 def test_a_killed_task_is_requeued_by_the_batch_script(cluster, stand_in):
     run = stand_in(steps=60)
     job, child = by_stand_in(run, ["knn"])
@@ -200,7 +203,7 @@ def test_a_partition_that_cancels_what_it_preempts_loses_nothing(cluster, stand_
     cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
     ends(cluster, job)
     ends(cluster, child)
-    assert causes(run) == ["stopped", "done"]
+    assert causes(run) == ["preempted", "done"]
     assert cluster.field(job, "Restarts") == "1"
     for what in ("knn@10", "knn@80"):
         ends(cluster, records.submitted(run)[what].job)
