@@ -1,9 +1,10 @@
 """Lives of a run folder that end at a chosen file operation, all from one process that imported torch once.
 
-``python lives.py ROOT WORLD EVERY POWER`` forks the ranks of one life after another. Rank ``n mod WORLD`` kills itself
-before its k-th file operation, or in the middle of it where it is a write, for every EVERY-th k. POWER 1: the machine
-dies with it, and takes along whatever was not fsynced: bytes of files, and names in folders. What a new life finds, and
-whether it ends as an undisturbed one does, is judged here; a line of JSON per life says what was wrong with it.
+``python lives.py ROOT WORLD FIRST EVERY POWER`` forks the ranks of one life after another. Each rank in turn kills
+itself before its k-th file operation, or in the middle of it where it is a write, for every EVERY-th k from FIRST on.
+POWER 1: the machine dies with it, and takes along whatever was not fsynced: bytes of files, and names in folders. What
+a new life finds, and whether it ends as an undisturbed one does, is judged here; a line of JSON per life says what was
+wrong.
 """
 
 import json
@@ -14,12 +15,12 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 
 from hpcssl import files
-from hpcssl.errors import HpcsslError
 from hpcssl.files import LineFile, RunDir, append_line, atomic_write, read_lines
 from hpcssl.journal import cut_back, set_up_logging
 from hpcssl.train.checkpoint import Rows, State, Store, digest_of, folders, newest_valid
@@ -87,9 +88,9 @@ class Deadly:
     def forget(self):
         for name, honest in self.os.items():
             setattr(os, name, honest)
-        for path in self.dirty:
+        for path, safe in self.dirty.items():
             if os.path.isfile(path):
-                os.truncate(path, os.path.getsize(path) // 2)
+                os.truncate(path, max(safe, os.path.getsize(path) // 2))
         for undone in self.undo.values():
             for back in reversed(undone):
                 back()
@@ -101,8 +102,8 @@ class Deadly:
         self.undo.pop(self.paths.get(fd), None)
 
     def write(self, fd, body):
-        self.due(lambda: self.os["write"](fd, body[:len(body) // 2]))
-        self.dirty[self.paths.get(fd, "")] = True
+        self.due(lambda: self.os["write"](fd, body[:len(body) // 2]))  # these bytes reach the disk, or half of the file
+        self.dirty.setdefault(self.paths.get(fd, ""), os.fstat(fd).st_size)
         return self.os["write"](fd, body)
 
     def pwrite(self, fd, body, at):
@@ -120,7 +121,7 @@ class Deadly:
         class Counted:
             def write(self, body):
                 deadly.due(lambda: (honest(body[:len(body) // 2]), file.flush()))
-                deadly.dirty[os.fspath(path)] = True
+                deadly.dirty[os.fspath(path)] = 0
                 return honest(body)
 
             def __enter__(self):
@@ -169,6 +170,7 @@ def life(run, world, told):
         atomic_write(run.done, "{}")
         lock.release()
     world.barrier()
+    world.close()
 
 
 def ranks(run, size, shared, victim=-1, k=0, power=False):
@@ -183,7 +185,6 @@ def ranks(run, size, shared, victim=-1, k=0, power=False):
             continue
         code = 1
         try:
-            os.setpgid(0, pids[0] if rank else 0)
             if size > 1:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                                   MASTER_PORT=str(port), HPCSSL_TOKEN=f"life-{port}")
@@ -196,8 +197,8 @@ def ranks(run, size, shared, victim=-1, k=0, power=False):
                     shared[:4] = struct.pack("i", step)
             life(run, world, told)
             code = 0
-        except HpcsslError as error:
-            print(error, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     codes = {}
@@ -224,7 +225,7 @@ def judge(run, shared, digest, size):
     known = {line["step"] for line in read_lines(run.journal)}
     if not known >= set(range(1, step + 1)):
         return f"the journal of step {step} holds {sorted(known)}"
-    if codes := ranks(run, size, shared) != [0] * size:
+    if (codes := ranks(run, size, shared)) != [0] * size:
         return f"the next life ended with {codes}"
     if (ours := digest_of(run)) != digest:
         return f"digest {ours[:8]}, not {digest[:8]}"
@@ -235,14 +236,14 @@ def judge(run, shared, digest, size):
     return "" if steps == list(range(1, STEPS + 1)) else f"the journal holds {steps}"
 
 
-def main(root, size, every, power):
+def main(root, size, first, every, power):
     set_up_logging(1)  # of rank 0 too, warnings alone
     shared = mmap.mmap(-1, 4 + 4 * size)
     whole = RunDir(root / "whole")
     assert ranks(whole, size, shared) == [0] * size
     digest, counts = digest_of(whole), struct.unpack(f"{size}i", shared[4:])
     for victim in range(size):
-        for k in range(1, counts[victim] + 1, every):
+        for k in range(first, counts[victim] + 1, every):
             run = RunDir(root / f"{victim}-{k}")
             shared[:4] = struct.pack("i", 0)
             codes = ranks(run, size, shared, victim, k, power)

@@ -19,25 +19,22 @@ from hpcssl.train.checkpoint import MANIFEST, Rows, State, Store, folders, newes
 from hpcssl.train.lock import RunLock
 from hpcssl.world import World
 
+EACH = [(world, k, every, power) for world, every in ((1, 2), (2, 6)) for k in range(1, every + 1) for power in (0, 1)]
 
-@pytest.mark.parametrize(("world", "every", "power"), [
-    (1, 9, 1),
-    pytest.param(1, 1, 0, marks=pytest.mark.full),
-    pytest.param(1, 1, 1, marks=pytest.mark.full),
-    pytest.param(2, 1, 0, marks=pytest.mark.full),
-    pytest.param(2, 1, 1, marks=pytest.mark.full),
-])
-def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path, world, every, power):
+
+@pytest.mark.parametrize(("world", "first", "every", "power"), [
+    (1, 5, 10, 1), (2, 40, 60, 0), *(pytest.param(*case, marks=pytest.mark.full) for case in EACH)])
+def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path, world, first, every, power):
     """A new life finds the checkpoint that was last reported durable, or the next; it clears up and ends alike."""
-    done = subprocess.run([sys.executable, str(Path(__file__).with_name("lives.py")), str(tmp_path), str(world),
-                           str(every), str(power)], text=True, capture_output=True, timeout=560,
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("lives.py")), str(tmp_path),
+                           *map(str, (world, first, every, power))], text=True, capture_output=True, timeout=560,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])})
     assert done.returncode == 0, done.stderr[-2000:]
     lives = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lives) >= 100 // every and {life["rank"] for life in lives} == set(range(world))
+    assert len(lives) >= 100 // every
     assert not [life for life in lives if life["why"]], done.stderr[-2000:]
     # of two ranks, whoever is first makes the folder: the other has fewer operations than when they were counted
-    assert sum(life["killed"] for life in lives) >= 0.95 * len(lives)
+    assert sum(life["killed"] for life in lives) >= 0.9 * len(lives)
 
 
 def state(step, size=300):
