@@ -7,6 +7,7 @@ for the job's success must start only when there was success.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 
@@ -36,7 +37,7 @@ def settle(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     if code == EXIT_STOPPED and mine and not mine[0].crashed:
         return code, False
     now = sched.ask_quietly(attempt["job"])
-    cause = again.explain(run, what, attempt, now, [])
+    cause = again.explain(run, what, attempt, now, [signal.Signals(code - 128).name] if code in BY_SIGNAL else [])
     if cause != "stopped" or (code in BY_SIGNAL and not mine):
         if not mine or cause == "node_fail":
             attempts.end(run, what, attempt, cause, f"its step ended with exit code {code}")

@@ -22,6 +22,9 @@ DISABLED = "Requested operation is presently disabled"
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
         "SPECIAL_EXIT", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 
+HELD = ("RUNNING", "SUSPENDED", "CONFIGURING", "SIGNALING", "RESIZING", "STOPPED", "UNKNOWN")
+"""States of a job that goes on; SIGNALING shows for a moment when a signal was sent (measured)."""
+
 MENDS = {
     "launch failed requeued held": "a node could not start the step: look at the node, then `scontrol release {job}`",
     "job requeued in held state": "look at the logs, then `scontrol release {job}`",
@@ -61,8 +64,8 @@ class State:
 
     @property
     def ending(self) -> bool:
-        """Whether SLURM has begun to end it."""
-        return self.name not in ("RUNNING", "SUSPENDED", "UNKNOWN")
+        """Whether SLURM has begun to end it, or has done so."""
+        return self.name not in HELD
 
 
 def installed() -> bool:

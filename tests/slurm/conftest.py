@@ -155,6 +155,16 @@ class Runner:
             self.job = script.submit(run, what, {"nodes": "2", **options, "ntasks-per-node": "1"}, Profile())
         return self.job
 
+    def submit_training(self, run, *words: str) -> None:
+        """A real training of two ranks, by the command line."""
+        from slurm import records
+
+        size = ["--local", "--ntasks-per-node=2"] if self.cluster is None else ["-N2", "--ntasks-per-node=1"]
+        done = subprocess.run([sys.executable, "-m", "slurm", "digits_msf", "--run", str(run.root), *size, *words],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.run, self.job = run, records.submitted(run)["train"].job
+
     @property
     def causes(self) -> list[str | None]:
         from slurm import attempts
@@ -239,6 +249,11 @@ def _command(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return []
+
+
+@pytest.fixture(scope="session")
+def make_runner():
+    return Runner
 
 
 @pytest.fixture(params=["local", pytest.param("slurm", marks=pytest.mark.slurm)])

@@ -59,6 +59,7 @@ SAID = "Requeue=1 Restarts=0 NumNodes=2"
     ("COMPLETING", "Reason=NodeDown Requeue=0 Restarts=0 NumNodes=1 PreemptTime=None", "node_fail"),
     ("COMPLETING", SAID + " RunTime=00:01:01 TimeLimit=00:01:00 PreemptTime=None", "timeout"),
     ("RUNNING", SAID + " RunTime=00:00:41 TimeLimit=00:01:00 PreemptTime=None", None),
+    ("SIGNALING", SAID + " PreemptTime=None", None),
 ])
 def test_why_slurm_ends_a_job_is_read_from_its_own_words(state, fields, cause):
     now = sched.parse("12", f"JobId=12 JobState={state} {fields}\n")
