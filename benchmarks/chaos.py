@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +80,14 @@ class Report:
     def surprise(self, sentence: str) -> None:
         self.surprises.append(sentence)
         say(f"  SURPRISE: {sentence}")
+
+
+def _row(blow: Blow, before: int, after: int | None, lost: int = 0, measure: str | None = None,
+         causes: Sequence[str] = ()) -> dict:
+    """One line of the log. ``causes``: how attempts ended because of this fault."""
+    fault, at, victim = blow
+    return {"fault": fault.number, "time": round(at, 1), "kind": fault.kind, "victim": victim, "step_before": before,
+            "step_after": after, "lost": lost, "measure": measure, "causes": list(causes)}
 
 
 def _of_kind(rows: list[dict]) -> dict:
@@ -180,9 +188,7 @@ class Soak:
         """The training is stuck: that is a finding. It is given up, and another one begins."""
         self.report.surprise(f"{', '.join(f'fault {f.number} ({f.kind})' for f in bout)}: {error}")
         self._stuck += 1
-        for fault, at, victim in done:
-            self.report.log.append({"fault": fault.number, "time": round(at, 1), "kind": fault.kind, "victim": victim,
-                                    "before": self.floor, "after": None, "lost": 0, "measure": None, "causes": []})
+        self.report.log += [_row(blow, self.floor, None) for blow in done]
         if self.scene is not None:
             say(self.scene.about())
             self._away()
@@ -198,15 +204,13 @@ class Soak:
                 "kill": "after_kill_in_a_save" if after.saving else "after_kill"}[worst]
         answers = [fault for fault, _, _ in done if KINDS[fault.kind].restarts] or [done[-1][0]]
         causes = list(after.causes)
-        for fault, at, victim in done:
-            last = fault is answers[-1]
+        for blow in done:
+            fault, last = blow[0], blow[0] is answers[-1]
             mine = [causes.pop(0) for _ in range(len(causes) if last else min(1, len(causes))) if fault in answers]
-            row = {"fault": fault.number, "time": round(at, 1), "kind": fault.kind, "victim": victim,
-                   "before": after.peak, "after": after.first, "lost": lost if last else 0,
-                   "measure": name if last and mine else None, "causes": mine}
+            row = _row(blow, after.peak, after.first, lost if last else 0, name if last and mine else None, mine)
             self.report.log.append(row | ({"submitted_again": after.resubmitted} if last and after.resubmitted else {}))
-            say(f"{fault.number:4d} {at:7.1f} s  {fault.kind}: {victim}; step {after.peak}, then {after.first}"
-                + (f" ({', '.join(mine)})" if mine else ""))
+            say(f"{row['fault']:4d} {row['time']:7.1f} s  {row['kind']}: {row['victim']}; step {row['step_before']}, "
+                f"then {row['step_after']}" + (f" ({', '.join(mine)})" if mine else ""))
         self._judge(done, after, lost, worst)
         self.floor = max(after.peak, after.first)
         self.report.write()
