@@ -145,7 +145,7 @@ def alone(path: Path | str, patience_s: float = 10.0) -> Iterator[None]:
     """One process at a time, for what must be read from ``path`` and then written. Who has waited too long goes on
     without: a process that has crashed must leave."""
     limit = time.monotonic() + patience_s
-    with open(path, "ab") as file:
+    with open(path, "ab", opener=_private) as file:
         while time.monotonic() < limit:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

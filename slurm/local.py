@@ -18,7 +18,7 @@ from hpcssl import config
 from hpcssl import launch as places
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, SubmitError
 from hpcssl.files import RunDir
-from slurm import procs, records, sched, shape
+from slurm import procs, records, sched, shape, trust
 from slurm.script import outside_any_job
 
 START_S = 10
@@ -36,7 +36,7 @@ def launch(run: RunDir, wanted: dict[str, dict], gpus: str | None = None) -> lis
     environ |= {"PYTHONPATH": str(run.code), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     if gpus is not None:
         environ["CUDA_VISIBLE_DEVICES"] = gpus
-    with open(run.logs / f"{base}_supervisor.log", "ab") as log:
+    with trust.ours_alone(), open(run.logs / f"{base}_supervisor.log", "ab") as log:
         process = subprocess.Popen([sys.executable, "-m", "slurm.supervise", str(run.root), base], env=environ,
                                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     found = procs.look(process.pid)

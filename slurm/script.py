@@ -15,7 +15,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from hpcssl.errors import SubmitError
 from hpcssl.files import RunDir
-from slurm import records, shape
+from slurm import records, shape, trust
 from slurm.cluster import Profile
 from slurm.job import Work
 
@@ -78,7 +78,7 @@ def submit(run: RunDir, what: str, sbatch: dict, profile: Profile, follows: str 
     profile = replace(profile, python=profile.python or sys.executable)
     batch = executor(run, what, sbatch, profile)
     try:
-        with outside_any_job():
+        with outside_any_job(), trust.ours_alone():
             job = batch.submit(Work(str(run.root), what)).job_id
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise SubmitError("sbatch", got=_reason(error), expected="a job id",

@@ -12,6 +12,7 @@ import contextlib
 import os
 import shlex
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from hpcssl.errors import SubmitError
@@ -48,6 +49,17 @@ def secure(root: Path) -> None:
         with contextlib.suppress(OSError):  # not ours: `check` says so where it matters
             close(path)
     check(root)
+
+
+@contextlib.contextmanager
+def ours_alone() -> Iterator[None]:
+    """What other programs' code writes in this block (submitit its batch script), nobody else can write."""
+    before = os.umask(OTHERS)
+    os.umask(before | OTHERS)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def close(path: Path) -> None:

@@ -184,6 +184,7 @@ def test_packaged_profiles_load_and_own_ones_win(tmp_path, monkeypatch):
 def test_text_of_a_user_stays_text_in_the_script(tmp_path):
     """bash must see words with quotes, blanks, dollars and semicolons as they were typed."""
     run = RunDir(tmp_path / "a b; touch $HOME 'x'")
+    run.code.mkdir(parents=True)
     profile = cluster.Profile(environment={"NOTE": "it's $(touch pwned); \"q\""}, python="printf")
     lines = script.text(run, "train", {"comment": "$(touch pwned)"}, profile).splitlines()
     shell = "\n".join(line for line in lines if not line.startswith("srun ")).replace("-m slurm.after", r"%s\\n")
@@ -200,7 +201,7 @@ def test_the_frozen_code_is_whole_and_wins(tmp_path):
     assert (run.code / "COMMIT").read_text().strip() == stamp == freeze.commit()
     assert (run.code / "slurm" / "clusters" / "generic.yaml").exists()
     assert (run.code / "hpcssl" / "recipes" / "digits_msf.yaml").exists()
-    assert not list(run.code.rglob("__pycache__"))
+    assert not list(run.code.rglob("*.pyc"))
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "__init__.py").write_text("raise ImportError('the current folder was imported')")
     probe = "from slurm import freeze; from hpcssl.files import RunDir; import sys; freeze.verify(RunDir(sys.argv[1]))"
