@@ -61,7 +61,6 @@ class Cache:
         whose = f"-{hashlib.sha256(owner.encode()).hexdigest()[:8]}" if limit else ""
         self.folder = own_folder(folder, f"{there.digest[:16]}-remote{whose}")
         self._locks = self.folder / "locks"
-        self._locks.mkdir(exist_ok=True)
         self._index(there, text)
         self.shards = ShardSet.open(self.folder, check_sizes=False)
         self._turn = threading.Condition()
@@ -110,21 +109,22 @@ class Cache:
     def _fetch(self, number: int) -> bool:
         """Fetch a shard; False where somebody else is about to. Raises ``DataError``."""
         shard, target = self.shards.shards[number], self.shards.path(number)
-        with _tried(self._locks / shard.name) as mine:
-            if not mine:
-                return False
-            if self.has(number):
-                return True
-            for left in self.folder.glob(f".{shard.name}.*.tmp"):  # of a process that was killed while it held the lock
-                left.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < shard.bytes:
-                raise no_room(self.folder, shard.bytes, free)
-            try:
+        try:
+            self._locks.mkdir(exist_ok=True)  # where /tmp is swept, what lies long unused goes
+            with _tried(self._locks / shard.name) as mine:
+                if not mine:
+                    return False
+                if self.has(number):
+                    return True
+                for left in self.folder.glob(f".{shard.name}.*.tmp"):  # of a process that was killed with the lock
+                    left.unlink(missing_ok=True)
+                free = shutil.disk_usage(self.folder).free
+                if free < shard.bytes:
+                    raise no_room(self.folder, shard.bytes, free)
                 self.remote.fetch(shard, target)
-            except OSError as error:
-                raise refused(self.folder, shard.bytes, error) from error
-            return True
+                return True
+        except OSError as error:
+            raise refused(self.folder, shard.bytes, error) from error
 
     def _refuse_end(self) -> None:
         if self._over:

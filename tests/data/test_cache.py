@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +191,17 @@ def test_an_index_that_was_harmed_on_the_disk_comes_again(shards, server, tmp_pa
     assert cached(server.url, tmp_path).shards.digest == shards.digest
 
 
+def test_a_folder_that_was_swept_is_filled_again_or_told(shards, server, tmp_path):
+    cache = cached(server.url, tmp_path)
+    cache.path(0)
+    shutil.rmtree(cache.folder / "locks")
+    cache.path(0).unlink()
+    assert cache.path(0).exists()
+    shutil.rmtree(cache.folder)
+    with pytest.raises(DataError, match=r"staging to .*got No such file or directory"):
+        cache.path(1)
+
+
 def test_a_set_is_described_first_and_fetched_when_it_is_read(shards, server, tmp_path):
     found = opened(server.url, stage=str(tmp_path / "disk"), key="data.val")
     assert found.digest == shards.digest and not (tmp_path / "disk").exists()
@@ -197,3 +209,5 @@ def test_a_set_is_described_first_and_fetched_when_it_is_read(shards, server, tm
     assert opened(shards.root, key="data.val").near().root == shards.root
     with pytest.raises(ConfigError, match=r"data.val: got 'pipe:cat {}', a shell command"):
         opened("pipe:cat {}", key="data.val")
+    with pytest.raises(DataError, match="got an address; expected a folder on this machine"):
+        opened(Path(server.url), key="--train")

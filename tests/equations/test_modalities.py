@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from hpcssl.errors import ConfigError, DataError
-from hpcssl.train import main, recipe
+from hpcssl.train import recipe
+from hpcssl.train.data import open_shards
 from hpcssl.train.state import method_of
 
 K, TWINS, SIZE = 3, 6, 48
@@ -72,8 +73,8 @@ def test_the_second_modality_is_embedded_by_the_second_encoder(small_training):
 def test_shards_of_one_modality_are_refused(make_shards, encode, picture, tmp_path):
     shards = make_shards(tmp_path / "one", [(f"{i}", encode(picture(i)), i % 2) for i in range(4)])
     with pytest.raises(DataError, match=r"without a second modality.*--second edges"):
-        main.open_shards(recipe.compose("digits_cmsf_cross", [f"data.train={shards.root}"]))
-    assert main.open_shards(recipe.compose("digits_msf", [f"data.train={shards.root}"])).root == shards.root
+        open_shards(recipe.compose("digits_cmsf_cross", [f"data.train={shards.root}"]))
+    assert open_shards(recipe.compose("digits_msf", [f"data.train={shards.root}"])).root == shards.root
 
 
 def test_the_second_modality_has_augmentations_of_its_own():

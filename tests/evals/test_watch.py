@@ -12,7 +12,8 @@ from hpcssl.world import World
 
 
 def recipe(train, val, **evals):
-    return SimpleNamespace(name="made up", evals=evals, data=SimpleNamespace(train=str(train), val=str(val)),
+    data = SimpleNamespace(train=str(train), val=str(val), stage="", stage_gb=0.0, stall_seconds=60.0, tries=5)
+    return SimpleNamespace(name="made up", evals=evals, data=data,
                            machine=SimpleNamespace(loader_threads=2))
 
 

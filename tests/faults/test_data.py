@@ -73,7 +73,7 @@ def serve():
 @pytest.mark.parametrize("world", [2, pytest.param(1, marks=pytest.mark.full), pytest.param(4, marks=pytest.mark.full)])
 def test_shards_of_a_bad_server_give_the_same_bits(attempt, many, serve, tmp_path, world):
     """Killed twice, on a server that stalls, cuts and lies, in a cache for a part of the set."""
-    window = ["data.window=2"]
+    window = ["data.window=2", "schedule.steps=8"]
     local = attempt(tmp_path / "local", [f"data.train={many.root}", *window], [world])
     server = serve(many.root)
     for number, kind in ((3, "cut"), (7, "other"), (11, "stall"), (20, "cut")):
@@ -81,7 +81,7 @@ def test_shards_of_a_bad_server_give_the_same_bits(attempt, many, serve, tmp_pat
     room = 16 * max(s.bytes for s in many.shards) / 1e9
     remote = attempt(tmp_path / "remote", [
         f"data.train={server.url}", f"data.stage={tmp_path}/stage", f"data.stage_gb={room}", "data.stall_seconds=0.5",
-        *window], [world], [{"kill_at": 3}, {"kill_at": 7}, {}])
+        *window], [world], [{"kill_at": 3}, {"kill_at": 6}, {}])
     assert local["done"], local["log"]
     assert remote["done"], remote["log"]
     assert [any(code == -9 for code in codes) for codes in remote["codes"]] == [True, True, False]
