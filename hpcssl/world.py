@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hpcssl import errors, launch, pulse
+from hpcssl import arrivals, errors, launch
 from hpcssl.devices import choose
 from hpcssl.errors import HpcsslError, WorldError
 from hpcssl.pulse import Pulse
@@ -279,6 +279,10 @@ class Board:
         """The texts of keys that are there."""
         return [text.decode() for text in self._store.multi_get(list(keys))]
 
+    def has(self, keys: Iterable[str]) -> bool:
+        """Whether all of them are there."""
+        return self._store.check(list(keys))
+
     def first(self, key: str, text: str) -> str:
         """Set a key unless it holds a text already; what it holds then."""
         return self._store.compare_set(key, "", text).decode()
@@ -293,10 +297,6 @@ class _GatherGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.world.part(ctx.world.sum(grad)), None
-
-
-TOKEN_KEY = "hpcssl/token"
-"""Where the store of an attempt says whose it is, under no prefix: a rank of another attempt finds it too."""
 
 
 def _hosted() -> bool:
@@ -314,37 +314,18 @@ def _prefixed(place: launch.Place, store: dist.Store) -> dist.Store:
 
 
 def _meet(place: launch.Place, timeout_s: float) -> dist.Store:
-    """The store in which this attempt's ranks meet, once all of them have come. Raises ``WorldError`` with the ranks
-    that did not, and at once where the store is another attempt's."""
-    deadline, minutes = time.monotonic() + timeout_s, f"{timeout_s / 60:.3g} minutes"
-    keeper = place.rank == 0 and _hosted()
+    """The store in which this attempt's ranks meet, once all of them have come. Raises ``WorldError``."""
+    began = time.monotonic()
     try:
-        store = _client(place, timeout_s, keeper=keeper)
+        store = _client(place, timeout_s, keeper=place.rank == 0 and _hosted())
     except dist.DistNetworkError as error:
-        if place.rank == 0 or time.monotonic() < deadline - 1:
+        if place.rank == 0 or time.monotonic() < began + timeout_s - 1:
             raise
         raise WorldError(f"rank {place.rank} of {place.size}", got=f"no rank 0 at {place.address}:{place.port} within "
-                         f"{minutes}", expected="rank 0, which all the others meet",
+                         f"{timeout_s / 60:.3g} minutes", expected="rank 0, which all the others meet",
                          mend="see the log of rank 0 and its node, and whether the address reaches every node") \
             from error
-    if keeper:
-        store.set(TOKEN_KEY, place.token)
-    elif _hosted() and (theirs := store.get(TOKEN_KEY).decode()) != place.token:
-        raise WorldError(f"rank {place.rank} of attempt {place.token}",
-                         got=f"attempt {theirs} at {place.address}:{place.port}", expected="its own attempt's ranks",
-                         mend="none is needed for a process that an earlier attempt left over; otherwise give each "
-                              "run a MASTER_PORT of its own")
-    board = _prefixed(place, store)
-    board.set(pulse.key(place.rank), pulse.arrival(place.rank))
-    missing = list(range(place.size))
-    while missing:
-        with contextlib.suppress(dist.DistStoreError):  # only that they have not come yet
-            board.wait([pulse.key(rank) for rank in missing], timedelta(seconds=1))
-        missing = [rank for rank in missing if not board.check([pulse.key(rank)])]
-        if missing and time.monotonic() > deadline:
-            raise WorldError(f"rank {place.rank} at {place.address}:{place.port}", got=f"rank"
-                             f"{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {place.size} never came "
-                             f"within {minutes}", expected="all ranks to meet there",
-                             mend="see the logs of these ranks and their nodes; machine.timeout_minutes lets them take "
-                                  "longer")
+    if _hosted():
+        arrivals.refuse_strangers(Board(store), place)
+    arrivals.wait_for_all(Board(_prefixed(place, store)), place, began, timeout_s)
     return store

@@ -9,7 +9,7 @@ FLOORS = {
     "hpcssl": 0,  # __init__: the version
     "hpcssl.errors": 0, "hpcssl.door": 0, "hpcssl.rng": 0, "hpcssl.files": 0, "hpcssl.signals": 0,
     "hpcssl.launch": 0, "hpcssl.devices": 0, "hpcssl.world": 0, "hpcssl.journal": 0, "hpcssl.pulse": 0,
-    "hpcssl.diagnosis": 0, "hpcssl.straggler": 0,
+    "hpcssl.diagnosis": 0, "hpcssl.straggler": 0, "hpcssl.arrivals": 0,
     "hpcssl.config": 1,
     "hpcssl.data": 2, "hpcssl.views": 2, "hpcssl.published": 2,
     "hpcssl.nets": 3, "hpcssl.memory": 3, "hpcssl.optim": 3,

@@ -128,6 +128,7 @@ def verify(shards: ShardSet, world: World, mend: Callable[[int], None] | None = 
     mine = [n for n in range(len(shards.shards)) if n % len(mates) == mates.index(world.rank)]
 
     def wrong(number: int) -> bool:
+        world.mark("verify")
         try:
             return files.digest(shards.path(number)) != shards.shards[number].sha256
         except FileNotFoundError:
