@@ -48,7 +48,7 @@ KINDS: dict[str, Kind] = {
     "STOP of one rank": Kind(faults.to_one(signal.SIGSTOP), "kill", causes=("hang",)),
     "KILL during a save": Kind(faults.in_a_save(faults.to_one(signal.SIGKILL)), "kill", causes=CRASHES),
     "TERM to srun": Kind(faults.to_process("srun", TERM), "signal", causes=STOPS),
-    "TERM to the batch script": Kind(faults.to_process("slurm_script", TERM), "signal", causes=STOPS, ends=True),
+    "TERM to the batch script": Kind(faults.to_process("slurm_script", TERM), "signal", restarts=False, causes=STOPS),
     "KILL of srun": Kind(faults.to_process("srun"), "kill", causes=STOPS + CRASHES),
     "KILL of the batch script": Kind(faults.to_process("slurm_script"), "kill", causes=STOPS + CRASHES, ends=True),
     "KILL of slurmstepd": Kind(faults.to_process("slurmstepd:"), "kill", restarts=False, causes=STOPS + CRASHES,
