@@ -135,6 +135,8 @@ def cause(now: State, restart: int, nodes: int) -> str | None:
         return "preempted"
     if now.out_of_time:
         return "timeout"
+    if now.ending and now.reason == "JobLaunchFailure":
+        return None  # its batch script was killed: nobody asked for the end, and a requeue is granted (measured)
     if now.ending and now.name != GONE:
         return "node_fail" if lost or now.name == "NODE_FAIL" else "cancelled"
     return None
