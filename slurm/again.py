@@ -90,5 +90,5 @@ def explain_before(run: RunDir, what: str, attempt: dict) -> None:
 
 def _noted(run: RunDir, attempt: dict) -> str | None:
     """What a person or the local supervisor noted before signalling this attempt."""
-    sent = [x["cause"] for x in records.of(run, "signal", attempt["job"]) if x["attempt"] == attempt["attempt"]]
+    sent = [x["cause"] for x in records.of(run, "signal", attempt["job"]) if x["restart"] == attempt["restart"]]
     return sent[-1] if sent else None

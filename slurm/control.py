@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpcssl.errors import SubmitError
 from hpcssl.files import RunDir
-from slurm import attempts, local, records, sched, watch
+from slurm import local, records, sched, watch
 
 
 def cancel(run: RunDir) -> list[str]:
@@ -38,10 +38,10 @@ def end(run: RunDir, job: records.Job) -> bool:
 def preempt(run: RunDir) -> str:
     """Send CONT and TERM to the tasks of the job that runs now; one sentence that says to whom."""
     for job in living(run):
-        if watch.state_of(run, job).name != "RUNNING":
+        state = watch.state_of(run, job)
+        if state.name != "RUNNING":
             continue
-        records.note(run, "signal", job.job, cause="preempted",
-                     attempt=max((a.number for a in attempts.history(run, job.what)), default=1))
+        records.note(run, "signal", job.job, cause="preempted", restart=state.restarts)
         if job.local:
             count = local.preempt(run, job)
             return f"Sent SIGCONT and SIGTERM to {count} tasks of job {job.job}"

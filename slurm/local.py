@@ -76,8 +76,10 @@ def ask(run: RunDir, job: records.Job) -> sched.State:
     if holder["host"] != os.uname().nodename:
         return sched.State("RUNNING", note=f"on {holder['host']}: ask there")
     if procs.same(holder["pid"], holder["started"]):
-        begun = bool(records.of(run, "controller", job.job))
-        return sched.State("RUNNING") if begun else sched.State("PENDING", "Dependency" if "." in job.job else "")
+        begun = records.of(run, "controller", job.job)
+        if begun:
+            return sched.State("RUNNING", restarts=begun[-1]["attempt"] - 1)
+        return sched.State("PENDING", "Dependency" if "." in job.job else "")
     if procs.session(holder["pid"]):
         return sched.State("RUNNING", note=f"its supervisor died, its tasks live on: hpcssl-submit cancel {run.root}")
     return sched.State(LOST, "its supervisor died", note="submit again with the same command: it goes on")

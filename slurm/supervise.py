@@ -91,7 +91,7 @@ class Attempt:
         if self._limit is None or self._warned or time.monotonic() - self._began < self._limit - self._lead:
             return
         self._warned = True
-        records.note(self.run, "signal", self.job.job, attempt=self.number, cause="timeout")
+        records.note(self.run, "signal", self.job.job, restart=self.number - 1, cause="timeout")
         procs.send(alive, signal.SIGCONT, signal.Signals[f"SIG{self._signal}"])
 
     def _end_if_asked(self, alive: list[procs.Process]) -> None:

@@ -133,10 +133,11 @@ def test_who_asks_for_the_next_attempt(run, slurm_says, state, signals, cause, a
 
 
 def test_whoever_sent_the_signal_says_why_but_slurm_knows_of_a_cancel(run, slurm_says):
-    records.note(run, "signal", "7", attempt=1, cause="preempted")
+    records.note(run, "signal", "7", restart=0, cause="preempted")
     slurm_says(name="RUNNING")
     assert again.after_stop(run, "train", MINE, ["SIGTERM"]).cause == "preempted"
-    assert again.after_stop(run, "train", MINE | {"attempt": 2}, ["SIGTERM"]).cause == "stopped"
+    slurm_says(name="RUNNING", restarts=1)
+    assert again.after_stop(run, "train", MINE | {"attempt": 2, "restart": 1}, ["SIGTERM"]).cause == "stopped"
     slurm_says(name="COMPLETING")
     assert again.after_stop(run, "train", MINE, ["SIGTERM"]).cause == "cancelled"
 
