@@ -9,7 +9,8 @@ lose by that is reported too. On a signal nothing runs beside it: from the flag 
 Goals: blocked for at most the time of one step, and durable within 5 s of the flag. A step on a CPU is a step of
 ``--batch`` images (the recipe's own batch would take minutes), with the processor's cores; the figure of the whole
 batch on a GPU is not this one's. Beside them: the same bytes written and fsynced by one plain copy of a file, which is
-what the disk allows.
+what the disk allows, and CPU seconds, which other programs on the machine disturb least. Run it on a machine that has
+nothing else to do: the load average before it is in the report.
 """
 
 from __future__ import annotations
@@ -94,32 +95,32 @@ def _resident() -> int:
 def periodic(training: Training, store: Store, journal: Journal) -> dict[str, float]:
     """One save beside the training, as ``Loop`` does it: seconds by what they went into."""
     journal.write(training.step, loss=0.0)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.thread_time()
     journal.sync()
     synced = time.perf_counter()
     store.begin(training.state())
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.thread_time() - cpu
     beside = [step(training)]
     while store.busy:
         beside.append(step(training))
-    busy = time.perf_counter()
+    busy, late = time.perf_counter(), time.thread_time()
     failed = store.finish()
     if failed:
         raise SystemExit(f"benchmarks.saving: {failed}")
-    return {"sync": synced - started, "begin": begun - synced, "finish": time.perf_counter() - busy,
+    return {"cpu": cpu + time.thread_time() - late, "sync": synced - started, "begin": begun - synced, "finish": time.perf_counter() - busy,
             "beside": statistics.median(beside)}
 
 
-def signalled(training: Training, store: Store, journal: Journal) -> float:
-    """Seconds from the flag at a step's end to the manifest on the disk, as ``Loop._stop``."""
+def signalled(training: Training, store: Store, journal: Journal) -> tuple[float, float]:
+    """Seconds from the flag at a step's end to the manifest on the disk, as ``Loop._stop``; and CPU seconds of it."""
     step(training)
     journal.write(training.step, loss=0.0)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     journal.sync()
     failed = store.save(training.state())
     if failed:
         raise SystemExit(f"benchmarks.saving: {failed}")
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def plain_copy(source: Path, target: Path) -> float:
@@ -135,6 +136,7 @@ def plain_copy(source: Path, target: Path) -> float:
 
 
 def measure(name: str, batch: int, folder: Path, rounds: int, threads: int) -> dict:
+    load = os.getloadavg()[0]
     training = prepared(name, batch)
     run = RunDir(folder / "run")
     store = Store(run, training.world)
@@ -150,24 +152,27 @@ def measure(name: str, batch: int, folder: Path, rounds: int, threads: int) -> d
             copies.append(plain_copy(part, folder / f"copy-{turn}"))
     journal.close()
     blocked = [s["sync"] + s["begin"] + s["finish"] for s in saves]
-    alone, durable = statistics.median(steps), statistics.median(stops)
+    alone, durable = statistics.median(steps), statistics.median(wall for wall, _ in stops)
     size = part.stat().st_size
 
     def met(value: float, limit: float) -> str:
         return f"{value:.3f} (goal {limit:.3f}: {'met' if value <= limit else 'missed'})"
 
     return {
+        "machine": {"load average before": round(load, 2)},
         "state": {"bytes": size, "tensors": len(training.state().tensors), "bank rows": training.bank.size},
         "a periodic save": {
             "blocked, s (goal: one step)": met(statistics.median(blocked), alone),
             "worst of the saves, s": round(max(blocked), 3),
+            "blocked, CPU s": round(statistics.median(s["cpu"] for s in saves), 3),
             "the first save, which makes the host copy, s": round(first["sync"] + first["begin"] + first["finish"], 3),
             "journal.sync, s": round(statistics.median(s["sync"] for s in saves), 4),
             "begin, s": round(statistics.median(s["begin"] for s in saves), 3),
             "finish, s": round(statistics.median(s["finish"] for s in saves), 3),
             f"one step of {batch} images alone, {threads} threads, s": round(alone, 3),
             "one step beside the writing, s": round(statistics.median(s["beside"] for s in saves), 3)},
-        "a signal": {"flag to durable, s": met(durable, DURABLE_S), "worst, s": round(max(stops), 3),
+        "a signal": {"flag to durable, s": met(durable, DURABLE_S), "worst, s": round(max(wall for wall, _ in stops), 3),
+                     "CPU s of all threads": round(statistics.median(cpu for _, cpu in stops), 3),
                      "plain copy and fsync of the same bytes, s": round(statistics.median(copies), 3)},
         "memory": {"peak of the first save, MiB": round(peak.bytes / MIB), "of which host copy, MiB": round(size / MIB),
                    "peak of later saves, MiB": round(later.bytes / MIB)},

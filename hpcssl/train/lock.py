@@ -211,8 +211,9 @@ def _read(path: Path) -> dict | None:
 def _name(held: dict | None) -> str:
     if not held or "job" not in held:
         return "an unnamed process"
-    return (f"job {held.get('job')}, process {held.get('pid')} on {held.get('host')}, started {held.get('started')}, "
-            f"last heartbeat {held.get('time')}")
+    process = f"process {held.get('pid')}"
+    job = "" if held["job"] == process else f"job {held['job']}, "  # what a person started has no other name
+    return (f"{job}{process} on {held.get('host')}, started {held.get('started')}, last heartbeat {held.get('time')}")
 
 
 def _place() -> str:
