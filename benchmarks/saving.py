@@ -107,7 +107,8 @@ def periodic(training: Training, store: Store, journal: Journal) -> dict[str, fl
     failed = store.finish()
     if failed:
         raise SystemExit(f"benchmarks.saving: {failed}")
-    return {"cpu": cpu + time.thread_time() - late, "sync": synced - started, "begin": begun - synced, "finish": time.perf_counter() - busy,
+    return {"cpu": cpu + time.thread_time() - late,
+            "sync": synced - started, "begin": begun - synced, "finish": time.perf_counter() - busy,
             "beside": statistics.median(beside)}
 
 
@@ -171,7 +172,8 @@ def measure(name: str, batch: int, folder: Path, rounds: int, threads: int) -> d
             "finish, s": round(statistics.median(s["finish"] for s in saves), 3),
             f"one step of {batch} images alone, {threads} threads, s": round(alone, 3),
             "one step beside the writing, s": round(statistics.median(s["beside"] for s in saves), 3)},
-        "a signal": {"flag to durable, s": met(durable, DURABLE_S), "worst, s": round(max(wall for wall, _ in stops), 3),
+        "a signal": {"flag to durable, s": met(durable, DURABLE_S),
+                     "worst, s": round(max(wall for wall, _ in stops), 3),
                      "CPU s of all threads": round(statistics.median(cpu for _, cpu in stops), 3),
                      "plain copy and fsync of the same bytes, s": round(statistics.median(copies), 3)},
         "memory": {"peak of the first save, MiB": round(peak.bytes / MIB), "of which host copy, MiB": round(size / MIB),
