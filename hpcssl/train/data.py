@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 
 from hpcssl import files
 from hpcssl.data.cache import Cache, opened
@@ -79,7 +80,7 @@ class Feed:
             self.shards = there = open_shards(recipe)
             if data.stage:
                 self.shards = near = stage(there, data.stage, progress=lambda: world.mark("stage"))
-                mend = lambda number: again(there, near, number)  # noqa: E731 - one of three ways to mend
+                mend = partial(again, there, near)
         _refuse_other(run, self.shards)
         if data.verify == "sha256":
             verify(self.shards, world, mend)
@@ -184,8 +185,15 @@ class Damage:
         losses = {loss["index"]: loss for text in told for loss in json.loads(text)}
         for index in sorted(losses.keys() - self.known.keys()):
             self.known[index] = Loss(**losses[index])
-            self.world.on_main(lambda loss=losses[index]: files.append_line(self.run.damaged, {"step": step} | loss))
+            if self.world.main:
+                self._write({"step": step} | losses[index])
         self._refuse_more()
+
+    def _write(self, line: dict) -> None:
+        try:
+            files.append_line(self.run.damaged, line)
+        except OSError as error:  # the count goes on without; the next attempt meets this sample again
+            LOG.warning("%s: %s; sample %s is not noted there", self.run.damaged, error.strerror, line["index"])
 
     def _refuse_more(self) -> None:
         if len(self.known) > self.limit:

@@ -192,6 +192,23 @@ def test_one_damaged_sample_too_many_ends_the_run_on_every_rank(attempt, motley,
     assert any(said in why for why in ends)
 
 
+def test_a_disk_that_is_full_stops_no_run_for_a_damaged_sample(many, tmp_path, caplog):
+    from types import SimpleNamespace
+
+    from hpcssl.data.reader import Loss
+    from hpcssl.train.data import Damage
+    from hpcssl.world import World
+
+    damage = Damage(RunDir(tmp_path), World.alone(), many, 1)
+    RunDir(tmp_path).damaged.mkdir()
+    batch = SimpleNamespace(lost=[Loss(3, "003", "shard-000000.tar", "no bytes")])
+    damage.note(1, batch)
+    assert "sample 3 is not noted there" in caplog.text and not damage.news(batch)
+    batch.lost.append(Loss(4, "004", "shard-000000.tar", "no bytes"))
+    with pytest.raises(HpcsslError, match=r"got 2 damaged: 003 .*; 004 .*at most 1"):
+        damage.note(2, batch)
+
+
 # -- shards that change ---------------------------------------------------------------------------------------
 
 
@@ -236,7 +253,7 @@ def test_changed_shards_are_found_on_demand_before_training(attempt, many, tmp_p
     assert code == 1 and "shard-000007.tar: got 1000 bytes; expected" in said
 
 
-@pytest.mark.parametrize("kind", ["local", "remote"])
+@pytest.mark.parametrize("kind", ["remote", pytest.param("local", marks=pytest.mark.full)])
 def test_a_staged_shard_that_rotted_is_brought_anew(many, serve, tmp_path, kind):
     source = f"file://{many.root}" if kind == "remote" else str(many.root)
     given = [f"data.train={source}", f"data.stage={tmp_path}/stage", "data.verify=sha256", "schedule.steps=2"]
