@@ -47,10 +47,12 @@ KINDS: dict[str, Kind] = {
     "KILL of all ranks": Kind(faults.to_all(signal.SIGKILL), "kill", causes=CRASHES),
     "STOP of one rank": Kind(faults.to_one(signal.SIGSTOP), "kill", causes=("hang",)),
     "KILL during a save": Kind(faults.in_a_save(faults.to_one(signal.SIGKILL)), "kill", causes=CRASHES),
-    "TERM to srun": Kind(faults.to_process("srun", TERM), "signal", causes=STOPS),
+    "USR2 to srun": Kind(faults.to_process("srun", USR2), "signal", causes=STOPS),
+    # srun kills its step at once when it gets TERM, which no preemption sends it
+    "TERM to srun": Kind(faults.to_process("srun", TERM), "kill", causes=STOPS + CRASHES),
     "TERM to the batch script": Kind(faults.to_process("slurm_script", TERM), "signal", restarts=False, causes=STOPS),
     "KILL of srun": Kind(faults.to_process("srun"), "kill", causes=STOPS + CRASHES),
-    "KILL of the batch script": Kind(faults.to_process("slurm_script"), "kill", causes=STOPS + CRASHES, ends=True),
+    "KILL of the batch script": Kind(faults.to_process("slurm_script"), "kill", causes=STOPS + CRASHES),
     "KILL of slurmstepd": Kind(faults.to_process("slurmstepd:"), "kill", restarts=False, causes=STOPS + CRASHES,
                                ends=True),
     # a rank that has not yet come to hold signals back dies of the TERM that follows, whose code hides the other's
