@@ -41,7 +41,8 @@ def make_folder(path: Path | str) -> None:
         path = path.parent
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        _sync_dir(folder.parent)
+        with contextlib.suppress(PermissionError):  # a folder of others, in which we may write and not list
+            _sync_dir(folder.parent)
 
 
 def _temporary(path: Path) -> Path:

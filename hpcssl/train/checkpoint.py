@@ -106,7 +106,7 @@ class Store:
         self._state, self._part, self._error = state, None, None
         try:
             self._copy.take(mine)
-        except RuntimeError as error:  # of one rank, perhaps: the others must hear of it in ``finish``
+        except (RuntimeError, MemoryError) as error:  # of one rank, perhaps: the others must hear of it in ``finish``
             self._error = f"rank {self.world.rank}: no host copy of its part: {' '.join(str(error).split())[:200]}"
             return
         self._thread = threading.Thread(target=self._write, args=(state.step,), name="checkpoint", daemon=True)
@@ -196,7 +196,17 @@ class Store:
 
     def _tidy(self, newest: int) -> None:
         """After a good save, beside the training: delete what was cut short or is damaged, and what is neither among
-        the last ``keep`` whole ones nor a multiple of ``keep_every``."""
+        the last ``keep`` whole ones nor a multiple of ``keep_every``. What cannot be deleted stays."""
+        try:
+            left = self._left(newest)
+        except OSError as error:
+            LOG.warning("%s: %s; old checkpoints stay until the next save", self.run.checkpoints, error.strerror)
+            return
+        for path in left:
+            files.remove(path)
+        self._damaged.clear()
+
+    def _left(self, newest: int) -> list[Path]:
         there = folders(self.run)
         whole = [step for step, folder in there if step == newest
                  or (step not in self._damaged and has_sizes(folder))]
@@ -204,9 +214,7 @@ class Store:
         left = [folder for step, folder in there if step not in kept] + files.temporaries(self.run.checkpoints)
         folder = self.run.checkpoint(newest)
         listed = {MANIFEST, *(part["file"] for part in Saved.open(folder).manifest["parts"])}
-        for path in (*left, *(path for path in folder.iterdir() if path.name not in listed)):
-            files.remove(path)
-        self._damaged.clear()
+        return left + [path for path in folder.iterdir() if path.name not in listed]
 
     def _clear(self) -> None:
         """Remove the temporaries that a killed attempt left, before this one writes any."""
