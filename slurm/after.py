@@ -23,7 +23,7 @@ GRANTED_S = 60
 
 
 def settle(run: RunDir, what: str, code: int) -> tuple[int, bool]:
-    """The job's exit code after its step ended with ``code``, and whether another attempt was granted here.
+    """The job's exit code after its step ended with ``code``, and whether a requeue was granted here.
 
     srun gives the highest code of all tasks: one that crashed with 1 hides behind those that left with 75 because
     of it, so 75 counts as a stop only where the attempt's own record says so.
@@ -34,11 +34,13 @@ def settle(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     mine = [a for a in attempts.history(run, what) if a.number == attempt["attempt"] and a.cause]
     if mine and mine[0].cause == "done":
         return EXIT_DONE, False  # whatever ended the tasks after that
-    if code == EXIT_STOPPED and mine and not mine[0].crashed:
-        return code, False
     now = sched.ask_quietly(attempt["job"])
     cause = again.explain(run, what, attempt, now, [signal.Signals(code - 128).name] if code in BY_SIGNAL else [])
-    if cause != "stopped" or (code in BY_SIGNAL and not mine):
+    stopped = code == EXIT_STOPPED and bool(mine) and not mine[0].crashed
+    if stopped:  # rank 0 has asked; if that was in vain, this is the second chance
+        cause = mine[0].cause if cause == "stopped" else cause
+        verdict = attempts.Verdict(cause != "cancelled", f"every rank left by itself ({cause})")
+    elif cause != "stopped" or (code in BY_SIGNAL and not mine):
         if not mine or cause == "node_fail":
             attempts.end(run, what, attempt, cause, f"its step ended with exit code {code}")
         verdict = attempts.Verdict(cause != "cancelled", f"{cause}; its step ended with exit code {code}")
@@ -47,7 +49,8 @@ def settle(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     refused = again.ask(run, what, attempt, now, cause) if verdict.again else None
     _say(verdict.why + ("; another attempt was asked for" if verdict.again and refused is None else
                         f"; no other attempt: {refused}" if verdict.again else "; no other attempt is asked for"))
-    return EXIT_FAILED if code == EXIT_STOPPED else code, verdict.again and refused is None and now.requeue
+    asked = verdict.again and refused is None and now.requeue and now.restarts == attempt["restart"]
+    return EXIT_FAILED if code == EXIT_STOPPED and not stopped else code, asked
 
 
 def _say(sentence: str) -> None:
@@ -56,8 +59,10 @@ def _say(sentence: str) -> None:
 
 def main(run: str, what: str, code: int) -> int:
     code, granted = settle(RunDir(run), what, code)
-    if granted:
-        time.sleep(GRANTED_S)
+    job_id, restart = sched.own_job()
+    limit = time.monotonic() + (GRANTED_S if granted else 0)
+    while time.monotonic() < limit and sched.ask_quietly(job_id).restarts == restart:
+        time.sleep(1)
     return code
 
 

@@ -15,7 +15,7 @@ import time
 from hpcssl.errors import EXIT_DONE
 from hpcssl.files import RunDir
 from hpcssl.signals import Requeue
-from slurm import attempts, records, sched, shape
+from slurm import attempts, records, sched, shape, start
 
 ATTEMPT, LOCAL_JOB = "HPCSSL_ATTEMPT", "HPCSSL_LOCAL_JOB"
 """What the local supervisor tells its tasks."""
@@ -64,12 +64,18 @@ def ask(run: RunDir, what: str, attempt: dict, now: sched.State, cause: str) -> 
     if refused is None or sched.DISABLED not in refused:
         return refused
     words = [sys.executable, "-m", "slurm.successor", str(run.root), what, job]
+    start.hold()  # a mask outlives fork and exec: signals come more than once, and to every process of a step
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=SUCCESSOR_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no job could take over ({error}), and SLURM requeues none: {refused}"
-    sys.stderr.write(done.stderr)
-    return None if done.returncode == EXIT_DONE else " ".join(done.stderr.split())[-300:]
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   text=True)
+    finally:
+        start.release()
+    try:
+        said = process.communicate(timeout=SUCCESSOR_S)[1]
+    except subprocess.TimeoutExpired:
+        return f"no job could take over within {SUCCESSOR_S} s, and SLURM requeues none: {refused}"
+    sys.stderr.write(said)
+    return None if process.returncode == EXIT_DONE else " ".join(said.split())[-300:] or "no job could take over"
 
 
 def explain_before(run: RunDir, what: str, attempt: dict) -> None:

@@ -73,6 +73,7 @@ def more(run: RunDir, base: str) -> list[records.Job]:
 
 def _look_again(run: RunDir) -> None:
     command = [sys.executable, "-m", "slurm.beside", str(run.root)]
+    start.hold()  # of this thread alone, and of what it starts
     while True:
         refused = False
         try:

@@ -45,7 +45,7 @@ def train(run, *, stop, requeue, attempt, **_):
     place = {k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "HPCSSL_TOKEN")}
     append_line(run.root / "places.jsonl", {"attempt": attempt["attempt"], **place})
     if rank == 0:
-        append_line(run.attempts, {**attempt, "event": "start", "first_step": step})
+        append_line(run.attempts, {**attempt, "event": "start", "first_step": step, "time": time.time()})
     def end(cause, **more):
         if rank == 0:
             append_line(run.attempts, {**attempt, "event": "end", "cause": cause, "last_step": step, **more})
