@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hpcssl import files
 from hpcssl.files import RunDir, append_line, read_lines
 
 TRAIN = "train"
@@ -101,15 +102,6 @@ def locked(run: RunDir) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def alone(run: RunDir, patience_s: float = 10.0) -> Iterator[None]:
-    """One rank at a time, for what must be read and then written. Who has waited too long goes on without: a rank
-    that has crashed must leave."""
-    limit = time.monotonic() + patience_s
-    with open(run.attempts, "ab") as file:
-        while time.monotonic() < limit:
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(0.05)
-        yield
+def alone(run: RunDir, patience_s: float = 10.0) -> contextlib.AbstractContextManager[None]:
+    """One rank at a time writes how an attempt ended (``files.alone``)."""
+    return files.alone(run.attempts, patience_s)
