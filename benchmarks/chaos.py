@@ -36,7 +36,7 @@ from benchmarks.chaos_plan import Fault, sequence
 from benchmarks.chaos_scene import PATIENCE, PERIOD, After, Before, Scene, Stuck, Trainer
 from hpcssl.files import RunDir, atomic_write
 
-STEPS = 400
+STEPS = 600
 ROOM_MB = 256
 MEASURES = ("after_signal", "after_kill", "after_kill_in_a_save", "after_damage", "after_full_disk")
 IN_FLIGHT = 5
@@ -129,7 +129,7 @@ class Soak:
                         done.append((fault, time.monotonic() - self.report.began,
                                      KINDS[fault.kind].strike(scene, fault)))
                 time.sleep(0 if done else 1)
-            after = scene.back(before, any(KINDS[fault.kind].restarts for fault, _, _ in done))
+            after = scene.back(before, any(KINDS[fault.kind].restarts is not False for fault, _, _ in done))
         except (Stuck, AssertionError, OSError, subprocess.SubprocessError) as error:
             self._rescue(bout, done, error)
         else:
@@ -202,7 +202,7 @@ class Soak:
         worst = max(measures, key=("none", "signal", "kill", "damage", "disk").index)
         name = {"none": "after_signal", "signal": "after_signal", "damage": "after_damage", "disk": "after_full_disk",
                 "kill": "after_kill_in_a_save" if after.saving else "after_kill"}[worst]
-        answers = [fault for fault, _, _ in done if KINDS[fault.kind].restarts] or [done[-1][0]]
+        answers = [fault for fault, _, _ in done if KINDS[fault.kind].restarts is not False] or [done[-1][0]]
         causes = list(after.causes)
         for blow in done:
             fault, last = blow[0], blow[0] is answers[-1]
@@ -225,6 +225,8 @@ class Soak:
         causes = {cause for fault, _, _ in done for cause in KINDS[fault.kind].causes}
         if wrong := [cause for cause in after.causes if cause not in causes | {"done"}]:
             self.report.surprise(f"{name}: ended as {', '.join(wrong)}")
+        if not after.causes and any(KINDS[fault.kind].restarts for fault, _, _ in done):
+            self.report.surprise(f"{name}: nobody took notice")
         if after.resubmitted and not any(KINDS[fault.kind].ends for fault, _, _ in done):
             self.report.surprise(f"{name}: the job had to be submitted again: {'; '.join(after.resubmitted)}")
 

@@ -14,12 +14,13 @@ from benchmarks.chaos_scene import Scene
 @dataclass(frozen=True)
 class Kind:
     """``lost``: whose measure the steps lost fall under: ``signal`` none may be lost, ``kill`` those since the last
-    checkpoint, ``damage`` those since the one before. ``restarts``: another attempt must follow. ``causes``: how the
-    attempt may end in the record. ``ends``: SLURM may drop the job, so that somebody has to submit again."""
+    checkpoint, ``damage`` those since the one before. ``restarts``: another attempt must follow; None: it may.
+    ``causes``: how the attempt may end in the record. ``ends``: SLURM may drop the job, so that somebody has to submit
+    again."""
 
     strike: Callable[[Scene, Fault], str]
     lost: str
-    restarts: bool = True
+    restarts: bool | None = True
     causes: tuple[str, ...] = ()
     ends: bool = False
 
@@ -52,9 +53,9 @@ KINDS: dict[str, Kind] = {
     "TERM to srun": Kind(faults.to_process("srun", TERM), "kill", causes=STOPS + CRASHES),
     "TERM to the batch script": Kind(faults.to_process("slurm_script", TERM), "signal", restarts=False, causes=STOPS),
     "KILL of srun": Kind(faults.to_process("srun"), "kill", causes=STOPS + CRASHES),
-    "KILL of the batch script": Kind(faults.to_process("slurm_script"), "kill", causes=STOPS + CRASHES),
-    "KILL of slurmstepd": Kind(faults.to_process("slurmstepd:"), "kill", restarts=False, causes=STOPS + CRASHES,
-                               ends=True),
+    # a batch script whose slurmstepd was killed before dies unseen
+    "KILL of the batch script": Kind(faults.to_process("slurm_script"), "kill", None, STOPS + CRASHES),
+    "KILL of slurmstepd": Kind(faults.to_process("slurmstepd:"), "kill", None, STOPS + CRASHES, ends=True),
     # a rank that has not yet come to hold signals back dies of the TERM that follows, whose code hides the other's
     "KILL of one rank in the start": Kind(faults.in_the_start(faults.to_one(signal.SIGKILL)), "signal",
                                           causes=STOPS + CRASHES),

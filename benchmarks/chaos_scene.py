@@ -25,6 +25,8 @@ FOUR = ["-N2", "--ntasks-per-node=2", "--time=60"]
 POLL_S = 0.2
 PATIENCE = 3
 """How often somebody submits again what has ended, until something else is done about it."""
+FAR = 50
+"""After so many steps nobody takes notice any more of what has struck."""
 REFUSED_S = 2.0
 """A node that has just ended a job refuses to start it again ("already killed") for a moment."""
 
@@ -178,7 +180,8 @@ class Scene:
         self.until(lambda: len(now := set(self.tasks().values())) == 4 and not now & old, "next attempt's tasks")
 
     def back(self, before: Before, restarts: bool) -> After:
-        """Wait until the training goes on: in another attempt where ``restarts``, else in any."""
+        """Wait until the training goes on: in another attempt where it ``restarts``, unless it has gone far without."""
+        goal = before.step + (FAR if restarts else 0)
         peak, saving, told = before.step, False, len(self.resubmitted)
 
         def goes_on() -> bool:
@@ -187,7 +190,7 @@ class Scene:
             if newest is None or newest.number <= before.attempt:  # the next one will cut the journal back
                 peak = max(peak, step)
                 saving = peak // PERIOD * PERIOD > self.sealed()
-                return not restarts and step > before.step and newest is not None and newest.cause is None
+                return step > goal and newest is not None and newest.cause is None
             # a line that was written after the start of the attempt was said is this attempt's
             own = _written(self.run.journal) > _written(self.run.attempts)
             return newest.cause is None and own and step > newest.first_step
