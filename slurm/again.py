@@ -34,17 +34,18 @@ def after_stop(run: RunDir, what: str, attempt: dict, signals: list[str]) -> Req
     for patience_s in (0, 1):  # the signal may be faster than what SLURM says of it (seen without a grace time)
         time.sleep(patience_s)
         now = sched.ask_quietly(job)
-        cause = explain(run, what, attempt, now, signals)
+        cause = explain(run, what, attempt, now, signals, int(os.environ.get("SLURM_JOB_NUM_NODES", 1)))
         if cause != "stopped":
             break
     return Requeue(cause, ask(run, what, attempt, now, cause))
 
 
-def explain(run: RunDir, what: str, attempt: dict, now: sched.State, signals: list[str]) -> str:
-    """One of ``cancelled preempted node_fail timeout stopped``. ``now``: the job as SLURM sees it."""
+def explain(run: RunDir, what: str, attempt: dict, now: sched.State, signals: list[str], nodes: int = 0) -> str:
+    """One of ``cancelled preempted node_fail timeout stopped``. ``now``: the job as SLURM sees it; ``nodes``: see
+    ``sched.cause``."""
     if records.cancelled(run, attempt["job"]):
         return "cancelled"
-    told = sched.cause(now, attempt["restart"], int(os.environ.get("SLURM_JOB_NUM_NODES", 1))) or _noted(run, attempt)
+    told = sched.cause(now, attempt["restart"], nodes) or _noted(run, attempt)
     if told:
         return told
     mine = records.submitted(run).get(what)

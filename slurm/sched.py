@@ -125,12 +125,12 @@ def cause(now: State, restart: int, nodes: int) -> str | None:
     """Why SLURM ends a job, in its own words; None where it does not, or where all it did was to warn.
 
     ``restart``: how often it had been restarted when the attempt began that is ending; ``nodes``: how many the attempt
-    had. All of it measured on 22.05, without accounting: while a job ends, its state is COMPLETING whatever the
-    reason, so the other fields must tell.
+    had, where all of them still run its tasks, else 0: an ending job shows no node that was lost, and none that is done.
+    All of it measured on 22.05, without accounting: while a job ends, its state is COMPLETING whatever the reason, so
+    the other fields must tell.
     """
-    lost = (now.nodes is not None and now.nodes < nodes) or now.reason in ("NodeDown", "NODE_FAIL")
     if now.restarts > restart:  # SLURM has requeued it: for a lost node, or without a grace time
-        return "node_fail" if lost else "preempted"
+        return "node_fail" if now.nodes is not None and now.nodes < nodes else "preempted"
     if now.preempted:
         return "preempted"
     if now.out_of_time:
@@ -138,7 +138,7 @@ def cause(now: State, restart: int, nodes: int) -> str | None:
     if now.ending and now.reason == "JobLaunchFailure":
         return None  # its batch script was killed: nobody asked for the end, and a requeue is granted (measured)
     if now.ending and now.name != GONE:
-        return "node_fail" if lost or now.name == "NODE_FAIL" else "cancelled"
+        return "node_fail" if now.reason == "NodeDown" or now.name == "NODE_FAIL" else "cancelled"
     return None
 
 

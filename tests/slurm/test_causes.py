@@ -204,7 +204,8 @@ def test_another_job_takes_over_where_slurm_requeues_nothing(on_slurm, stand_in)
     on_slurm.until(lambda: records.submitted(run)["train"].job != job, "successor")
     next_ = records.submitted(run)["train"].job
     assert f"job={next_}" in watch.report(run).line()
-    on_slurm.until(lambda: on_slurm.step > attempts.history(run)[0].last_step + 5, "attempt 2")
+    on_slurm.until(lambda: len(on_slurm.causes) == 2 and on_slurm.step > attempts.history(run)[0].last_step + 5,
+                   "attempt 2")
     assert cluster.field(job, "JobState") == "FAILED" and cluster.field(job, "ExitCode") == "75:0"
     assert cluster.field(child, "Dependency").startswith(f"afterok:{next_}")
     # and again after a crash, from the batch script

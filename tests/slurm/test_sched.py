@@ -56,6 +56,7 @@ SAID = "Requeue=1 Restarts=0 NumNodes=2"
     ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=2", "preempted"),  # without a grace time
     ("COMPLETING", "Requeue=0 Restarts=0 NumNodes=2 PreemptTime=2026-11-20T21:37:23", "preempted"),
     ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=1", "node_fail"),
+    ("COMPLETING", "Requeue=1 Restarts=0 NumNodes=1 PreemptTime=None", "cancelled"),  # the other node is done already
     ("COMPLETING", "Reason=NodeDown Requeue=0 Restarts=0 NumNodes=1 PreemptTime=None", "node_fail"),
     ("COMPLETING", SAID + " Reason=JobLaunchFailure ExitCode=0:9 PreemptTime=None", None),
     ("COMPLETING", SAID + " RunTime=00:01:01 TimeLimit=00:01:00 PreemptTime=None", "timeout"),
