@@ -125,7 +125,7 @@ def cause(now: State, restart: int, nodes: int) -> str | None:
     """Why SLURM ends a job, in its own words; None where it does not, or where all it did was to warn.
 
     ``restart``: how often it had been restarted when the attempt began that is ending; ``nodes``: how many the attempt
-    had, where all of them still run its tasks, else 0: an ending job shows no node that was lost, and none that is done.
+    had, where all of them still run its tasks, else 0: an ending job shows no node that was lost, or that is done.
     All of it measured on 22.05, without accounting: while a job ends, its state is COMPLETING whatever the reason, so
     the other fields must tell.
     """
