@@ -35,6 +35,7 @@ from benchmarks.chaos_kinds import BOUTS, KINDS
 from benchmarks.chaos_plan import Fault, sequence
 from benchmarks.chaos_scene import PATIENCE, PERIOD, After, Before, Scene, Stuck, Trainer
 from hpcssl.files import RunDir, atomic_write
+from slurm import attempts, freeze
 
 STEPS = 600
 ROOM_MB = 256
@@ -109,7 +110,10 @@ class Soak:
 
     def undisturbed(self) -> None:
         began = time.monotonic()
-        self.report.expected = self._new().finish()
+        scene = self._new()
+        self.report.expected = scene.finish()
+        if causes := [attempt.cause for attempt in attempts.history(scene.run)[:-1]]:
+            self.report.surprise(f"the undisturbed training was disturbed: {', '.join(map(str, causes))}")
         self.report.undisturbed_s = round(time.monotonic() - began, 1)
         self._away()
         say(f"undisturbed: {self.trainer.steps} steps in {self.report.undisturbed_s:g} s, "
@@ -258,8 +262,7 @@ def place() -> Iterator[tuple[loopback.Cluster, Path, Path]]:
 
 def about(seed: int) -> dict:
     """What the figures depend on; nothing that names a machine or a person."""
-    from benchmarks.common import versions
-    from slurm import freeze
+    from benchmarks.common import versions  # imports torch, which nothing else here waits for
 
     slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
     return {"benchmark": "chaos", "what": "random faults against MSF on digits, 2 nodes x 2 tasks on the loopback",

@@ -20,7 +20,7 @@ from slurm import attempts, procs, records
 PERIOD = 5
 """Steps between two checkpoints."""
 RECIPE = ["digits_msf", "optim.batch=32", "bank.size=256", "machine.devices=cpu", "machine.log_steps=1",
-          f"machine.checkpoint_steps={PERIOD}", "machine.checkpoint_minutes=0", "machine.hang_minutes=0.25"]
+          f"machine.checkpoint_steps={PERIOD}", "machine.checkpoint_minutes=0", "machine.hang_minutes=0.5"]
 FOUR = ["-N2", "--ntasks-per-node=2", "--time=60"]
 POLL_S = 0.2
 PATIENCE = 3
