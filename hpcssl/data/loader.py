@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ from hpcssl.errors import ConfigError
 from hpcssl.views.augment import PARAMS, ViewSpec, draw
 from hpcssl.views.crop import cut
 
+PATIENCE_S = 2.0  # a batch that takes longer is waited for only as long as nobody gives up
+LEAVE_S = 3.0  # for threads to end, which may be stuck in a read
 _CHUNK = 8  # rows that a thread takes at a time
 KEPT = 2  # batches that are the consumer's: the one in hand, and the one before, whose copy to a GPU may be under way
 
@@ -46,6 +49,8 @@ class Batch:
     images: list[torch.Tensor]
     params: list[np.ndarray]
     lost: list[Loss] = field(default_factory=list)
+    whole: bool = True
+    """False where the wait was given up: then these are blank rows, which nothing may be learnt from."""
 
 
 class Loader:
@@ -65,8 +70,8 @@ class Loader:
                 raise ConfigError(name, got=got, expected=f"at least {least}", mend=f"set {name} to {least} or more")
         self.reader, self.order, self.views = reader, order, list(views)
         self.seed, self.rank, self.size, self.threads, self.progress = seed, rank, size, threads, progress
-        rows = order.rows(size)
-        self._slots = [_Slot(rows, self.views, pin) for _ in range(ring)]
+        self._made = order.rows(size), self.views, pin
+        self._slots = [_Slot(*self._made) for _ in range(ring)]
         self._run: _Run | None = None
 
     @property
@@ -74,26 +79,28 @@ class Loader:
         """(index, key, reason) of every damaged sample met so far, by index."""
         return [(x.index, x.key, x.reason) for _, x in sorted(self.reader.damaged.items())]
 
-    def run(self, start: int, stop: int) -> Iterator[Batch]:
+    def run(self, start: int, stop: int, give_up: Callable[[], bool] | None = None) -> Iterator[Batch]:
         """Iterate over the batches of global steps ``start`` .. ``stop`` - 1; one iterator at a time.
 
         Threads start here and end with the iterator, with ``close()``, or when the consumer raises. What went wrong
-        in a thread is raised at the step it concerns.
+        in a thread is raised at the step it concerns. ``give_up`` is asked while a batch is late (``PATIENCE_S``):
+        once it is true, a blank batch that is not ``whole`` comes in its place.
         """
         self.close()
         run = self._run = _Run(self, start, stop)
         try:
             run.start()
             for step in range(start, stop):
-                yield run.take(step)
+                yield run.take(step, give_up)
         finally:
             run.stop()
 
     def close(self) -> None:
-        """Stop the threads of the current iterator and wait for them."""
-        if self._run is not None:
-            self._run.stop()
-            self._run = None
+        """Stop the threads of the current iterator and wait for them; those that are stuck are left behind, with the
+        memory that they may yet write to."""
+        if self._run is not None and not self._run.stop():
+            self._slots = [_Slot(*self._made) for _ in self._slots]
+        self._run = None
 
     def __enter__(self) -> Loader:
         return self
@@ -156,27 +163,39 @@ class _Run:
         # the workers' own set_num_threads(1) is also the default of threads still to come: put the trainer's back
         torch.set_num_threads(before)
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """End the threads; False where some are stuck."""
         with self._turn:
+            limit = time.monotonic() + (0.0 if self.over else LEAVE_S)  # they are waited for once
             self.over = True
             self._turn.notify_all()
         for thread in self._threads:
             if thread.is_alive() and thread is not threading.current_thread():
-                thread.join()
+                thread.join(max(0.0, limit - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
-    def take(self, step: int) -> Batch:
+    def take(self, step: int, give_up: Callable[[], bool] | None) -> Batch:
         slot = self._slot(step)
         if self.loader.progress is not None:
             self.loader.progress(step, self.opened)
         with self._turn:
             self.asked = step
             self._turn.notify_all()
-            self._turn.wait_for(lambda: self.over or (slot.step == step and slot.left == 0))
+            while not self._turn.wait_for(lambda: self.over or (slot.step == step and slot.left == 0),
+                                          PATIENCE_S if give_up else None):
+                if give_up():
+                    return self._blank(step)
             if self.over:
                 raise RuntimeError("the loader was closed while a batch was waited for")
             if slot.error is not None:
                 raise slot.error
             return slot.batch()
+
+    def _blank(self, step: int) -> Batch:
+        """Memory of its own: a thread may yet write to the slot."""
+        rows, like = self.loader.order.rows(self.loader.size), self.loader._slots[0].images
+        return Batch(step, self.loader.order.epoch_of(step), np.zeros(rows, np.int64), np.full(rows, -1),
+                     [torch.zeros_like(image) for image in like], [np.zeros(rows, PARAMS) for _ in like], whole=False)
 
     def _slot(self, step: int) -> _Slot:
         return self.loader._slots[step % len(self.loader._slots)]

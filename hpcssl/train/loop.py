@@ -43,10 +43,11 @@ class NonFinite(HpcsslError):
 
 @dataclass
 class Loop:
-    """What one attempt trains with. ``batches`` gives this rank's batches from a step on."""
+    """What one attempt trains with. ``batches(first, last, give_up)`` gives this rank's batches of these steps, and one
+    that is not whole where ``give_up()`` came true while it was late."""
 
     training: Training
-    batches: Callable[[int, int], Iterable[Batch]]
+    batches: Callable[[int, int, Callable[[], bool]], Iterable[Batch]]
     store: Store
     journal: Journal
     run: RunDir
@@ -64,15 +65,17 @@ class Loop:
         if not self._after_epoch():  # of step 0; and a kill may have come between a checkpoint and what follows it
             return False
         saved_at = time.monotonic()
-        batches = iter(self.batches(t.step, t.last_step))
+        batches = iter(self.batches(t.step, t.last_step, self.stop.is_set))
         while t.step < t.last_step:
             t.world.mark("data", t.step + 1)
             batch = next(batches)
             t.world.mark("step")
             due = machine.checkpoint_minutes > 0 and time.monotonic() - saved_at > machine.checkpoint_minutes * 60
             report = train_step(t, batch, (self.stop.is_set(), due and t.world.main, self.store.busy,
-                                           self.damage is not None and self.damage.news(batch)))
+                                           self.damage is not None and batch.whole and self.damage.news(batch)))
             stop, due, busy, damaged = report.flags
+            if report.void:
+                return self._stop()
             self._record(batch, report.scalars)
             if damaged:
                 self.damage.note(t.step, batch)

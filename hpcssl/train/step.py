@@ -23,12 +23,13 @@ from hpcssl.views.plan import Term
 @dataclass(frozen=True)
 class Report:
     """What a step tells the loop: whether it was taken (else ``why`` not), the flags that some rank raised, scalars for
-    the journal."""
+    the journal. ``void``: some rank had given up waiting for its batch; the step was never there."""
 
     taken: bool
     flags: tuple[bool, ...]
     scalars: dict[str, Tensor | float]
     why: str = ""
+    void: bool = False
 
 
 def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Report:
@@ -36,7 +37,7 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
 
     ``flags`` are raised by any rank for all of them; they travel with the verdict on loss and gradients, so that the
     world agrees once per step. What is not finite on one rank leaves parameters, target, optimiser, bank and
-    statistics untouched on every rank.
+    statistics untouched on every rank; a batch that is not whole on one rank leaves the step's number as well.
     """
     images, ctx = t.images(batch), t.context(batch)
     remembers = isinstance(t.method, Remembering)
@@ -50,9 +51,12 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     loss, finite = _learn(t, images, mixtures, aims, ctx)
 
     # after the backward pass: a finite loss may have gradients that are not
-    verdict = t.world.maximum(_raised(finite, _finite_gradients(t), flags)).result().bool().tolist()
-    poor, overflow, *raised = verdict
+    wrong = (~finite, ~_finite_gradients(t), not batch.whole, *flags)
+    poor, overflow, void, *raised = t.world.maximum(_raised(wrong, loss.device)).result().bool().tolist()
     why = ""
+    if void:
+        _undo(t, ticket)
+        return Report(False, tuple(raised), {}, "some rank gave up waiting for its images", void=True)
     if poor or overflow:
         why = _leave_untouched(t, ticket, finite, poor)
     else:
@@ -82,14 +86,11 @@ def _leave_untouched(t: Training, ticket: Ticket | None, finite: Tensor, poor: b
     """Undo what the step has done so far; which ranks could not take it. ``poor``: the loss or a target of some rank is
     not finite, and not only gradients. Gradients that overflow under a loss scale are part of how the scale is found:
     they lower it, and count as a bad step only once there is none left to lower."""
-    if ticket is not None:
-        t.bank.take_back(ticket)
-    norm.discard(t.norms)
     lowered = not poor and t.scaler.is_enabled() and t.scaler.get_scale() > 1
     if lowered:
         t.scaler.unscale_(t.optimizer)  # what it finds there is what ``update`` goes by
         t.scaler.update()
-    t.optimizer.zero_grad()
+    _undo(t, ticket)
     t.skipped_in_a_row += not lowered
     if lowered:
         return f"the gradients overflowed; the loss scale is lowered to {t.scaler.get_scale():g}"
@@ -108,6 +109,13 @@ def _aim_at_average(t: Training, images: list[Tensor], ctx: Context) -> tuple[di
     ctx.targets = {v: Emb(z, view=v) for v, z in zip(views, found, strict=True)}
     ticket = _push(t, ctx) if t.bank is not None and t.method.bank.push == "before" else None
     return {v: t.method.aim(emb, ctx) for v, emb in ctx.targets.items()}, ticket
+
+
+def _undo(t: Training, ticket: Ticket | None) -> None:
+    if ticket is not None:
+        t.bank.take_back(ticket)
+    norm.discard(t.norms)
+    t.optimizer.zero_grad()
 
 
 def _learn(t: Training, images: list[Tensor], mixtures: dict[int, tuple[Mixture, Pairs]], aims: dict[int, object],
@@ -209,8 +217,8 @@ def _finite_gradients(t: Training) -> Tensor:
     return nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite()
 
 
-def _raised(finite: Tensor, gradients: Tensor, flags: tuple[bool, ...]) -> Tensor:
-    """[2 + flags] float32: what is not finite here (loss or targets; gradients), and this rank's flags."""
-    raised = torch.tensor([False, False, *flags], dtype=torch.float32).to(finite.device, non_blocking=True)
-    raised[0], raised[1] = ~finite, ~gradients
-    return raised
+def _raised(wrong: tuple[Tensor | bool, ...], device: torch.device) -> Tensor:
+    """[flags] float32, in one transfer: flags that lie on the device, before those of the host."""
+    there = [flag for flag in wrong if isinstance(flag, Tensor)]
+    raised = torch.tensor([float(flag) for flag in wrong if not isinstance(flag, Tensor)])
+    return torch.cat([torch.stack(there).float(), raised.to(device, non_blocking=True)])

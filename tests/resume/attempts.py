@@ -4,7 +4,8 @@
 folder and its attempts one after another; each attempt forks its ranks, which join over gloo and train until the end,
 until ``kill_at`` (a rank sends itself SIGKILL as it enters a step, so that the others lose it in a collective),
 ``kill_after`` or ``stop_after`` (seconds; to a rank drawn by address, whatever it is doing). ``harm`` lists what else
-befalls a rank as it enters a step: ``{"at": STEP, "rank": RANK or "all", "kind": one of HARMS}``.
+befalls a rank as it enters a step: ``{"at": STEP, "rank": RANK or "all", "kind": one of HARMS}``. ``stall``: from that
+step on a read of this rank never ends, and the rank gets a TERM as it waits for it.
 """
 
 import json
@@ -17,9 +18,10 @@ import time
 import traceback
 from pathlib import Path
 
-import torch.utils.tensorboard  # noqa: F401 - imported once here instead of in every rank
+import torch.utils.tensorboard  # imported once here instead of in every rank
 
 from hpcssl import rng
+from hpcssl.data import loader
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import loop, main, recipe
@@ -60,6 +62,20 @@ def flip(training):
     weight.detach().permute(0, 2, 3, 1).reshape(-1).view(torch.int32)[5] ^= 1 << 12
 
 
+def stall(at):
+    honest = loader._Run._fill
+
+    def stuck(run, slot, rows, scratch):
+        if slot.step >= at:
+            while run.asked < at:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        honest(run, slot, rows, scratch)
+
+    loader._Run._fill = stuck
+
+
 HARMS = {"images": images, "gradient": gradient, "flip": flip,
          "kill": lambda training: os.kill(os.getpid(), signal.SIGKILL),
          "stop": lambda training: os.kill(os.getpid(), signal.SIGTERM)}
@@ -82,6 +98,8 @@ def rank_process(run, made, rank, world, port, attempt, log, group):
         harms = attempt.get("harm", [])
         if "kill_at" in attempt:
             harms = [*harms, {"at": attempt["kill_at"], "rank": attempt["kill_at"] % world, "kind": "kill"}]
+        if attempt.get("stall", {}).get("rank") == rank:
+            stall(attempt["stall"]["at"])
         honest = loop.train_step
 
         def harmed(training, batch, flags):

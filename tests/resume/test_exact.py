@@ -70,6 +70,21 @@ def test_arbitrary_moments(play, world):
     assert 75 in ends and -9 in ends, f"no attempt was stopped or none was killed in time: {ends}"
 
 
+def test_a_stop_while_a_read_never_ends(play):
+    """The others are in the step by then: all agree that it was never there, and what was finished is kept."""
+    plans = [{"name": name, "recipe": "digits_msf", "overrides": ["model.norm=whole", "machine.checkpoint_steps=0"],
+              "worlds": [2], "attempts": attempts}
+             for name, attempts in (("still", [{}]), ("stalled", [{"stall": {"rank": 1, "at": 3}}, {}]),
+                                    ("stalled-at-once", [{"stall": {"rank": 0, "at": 0}}, {}]))]
+    results = play(plans)
+    for name, finished in (("stalled", 3), ("stalled-at-once", 0)):
+        result, folder = results[name]
+        assert result["codes"] == [[75] * 2, [0] * 2], result["log"]
+        assert result["digest"] == results["still"][0]["digest"]
+        ends = [line for line in read_lines(RunDir(folder).attempts) if line["event"] == "end"]
+        assert [(line["cause"], line["last_step"]) for line in ends] == [("stopped", finished), ("done", 6)]
+
+
 def test_elastic_worlds_keep_samples_and_bank(play):
     """Preempted on 4 ranks, resumed on 2 and on 1, or killed on 2, 1 and 4: the same samples at each step, a sharded
     bank that loads on each of them, and the losses of the run that nobody disturbed. Three ranks are refused."""
