@@ -43,6 +43,12 @@ class ResumeError(HpcsslError):
     """A run folder that cannot be continued as asked."""
 
 
+class Stopped(HpcsslError):
+    """What was asked to stop (a preemption, the end of the time) and did; it can be resumed."""
+
+    exit_code = EXIT_STOPPED
+
+
 class EvalError(HpcsslError):
     """Weights, features or labels that an evaluation cannot use."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hpcssl import config
 from hpcssl.data.stream import is_remote
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, Stopped
 from hpcssl.evals import run as evals
 from hpcssl.evals.watch import check, watch
 from hpcssl.files import RunDir
@@ -69,7 +69,6 @@ def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
 def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Source | Path | None, train: Path | None,
              val: Path | None, devices: str, step: str) -> int:
     """The door's ``eval``: a run's encoder, or a weights file between two shard folders. Prints the scores."""
-    from hpcssl.evals.together import Stopped
     from hpcssl.journal import set_up_logging
 
     if (run is None) == (weights is None):
@@ -77,7 +76,7 @@ def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Sour
                           mend="--run DIR evaluates a run's encoder, --weights FILE any exported one")
     stop = StopFlag().install(keyboard=True)
     training.prepare(MachineOptions(devices=devices))
-    world = World.start(devices)
+    world = World.start(devices, stop=stop.is_set)
     set_up_logging(world.rank)
     try:
         if run is not None:

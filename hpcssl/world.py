@@ -40,18 +40,20 @@ class World:
         return cls(0, 1, 0, torch.device(device))
 
     @classmethod
-    def start(cls, devices: str = "auto", timeout_s: float = 1800.0) -> World:
+    def start(cls, devices: str = "auto", timeout_s: float = 1800.0,
+              stop: Callable[[], bool] = lambda: False) -> World:
         """Join the processes that the launcher started (``hpcssl.launch``), or be alone.
 
         ``devices``: ``cpu`` (gloo), ``gpu`` (NCCL; an error without one), ``auto`` (GPUs where there are any). The
-        rendezvous keys carry the attempt's token: a rank left over from an earlier attempt meets nobody.
+        rendezvous keys carry the attempt's token: a rank left over from an earlier attempt meets nobody. Raises
+        ``WorldError`` where not all come in time, ``Stopped`` where ``stop()`` comes true on one that waits for others.
         """
         place = launch.find()
         device = choose(devices, place.local_rank if place else 0)
         if place is None:
             return cls.alone(device)
         try:
-            store = _meet(place, timeout_s)
+            store = _meet(place, timeout_s, stop)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
                                     store=dist.PrefixStore(place.token, store), rank=place.rank,
                                     world_size=place.size,
@@ -299,6 +301,10 @@ class _GatherGrad(torch.autograd.Function):
         return ctx.world.part(ctx.world.sum(grad)), None
 
 
+KNOCK_S = 10.0
+"""How long a rank knocks at rank 0's door before it looks whether it was asked to stop."""
+
+
 def _hosted() -> bool:
     """Whether rank 0 keeps the store; under torchrun its agent does, which lets in nobody of another attempt."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -313,19 +319,26 @@ def _prefixed(place: launch.Place, store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"{place.token}/pulse", store)
 
 
-def _meet(place: launch.Place, timeout_s: float) -> dist.Store:
-    """The store in which this attempt's ranks meet, once all of them have come. Raises ``WorldError``."""
-    began = time.monotonic()
-    try:
-        store = _client(place, timeout_s, keeper=place.rank == 0 and _hosted())
-    except dist.DistNetworkError as error:
-        if place.rank == 0 or time.monotonic() < began + timeout_s - 1:
-            raise
-        raise WorldError(f"rank {place.rank} of {place.size}", got=f"no rank 0 at {place.address}:{place.port} within "
-                         f"{timeout_s / 60:.3g} minutes", expected="rank 0, which all the others meet",
-                         mend="see the log of rank 0 and its node, and whether the address reaches every node") \
-            from error
+def _meet(place: launch.Place, timeout_s: float, stop: Callable[[], bool]) -> dist.Store:
+    """The store in which this attempt's ranks meet, once all of them have come. Raises ``WorldError``, ``Stopped``."""
+    began, store = time.monotonic(), None
+    while store is None:
+        left = began + timeout_s - time.monotonic()
+        try:
+            store = _client(place, max(1.0, min(left, KNOCK_S)), keeper=place.rank == 0 and _hosted())
+            store.set_timeout(timedelta(seconds=timeout_s))
+        except dist.DistNetworkError as error:
+            if place.rank == 0:
+                raise
+            if stop():
+                raise arrivals.stopped(place, "rank 0 had not come yet") from error
+            if left > KNOCK_S:
+                continue
+            raise WorldError(f"rank {place.rank} of {place.size}", got=f"no rank 0 at {place.address}:{place.port} "
+                             f"within {timeout_s / 60:.3g} minutes", expected="rank 0, which all the others meet",
+                             mend="see the log of rank 0 and its node, and whether the address reaches every node") \
+                from error
     if _hosted():
         arrivals.refuse_strangers(Board(store), place)
-    arrivals.wait_for_all(Board(_prefixed(place, store)), place, began, timeout_s)
+    arrivals.wait_for_all(Board(_prefixed(place, store)), place, began, timeout_s, stop)
     return store

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, Stopped
 from hpcssl.files import RunDir
 from hpcssl.signals import Requeue, StopFlag
 from slurm import attempts, chain
@@ -19,7 +19,6 @@ def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[list[
     What is finished of an evaluation is kept, so a stop costs little, and asking again for finished rows is free.
     """
     from hpcssl.evals.run import evaluate_run
-    from hpcssl.evals.together import Stopped
     from hpcssl.journal import set_up_logging
     from hpcssl.train import recipe
     from hpcssl.train.main import prepare
@@ -27,7 +26,7 @@ def evaluate(run: RunDir, what: str, *, stop: StopFlag, requeue: Callable[[list[
 
     machine = recipe.read(run.config).machine
     prepare(machine)
-    world = World.start(machine.devices, machine.timeout_minutes * 60)
+    world = World.start(machine.devices, machine.timeout_minutes * 60, stop.is_set)
     set_up_logging(world.rank)
     if world.main:
         attempts.begin(run, what, attempt)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hpcssl import launch
-from hpcssl.errors import EXIT_FAILED, HpcsslError
+from hpcssl.errors import EXIT_FAILED, HpcsslError, Stopped
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from slurm import again, attempts, freeze, records, sched, start
@@ -41,6 +41,9 @@ class Work:
                 again.explain_before(run, self.what, attempt)
             work = _train if self.what == records.TRAIN else _evaluate
             code = work(run, self.what, stop, attempt, place)
+        except Stopped as error:  # before all ranks had come: no trainer has written a line
+            code = error.exit_code
+            _crashed(run, self.what, attempt, place, str(error), stop, cause="stopped")
         except HpcsslError as error:
             code = error.exit_code
             _crashed(run, self.what, attempt, place, str(error), stop)

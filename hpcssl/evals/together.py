@@ -9,16 +9,10 @@ import errno
 import json
 from collections.abc import Callable
 
-from hpcssl.errors import EXIT_STOPPED, EvalError, HpcsslError
+from hpcssl.errors import EvalError, HpcsslError, Stopped
 from hpcssl.world import World
 
 Stop = Callable[[], bool]
-
-
-class Stopped(HpcsslError):
-    """The evaluation was asked to stop (a preemption, the end of the time) and can be resumed: exit code 75."""
-
-    exit_code = EXIT_STOPPED
 
 
 def never() -> bool:

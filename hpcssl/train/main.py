@@ -43,11 +43,11 @@ def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
     ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run, world, stop)`` makes the
     evaluation during training. ``on_hang(sentence)`` leaves a process that makes no progress, from another thread.
     ``allow_pipe``: the one shell command that ``data.train`` may be. Returns 0 when the run is finished, 75 when it was
-    stopped. Raises ``HpcsslError``.
+    stopped. Raises ``HpcsslError``: ``Stopped`` where that came before all ranks had.
     """
     recipe = recipe or recipes.read(run.config)
     prepare(recipe.machine)
-    world = World.start(recipe.machine.devices, recipe.machine.timeout_minutes * 60)
+    world = World.start(recipe.machine.devices, recipe.machine.timeout_minutes * 60, stop.is_set)
     set_up_logging(world.rank)
     record = _Attempt(run, world, attempt or {})
     with record, watchdog(world, recipe.machine.hang_minutes, record.fail, on_hang):

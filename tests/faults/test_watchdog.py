@@ -28,7 +28,7 @@ def fault(name, kind="none", *, world=2, rank=1, machine=HANG, **more):
 
 QUICK = [fault("stop", "stop"), fault("slow", "slow", machine=PATIENT), fault("raise", "raise"),
          fault("stuck", "stuck_read", rank=0, machine=LONG), fault("kill", "kill"), fault("mismatch", "mismatch"),
-         fault("stale", tokens=["job.2", "job.1"], machine=SOON)]
+         fault("stale", tokens=["job.2", "job.1"], machine=SOON), fault("told", world=3, absent=[2], term=1)]
 FULL = [fault("stop0", "stop", rank=0), fault("stop 2 of 4", "stop", world=4, rank=2),
         fault("stuck 3 of 4", "stuck_read", world=4, rank=3, machine=LONG), fault("spin", "spin"),
         fault("mismatch 1 of 4", "mismatch", world=4), fault("raise0", "raise", rank=0),
@@ -36,7 +36,8 @@ FULL = [fault("stop0", "stop", rank=0), fault("stop 2 of 4", "stop", world=4, ra
         fault("kill 2 of 4", "kill", world=4, rank=2), fault("kill 0 of 4", "kill", world=4, rank=0),
         fault("alone", "spin", world=1, rank=0), fault("off", "slow", machine=["machine.hang_minutes=0"]),
         fault("suspended", suspend=6, machine=HANG), fault("debugged", "debugged"),
-        fault("missing", world=4, rank=0, absent=[1, 3], machine=SOON), fault("missing0", absent=[0], machine=SOON)]
+        fault("missing", world=4, rank=0, absent=[1, 3], machine=SOON), fault("missing0", absent=[0], machine=SOON),
+        fault("told0", absent=[0], term=1)]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,20 @@ def test_a_rank_of_another_attempt_is_refused_at_once(quick):
     assert "rank 1 of attempt job.1: got attempt job.2 at 127.0.0.1:" in outcome["logs"][1]
     assert "rank 1 of 2 never came within 0.1 minutes" in outcome["logs"][0]
     assert not outcome["ends"]
+
+
+def test_a_stop_while_ranks_are_missing_is_a_stop_of_all_that_came(quick):
+    outcome = quick["told"]
+    assert outcome["timely"] and outcome["codes"] == [75, 75, None], outcome
+    for log in outcome["logs"][:2]:
+        assert "a request to stop, while rank 2 of 3 had not come within" in log
+
+
+@pytest.mark.full
+def test_a_stop_while_rank_0_is_missing(full):
+    outcome = full["told0"]
+    assert outcome["timely"] and outcome["codes"] == [None, 75], outcome
+    assert "a request to stop, while rank 0 had not come yet" in outcome["logs"][1]
 
 
 @pytest.mark.full

@@ -20,6 +20,7 @@ import torch
 import torch.utils.tensorboard  # imported once here instead of in every rank
 
 from hpcssl.data.reader import Reader
+from hpcssl.errors import Stopped
 from hpcssl.files import RunDir, read_lines
 from hpcssl.signals import StopFlag
 from hpcssl.train import loop, main, recipe
@@ -103,6 +104,9 @@ def rank_process(plan, made, rank, port):
 
         loop.train_step = faulty
         code = main.train(RunDir(plan["run"]), made, stop=stop)
+    except Stopped as stopped:
+        code = stopped.exit_code
+        traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -123,6 +127,9 @@ def scenario(plan):
     made = recipe.compose("digits_msf", plan["overrides"] + plan["machine"])
     port = free_port()
     pids = {r: rank_process(plan, made, r, port) for r in range(plan["world"]) if r not in plan.get("absent", [])}
+    if "term" in plan:
+        time.sleep(1)
+        os.kill(pids[plan["term"]], signal.SIGTERM)
     if "suspend" in plan:
         while not run.attempts.exists():
             time.sleep(0.05)
