@@ -156,6 +156,16 @@ def verdict(attempts: list[Attempt]) -> Verdict:
     return Verdict(True, what)
 
 
+def stuck(attempts: list[Attempt], most: int = 3) -> str:
+    """What a person should know where the last ``most`` attempts were stopped without a single step: '' elsewhere."""
+    last = [a for a in attempts if a.cause is not None][-most:]
+    if len(last) < most or any(a.crashed or a.cause in ("done", "cancelled") or a.last_step is None
+                               or a.last_step > a.first_step for a in last):
+        return ""
+    mend = "raise --time" if last[-1].cause == "timeout" else "see the logs, and whether they get time to start"
+    return f"the last {most} attempts ended before their first step ({last[-1].cause}): {mend}"
+
+
 def _cause(line: dict) -> str | None:
     interrupted = line.get("cause") == "error" and str(line.get("why")).startswith("KeyboardInterrupt")
     return "interrupted" if interrupted else line.get("cause")  # an INT comes at the end of a local time limit

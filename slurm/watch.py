@@ -82,6 +82,7 @@ def report(run: RunDir) -> Report:
     crash = attempts.verdict(history)
     if history and not state.live and not crash.again and history[-1].crashed:
         notes.append(crash.why)
+    notes.append("" if run.done.exists() else attempts.stuck(history))
     shown = state.name if not state.reason else f"{state.name} ({state.reason})"
     return Report(run, train.job if train else "-", shown, history[-1].number if history else 0, step_of(run),
                   steps_of(run), _last(history), evals, "; ".join(n for n in notes if n))

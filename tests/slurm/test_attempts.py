@@ -96,6 +96,17 @@ def test_nothing_that_is_left_over_changes_an_earlier_attempt(run):
     assert [a.cause for a in attempts.history(run)] == ["preempted", "timeout", "error"]
 
 
+@pytest.mark.parametrize(("ends", "said"), [
+    ([("timeout", 4, 4)] * 3, "ended before their first step (timeout): raise --time"),
+    ([("stopped", 0, 0)] * 4, "before their first step (stopped): see the logs"),
+    ([("timeout", 4, 4)] * 2, ""), ([("timeout", 4, 4), ("timeout", 4, 5), ("timeout", 5, 5)], ""),
+    ([("timeout", 4, 4), ("killed", 4, 4), ("timeout", 4, 4)], "")])
+def test_attempts_that_never_take_a_step_are_told(run, ends, said):
+    lived(run, *ends)
+    told = attempts.stuck(attempts.history(run))
+    assert said in told if said else told == ""
+
+
 @pytest.fixture
 def slurm_says(monkeypatch):
     """What SLURM answers about job 7, and whether it requeues it."""
