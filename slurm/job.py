@@ -41,7 +41,7 @@ class Work:
                 again.explain_before(run, self.what, attempt)
             work = _train if self.what == records.TRAIN else _evaluate
             code = work(run, self.what, stop, attempt, place)
-        except Stopped as error:  # before all ranks had come: no trainer has written a line
+        except Stopped as error:  # before the run was ours: no trainer has written a line
             code = error.exit_code
             _crashed(run, self.what, attempt, place, str(error), stop, cause="stopped")
         except HpcsslError as error:

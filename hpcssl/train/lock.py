@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcssl.errors import ResumeError
+from hpcssl.errors import ResumeError, Stopped
 from hpcssl.files import RunDir, make_folder
 
 LOG = logging.getLogger("hpcssl")
@@ -54,8 +54,9 @@ class RunLock:
 
     # -- taking ---------------------------------------------------------------------------------------------
 
-    def take(self, patience_s: float = 30.0) -> None:
-        """Raise ``ResumeError``, naming the holder, if another process still trains in this folder."""
+    def take(self, patience_s: float = 30.0, stop: Callable[[], bool] = lambda: False) -> None:
+        """Raise ``ResumeError``, naming the holder, if another process still trains in this folder, and ``Stopped``
+        where ``stop()`` comes true while it is waited for."""
         make_folder(self.run.root)
         began, watched, told = time.monotonic(), _Watched(self.run.lock), False
         while True:
@@ -71,9 +72,12 @@ class RunLock:
             patience = patience_s
             if locked is not False and not watched.moved:  # a judgement needs its time, whatever the patience
                 patience = max(patience_s, (STALE_BEATS + 1) * self.beat_s)
-            if time.monotonic() - began >= patience:
+            if stop() or time.monotonic() - began >= patience:
                 holder = _name(_read(self.run.lock))
                 self._close()
+                if stop():
+                    raise Stopped(f"run folder {self.run.root}", got=f"a request to stop, while {holder} held it",
+                                  expected="one writer per run folder", mend="none is needed: nothing had begun")
                 raise ResumeError(f"run folder {self.run.root}", got=f"a running writer: {holder}",
                                   expected="one writer per run folder",
                                   mend="wait for it, cancel it with `hpcssl-submit cancel`, or use another --run")
@@ -161,12 +165,13 @@ class RunLock:
         if self._fd is None:
             return
         self._over.set()
-        self._thread.join(5.0)
-        if self._thread.is_alive():
-            return  # it waits for a file system that does not answer; the process's end gives the lock back
-        with contextlib.suppress(OSError, ResumeError):
-            self.check()
-            self._write(over=True)
+        if self._thread.ident is not None:  # else `take` has failed half-way, on a full disk perhaps
+            self._thread.join(5.0)
+            if self._thread.is_alive():
+                return  # it waits for a file system that does not answer; the process's end gives the lock back
+            with contextlib.suppress(OSError, ResumeError):
+                self.check()
+                self._write(over=True)
         self._close()
 
     def _close(self) -> None:

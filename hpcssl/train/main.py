@@ -43,7 +43,7 @@ def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
     ``attempts.jsonl`` should say of this one (``attempt``, ``job``). ``watch(recipe, run, world, stop)`` makes the
     evaluation during training. ``on_hang(sentence)`` leaves a process that makes no progress, from another thread.
     ``allow_pipe``: the one shell command that ``data.train`` may be. Returns 0 when the run is finished, 75 when it was
-    stopped. Raises ``HpcsslError``: ``Stopped`` where that came before all ranks had.
+    stopped. Raises ``HpcsslError``: ``Stopped`` where that came before all ranks had, or the run's lock was ours.
     """
     recipe = recipe or recipes.read(run.config)
     prepare(recipe.machine)
@@ -165,7 +165,7 @@ class _Attempt:
         """Rank 0 takes the run's lock; if it cannot, every rank raises its reason. Whoever loses it later, stops."""
         if self.lock is not None:
             self.lock.on_loss = lambda: stop.set("the run's lock was taken over")
-        self.world.on_main(lambda: self.lock.take(patience_s))
+        self.world.on_main(lambda: self.lock.take(patience_s, stop.is_set))
 
     def check_lock(self) -> None:
         """On rank 0: raise ``ResumeError`` if another process has taken the run over."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcssl.errors import ResumeError
+from hpcssl.errors import ResumeError, Stopped
 from hpcssl.files import RunDir
 from hpcssl.train import lock as locks
 from hpcssl.train.checkpoint import State, Store
@@ -87,6 +87,27 @@ def test_the_second_refuses_and_names_the_first(run, holder):
     assert "use another --run" in str(told.value) and "\n" not in str(told.value)
 
 
+def test_who_waits_for_the_holder_can_be_stopped(run, holder):
+    holder()
+    asked = iter([False, True, True])
+    waiting = second(run)
+    with pytest.raises(Stopped, match=r"a request to stop, while job 17, process \d+ on .* held it"):
+        waiting.take(600.0, lambda: next(asked))
+    waiting.release()
+
+
+def test_a_disk_without_room_for_the_lock_is_told_and_nothing_hides_it(run, monkeypatch):
+    lock = second(run)
+    monkeypatch.setattr(os, "pwrite", _refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        lock.take(0.0)
+    lock.release()  # as the attempt does, whatever it ends by
+    monkeypatch.undo()
+    other = second(run)
+    other.take(0.0)
+    other.release()
+
+
 def test_the_holder_beats_and_the_file_is_always_whole(run):
     lock = second(run)
     lock.take(0.0)
@@ -114,7 +135,7 @@ def test_a_killed_holder_leaves_no_lock_to_remove(run, holder, monkeypatch, numb
 
 
 def _refuse(number):
-    def flock(_fd, _how):
+    def flock(*_):
         raise OSError(number, os.strerror(number))
     return flock
 
