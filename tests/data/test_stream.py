@@ -1,6 +1,8 @@
 """A remote shard folder through webdataset, from a server on this machine; its faults; and what must not be opened."""
 
 import json
+import os
+import resource
 import shutil
 
 import pytest
@@ -29,6 +31,21 @@ def test_http_gives_the_same_set(shards, server, tmp_path):
     assert found.digest == shards.digest and len(found) == len(shards) and found.classes == shards.classes
     assert (found.labels == shards.labels).all()
     assert fetch(remote(server.url), shards, 3, tmp_path)
+
+
+def test_any_number_of_open_files(shards, server, tmp_path):
+    """A reader keeps the files of all shards open, of which a set may have thousands."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("no more than 1,200 files can be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
+        assert fetch(remote(server.url), shards, 0, tmp_path)
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_files_work_alike(shards, tmp_path):
