@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from hpcssl import diagnosis
 from hpcssl.diagnosis import Beat
+from hpcssl.errors import EXIT_FAILED
 from hpcssl.straggler import StepClock
 
 LOG = logging.getLogger("hpcssl")
@@ -37,6 +38,8 @@ LEAST_S = 2.0
 """How long beats are looked at, at the least, when a collective has failed: a machine may be busy."""
 LEAVE_S = 5.0
 """How long the main thread may take to fail by itself once another rank has failed."""
+LAST_S = 60.0
+"""How long leaving may take: the run folder and the logs may lie on the file system that all ranks wait for."""
 MEND = ("to mend: see the stacks in the logs and the node; the same command goes on from the last checkpoint, and "
         "machine.hang_minutes allows longer pauses")
 DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py")
@@ -79,19 +82,24 @@ class Pulse:
         self._say, self._end = "", ""
         self._lost = self._failed = False
         self._over, self._wake, self._told = threading.Event(), threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
 
     # -- the main thread ------------------------------------------------------------------------------------
 
     def start(self) -> Pulse:
         names = ("pulse", "pulse-board") if self.board is not None else ("pulse",)
         for name, work in zip(names, (self._watch, self._talk), strict=False):
-            threading.Thread(target=work, name=name, daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self._threads[-1].start()
         return self
 
     def close(self) -> None:
-        """No more beats and no more judgement; the threads end by themselves."""
+        """No more beats and no more judgement. The threads end, but for one that waits for a stopped rank 0: Python
+        (before 3.14) aborts where it ends under a thread that comes back from torch's store."""
         self._over.set()
         self._wake.set()
+        for thread in self._threads:
+            thread.join(self.beat_s)
 
     def mark(self, phase: str, step: int | None = None, *, patient: bool = False) -> None:
         """The main thread now does ``phase``. ``patient``: one long call that cannot tell of its progress, which counts
@@ -272,9 +280,13 @@ class Pulse:
     def _leave(self, cause: str, sentence: str) -> None:
         if self._over.is_set():
             return
+        last = threading.Timer(LAST_S, os._exit, (EXIT_FAILED,))
+        last.daemon = True
+        last.start()
         LOG.error("%s; the stacks of rank %d follow", sentence, self.rank)
         faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
         self.leave(cause, sentence)
+        last.cancel()
 
 
 def key(rank: int) -> str:

@@ -135,6 +135,14 @@ def test_a_stop_while_ranks_are_missing_is_a_stop_of_all_that_came(quick):
         assert "a request to stop, while rank 2 of 3 had not come within" in log
 
 
+def test_nobody_waits_for_a_file_system_that_answers_nobody():
+    code = ("import threading\nfrom hpcssl import pulse\npulse.LAST_S = 0.1\nstuck = threading.Event().wait\n"
+            "pulse.Pulse(None, hang_s=0.1, leave=lambda *_: stuck()).start()\nstuck()")
+    done = subprocess.run([sys.executable, "-c", code], text=True, timeout=60, capture_output=True,
+                          cwd=Path(__file__).parents[2])
+    assert done.returncode == 1 and "no progress for 0 s: rank 0 on" in done.stderr, done.stderr
+
+
 @pytest.mark.full
 def test_a_stop_while_rank_0_is_missing(full):
     outcome = full["told0"]
