@@ -118,11 +118,18 @@ def _crashed(run: RunDir, what: str, attempt: dict | None, place: launch.Place |
     rank = place.rank if place else 0
     cause = "stopped" if stop.is_set() and what != records.TRAIN else cause
     print(f"rank {rank}: {sentence}", file=sys.stderr, flush=True)  # noqa: T201 - the task's log
-    if attempt is not None:
-        with contextlib.suppress(OSError), records.alone(run):  # a full disk must not hide the first error
-            if any(a.number == attempt["attempt"] and a.cause for a in attempts.history(run, what)):
-                return  # the trainer, or another rank, has said why
-            attempts.end(run, what, attempt, cause, f"rank {rank}: {sentence}")
+    if attempt is None:
+        return
+
+    def ended() -> bool:  # the trainer, or another rank, has said why
+        return any(a.number == attempt["attempt"] and a.cause for a in attempts.history(run, what))
+
+    with contextlib.suppress(OSError):  # a full disk must not hide the first error
+        if ended():  # asked first: of a thousand ranks few should queue for the file
+            return
+        with records.alone(run):
+            if not ended():
+                attempts.end(run, what, attempt, cause, f"rank {rank}: {sentence}")
 
 
 def leave(run: RunDir, code: int, attempt: dict | None, place: launch.Place | None) -> None:

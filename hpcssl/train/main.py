@@ -185,12 +185,15 @@ class _Attempt:
     def fail(self, cause: str, why: str, step: int | None = None) -> None:
         """Write how the attempt failed, from any rank and once it has started, unless a rank has done so: what fails
         after the first is its echo. No collective."""
-        if not self.started:
+        if not self.started or self._ended():  # asked first: of a thousand ranks few should queue for the file
             return
         with files.alone(self.run.attempts):
-            ended = [x for x in files.read_lines(self.run.attempts) if x.get("event") == "end"]
-            if all(x["attempt"] != self.about["attempt"] for x in ended):
+            if not self._ended():
                 self._write(event="end", cause=cause, why=why, last_step=self.last_step if step is None else step)
+
+    def _ended(self) -> bool:
+        return any(x.get("event") == "end" and x["attempt"] == self.about["attempt"]
+                   for x in files.read_lines(self.run.attempts))
 
     def __exit__(self, kind, error, _trace) -> None:
         try:
