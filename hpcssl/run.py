@@ -14,7 +14,7 @@ from hpcssl.evals import run as evals
 from hpcssl.evals.watch import check, watch
 from hpcssl.files import RunDir
 from hpcssl.nets.importers import Source
-from hpcssl.signals import StopFlag
+from hpcssl.signals import Requeue, StopFlag
 from hpcssl.train import main as training
 from hpcssl.train import recipe as recipes
 from hpcssl.train.data import open_shards
@@ -59,7 +59,7 @@ def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = False
 
 
 def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
-          requeue: Callable[[], str | None] | None = None, attempt: dict | None = None,
+          requeue: Callable[[list[str]], Requeue] | None = None, attempt: dict | None = None,
           on_hang: Callable[[str], None] | None = None, allow_pipe: str = "") -> int:
     """Train a run folder with k-NN on the way where ``evals.every_epochs`` asks for it. Returns the exit code."""
     return training.train(run, recipe, stop=stop, requeue=requeue, attempt=attempt, watch=watch,

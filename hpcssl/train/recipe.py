@@ -106,12 +106,11 @@ class MachineOptions:
     ``devices`` cpu, gpu or auto. ``threads`` per process for arithmetic (0: 1 on a CPU, torch's choice beside a GPU),
     ``loader_threads`` per process. ``accumulate``: micro-batches per step. ``checkpoint_steps`` and
     ``checkpoint_minutes``: a save after so many steps or minutes (0: never by this clock); ``keep`` the last so many,
-    ``keep_every`` n-th step for good. ``nonfinite_limit``: after so many steps in a row that were not
-    finite the run goes back to its last good checkpoint and on past their batches, ``rollbacks`` times before it ends.
+    ``keep_every`` n-th step for good. ``nonfinite_limit``: after so many steps in a row that were not finite the run
+    goes back to its last good checkpoint and on past their batches, ``rollbacks`` times before it ends.
     ``check_replicas_steps``: every so many steps, and before each save, the ranks compare what they hold alike (0: only
-    before a save).
-    ``timeout_minutes``: for ranks to arrive, and for a collective. ``hang_minutes`` without progress of any rank (a
-    fraction may be given; 0: never) end the attempt with the rank and the place that are to blame.
+    before a save). ``timeout_minutes``: for ranks to arrive, and for a collective. ``hang_minutes`` without progress of
+    any rank (a fraction may be given; 0: never) end the attempt with the rank and the place that are to blame.
     ``log_samples`` writes the sample ids of every step. ``export_epochs``: weights are exported every so many epochs.
     """
 
@@ -243,7 +242,9 @@ def check(recipe: Recipe) -> None:
                               ("machine.loader_threads", recipe.machine.loader_threads, 1),
                               ("machine.keep", recipe.machine.keep, 1),
                               ("machine.log_steps", recipe.machine.log_steps, 1),
-                              ("machine.nonfinite_limit", recipe.machine.nonfinite_limit, 1)):
+                              ("machine.nonfinite_limit", recipe.machine.nonfinite_limit, 1),
+                              ("machine.rollbacks", recipe.machine.rollbacks, 0),
+                              ("machine.check_replicas_steps", recipe.machine.check_replicas_steps, 0)):
         if value < least:
             raise ConfigError(key, got=value, expected=f"{least} or more", mend=f"set {key}={least} or more")
     if not 0 <= recipe.machine.hang_minutes < float("inf"):

@@ -247,6 +247,12 @@ def test_a_limit_that_cannot_be_meant_is_refused(value):
         recipe.compose("digits_msf", [f"machine.hang_minutes={value}"])
 
 
+@pytest.mark.parametrize("key", ["rollbacks", "check_replicas_steps"])
+def test_counts_below_zero_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"machine.{key}: got -1; expected 0 or more"):
+        recipe.compose("digits_msf", [f"machine.{key}=-1"])
+
+
 def test_torchruns_restarts_are_attempts_of_their_own():
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1",
              "TORCHELASTIC_RUN_ID": "run"}
