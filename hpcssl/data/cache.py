@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpcssl.data.order import Order
-from hpcssl.data.shards import INDEX, ROWS, TARGETS, ShardSet
+from hpcssl.data.shards import INDEX, ShardSet, digest_of
 from hpcssl.data.stage import locked, no_room, own_folder, refused
 from hpcssl.data.stream import Remote, is_remote
 from hpcssl.errors import ConfigError, DataError
@@ -57,32 +58,39 @@ class Cache:
 
     def __init__(self, remote: Remote, text: str, folder: Path | str, *, limit: int = 0, owner: str = ""):
         self.remote, self.limit = remote, limit
-        there = remote.open(text)
         whose = f"-{hashlib.sha256(owner.encode()).hexdigest()[:8]}" if limit else ""
-        self.folder = own_folder(folder, f"{there.digest[:16]}-remote{whose}")
+        try:
+            name = digest_of(json.loads(text))
+        except (KeyError, TypeError):
+            name = remote.open(text).digest  # which says what is wrong with it
+        self.folder = own_folder(folder, f"{name[:16]}-remote{whose}")
         self._locks = self.folder / "locks"
-        self._index(there, text)
-        self.shards = ShardSet.open(self.folder, check_sizes=False)
+        self.shards = self._index(text)
         self._turn = threading.Condition()
         self._done = self._opened = 0
         self._thread: threading.Thread | None = None
         self._over = False
         remote.over = lambda: self._over
 
-    def _index(self, there: ShardSet, text: str) -> None:
-        """Put the index into the folder, once per node."""
-        wanted = {ROWS: there.meta["rows_sha256"]}
-        if there.targets is not None:
-            wanted[TARGETS] = there.meta["targets_sha256"]
+    def _index(self, text: str) -> ShardSet:
+        """The set, with its index in the folder. What lies beside the index comes over the network once per node."""
         with locked(self.folder / "lock"):
-            try:
-                for name, sha256 in wanted.items():
-                    if not (self.folder / name).exists() or digest(self.folder / name) != sha256:
-                        atomic_write(self.folder / name, self.remote.body(name, sha256))
-                if not (self.folder / INDEX).exists() or (self.folder / INDEX).read_text() != text:
-                    atomic_write(self.folder / INDEX, text)
-            except OSError as error:
-                raise refused(self.folder, len(text), error) from error
+            found = ShardSet.described(f"the index of {self.remote.address}", self.folder, text, self._beside)
+            if not (self.folder / INDEX).exists() or (self.folder / INDEX).read_text() != text:
+                self._keep(INDEX, text)
+        return found
+
+    def _beside(self, name: str, sha256: str) -> bytes:
+        path = self.folder / name
+        if not path.exists() or digest(path) != sha256:
+            self._keep(name, self.remote.body(name, sha256))
+        return path.read_bytes()
+
+    def _keep(self, name: str, body: bytes | str) -> None:
+        try:
+            atomic_write(self.folder / name, body)
+        except OSError as error:
+            raise refused(self.folder, len(body), error) from error
 
     # -- one shard ------------------------------------------------------------------------------------------
 

@@ -164,8 +164,7 @@ class ShardSet:
     @cached_property
     def digest(self) -> str:
         """sha256 of the set: the same for the same shards in the same order, wherever they lie."""
-        text = json.dumps([[s.sha256 for s in self.shards], self.meta["rows_sha256"], self.classes])
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest_of(self.meta)
 
     def path(self, shard: int) -> Path:
         return self.root / self.shards[shard].name
@@ -182,6 +181,12 @@ class ShardSet:
             return f"sample {index}"
         folder, _, base = name.rpartition("/")
         return f"{folder}/{base.split('.')[0]}".lstrip("/")
+
+
+def digest_of(meta: dict) -> str:
+    """``ShardSet.digest`` of the set that ``meta``, the content of an ``index.json``, describes."""
+    text = json.dumps([[shard["sha256"] for shard in meta["shards"]], meta["rows_sha256"], meta["classes"]])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _text(what: str, path: Path) -> str:

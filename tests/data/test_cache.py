@@ -48,6 +48,13 @@ def bytes_in(cache):
     return sum(p.stat().st_size for p in cache.folder.glob("*.tar"))
 
 
+def test_a_node_asks_once_for_what_lies_beside_the_index(shards, server, tmp_path):
+    caches = [cached(server.url, tmp_path) for _ in range(3)]
+    assert server.asked.count("index.npy") == 1
+    assert {cache.shards.digest for cache in caches} == {shards.digest}
+    assert (caches[2].shards.rows == shards.rows).all() and caches[2].shards.path(0).parent == caches[0].folder
+
+
 @pytest.mark.parametrize("start, bounded", [(0, True), (17, True), (0, False)])
 def test_the_same_batches_as_from_local_shards(shards, server, tmp_path, start, bounded):
     """Through three epochs, in a cache that cannot hold the set, and from any step on."""
