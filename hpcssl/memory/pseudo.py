@@ -88,6 +88,9 @@ class Labelled:
     def state(self) -> tuple[dict[str, Part], dict[str, int]]:
         return self._rows.state()
 
+    def replicas(self) -> dict[str, Tensor]:
+        return self._rows.replicas()
+
     def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
         self._rows.load(numbers, read)
 
@@ -98,6 +101,7 @@ class PseudoHead:
 
     def __init__(self, net: nn.Module, options: PseudoOptions, *, seed: int, world: World):
         self.net, self.options, self.world, self.seed = net.eval(), options, world, seed
+        self._trained = -1  # the step before which it was trained last
 
     @torch.no_grad()
     def label(self, z_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +111,11 @@ class PseudoHead:
         return label, probability
 
     def train(self, z_ND: Tensor, label_N: Tensor, step: int) -> None:
-        """Go on learning from these rows, in orders drawn at the step. Fewer rows than two teach nothing."""
+        """Go on learning from these rows, in orders drawn at the step, once: a step that the world gave up before its
+        end begins anew. Fewer rows than two teach nothing."""
+        if step == self._trained:
+            return
+        self._trained = step
         if self.world.main and len(z_ND) > 1:
             self._train(z_ND, label_N, step)
         for tensor in self._tensors().values():
@@ -134,8 +142,13 @@ class PseudoHead:
         return {name: tensor.detach() for name, tensor in self.net.state_dict().items() if tensor.is_floating_point()}
 
     def state(self) -> tuple[dict[str, Part], dict[str, int]]:
-        return {name: Part(tensor, 0, None) for name, tensor in self._tensors().items()}, {}
+        parts = {name: Part(tensor, 0, None) for name, tensor in self._tensors().items()}
+        return parts, {"trained": self._trained}
+
+    def replicas(self) -> dict[str, Tensor]:
+        return {}
 
     def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
+        self._trained = numbers.get("trained", -1)
         for name, tensor in self._tensors().items():
             tensor.copy_(read(name, 0, len(tensor)))

@@ -1,5 +1,7 @@
 """Semi-supervised CMSF beside a literal script, and its limits: all labels make it CMSF-sup, no trust makes it MSF."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,22 @@ def test_no_trust_and_hardly_a_label_make_it_msf(small_training, monkeypatch):
     labelled = semi.training.memories["labelled"]
     monkeypatch.setattr(labelled, "seen", lambda index: torch.zeros_like(index, dtype=torch.bool))
     assert losses(semi) == pytest.approx(losses(small_training("digits_msf", ["method.k=5"])), abs=1e-12)
+
+
+def test_a_step_that_was_given_up_and_taken_anew_teaches_the_head_once(small_training):
+    still, disturbed = (small_training("digits_cmsf_semi", [HEAD]) for _ in range(2))
+    for step in range(3):
+        still.step(still.batch(step))
+        batch = disturbed.batch(step)
+        assert disturbed.step(replace(batch, whole=False)).void and disturbed.training.step == step
+        for memory in disturbed.training.memories.values():  # as if the run had been stopped there and resumed
+            parts, numbers = memory.state()
+            kept = {name: part.tensor.clone() for name, part in parts.items()}
+            memory.load(numbers, lambda name, start, stop, kept=kept: kept[name][start:stop])
+        disturbed.step(batch)
+    assert still.training.memories["head"].state()[1] == {"trained": 2}
+    theirs = disturbed.snapshot()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in still.snapshot().items())
 
 
 @pytest.mark.parametrize("share,expected", [(0.1, [5, 3]), (1.0, [50, 30]), (0.001, [1, 1])])
