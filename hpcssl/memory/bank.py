@@ -269,6 +269,9 @@ class Bank:
         parts = {name: Part(rows[low:high], self._block[0], self.size) for name, rows in self._rows.items()}
         return parts, {"pointer": self.pointer, "filled": self.filled}
 
+    def replicas(self) -> dict[str, Tensor]:
+        return {} if self.sharded else dict(self._rows)
+
     def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
         """Take over a saved bank of this size, from any number of ranks and either placement. No collective.
 

@@ -49,6 +49,9 @@ class Groups:
         first, last = self._block
         return {"of": Part(self._of[first:last], first, self.images)}, {"images": self.images}
 
+    def replicas(self) -> dict[str, Tensor]:
+        return {"of": self._of}
+
     def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
         """Raises ``ResumeError`` if the saved groups are those of another number of images."""
         if numbers.get("images") != self.images:

@@ -45,5 +45,8 @@ class Ledger:
     def state(self) -> tuple[dict[str, Part], dict[str, int]]:
         return self._rows.state()
 
+    def replicas(self) -> dict[str, Tensor]:
+        return self._rows.replicas()
+
     def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
         self._rows.load(numbers, read)

@@ -46,6 +46,9 @@ class Memory(Protocol):
     def state(self) -> tuple[dict[str, Part], dict[str, int]]:
         """(this rank's part of each tensor, small numbers that are equal on all ranks). No collective."""
 
+    def replicas(self) -> dict[str, Tensor]:
+        """Of the tensors that ``state`` splits, those of which every rank holds all rows, with equal bits; whole."""
+
     def load(self, numbers: Mapping[str, int], read: Callable[[str, int, int], Tensor]) -> None:
         """Become what any number of ranks saved: ``read(name, start, stop)`` gives rows of a tensor."""
 

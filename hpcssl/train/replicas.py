@@ -19,14 +19,14 @@ _BLOCK = 1 << 22  # words at a time: 32 MiB of products
 
 
 def check(t: Training) -> None:
-    """Compare the replicated tensors of all ranks: networks, optimiser, a replicated bank. A collective.
+    """Compare what all ranks hold alike: networks, optimiser, a replicated bank. A collective.
 
     Raises ``WorldError`` on every rank, naming the ranks that differ from the most, and the tensors.
     """
     world = t.world
     if world.size == 1:
         return
-    held = {name: rows.local for name, rows in sorted(t.state().tensors.items()) if rows.total is None}
+    held = dict(sorted(t.replicas().items()))
     mine = torch.stack([checksum(tensor) for tensor in held.values()])
     every_RT = world.gather(mine[None]).cpu()
     rows = [tuple(row) for row in every_RT.tolist()]

@@ -217,6 +217,12 @@ class Training:
             tensors |= {f"{memory}.{name}": Rows(*part) for name, part in parts.items()}
         return State(self.step, tensors, numbers, config.fingerprint(self.science), self.science, self._machinery())
 
+    def replicas(self) -> dict[str, Tensor]:
+        """What all ranks hold with equal bits, by name: networks, optimiser, and what is remembered and not split."""
+        held = {name: rows.local for name, rows in self.state().tensors.items() if rows.total is None}
+        return held | {f"{memory}.{name}": rows for memory, kept in self._kept()
+                       for name, rows in kept.replicas().items()}
+
     def _kept(self) -> list[tuple[str, Memory]]:
         return ([("bank", self.bank)] if self.bank is not None else []) + sorted(self.memories.items())
 

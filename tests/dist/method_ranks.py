@@ -14,7 +14,7 @@ from hpcssl.data.loader import Loader
 from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
-from hpcssl.train import recipe
+from hpcssl.train import recipe, replicas
 from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
 from hpcssl.train.support import attach
@@ -45,6 +45,7 @@ def steps(world, shards, name, overrides):
         losses = [world.mean(train_step(training, batch).scalars["loss"]) for batch in loader.run(0, STEPS)]
     finally:
         loader.close()
+    replicas.check(training)
     state = {n: (rows.local.clone(), rows.total) for n, rows in training.state().tensors.items()}
     return {"loss": torch.stack(losses), "grad": gradients, "state": state}
 

@@ -62,6 +62,12 @@ def flip(training):
     weight.detach().permute(0, 2, 3, 1).reshape(-1).view(torch.int32)[5] ^= 1 << 12
 
 
+def flip_remembered(training):
+    """One bit of the row that was pushed last."""
+    bank = training.bank
+    bank.replicas()["key"][bank.pointer - 1].view(torch.int32)[3] ^= 1 << 12
+
+
 def stall(at):
     honest = loader._Run._fill
 
@@ -76,7 +82,7 @@ def stall(at):
     loader._Run._fill = stuck
 
 
-HARMS = {"images": images, "gradient": gradient, "flip": flip,
+HARMS = {"images": images, "gradient": gradient, "flip": flip, "flip_remembered": flip_remembered,
          "kill": lambda training: os.kill(os.getpid(), signal.SIGKILL),
          "stop": lambda training: os.kill(os.getpid(), signal.SIGTERM)}
 

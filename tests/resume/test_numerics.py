@@ -34,6 +34,8 @@ def runs(request, play):
          "attempts": [{"harm": harm("images", last, 3, 4, 5, 6)}]},
         {"name": "flip", **more, "overrides": [*WHOLE, "machine.check_replicas_steps=1"],
          "attempts": [{"harm": harm("flip", last, 3)}, {}]},
+        {"name": "flip-bank", **more, "overrides": [*WHOLE, "machine.check_replicas_steps=1"],
+         "attempts": [{"harm": harm("flip_remembered", last, 3)}]},
         {"name": "flip-before-save", **more, "attempts": [{"harm": harm("flip", 0, 3)}, {}]},
         {"name": "scale", **more, "overrides": HALF, "attempts": [{"harm": harm("gradient", last, 2, 4)}]},
         {"name": "scale-killed", **more, "overrides": HALF,
@@ -87,6 +89,15 @@ def test_a_flipped_weight_stops_the_run_with_its_name(runs, name):
     assert f"rank {guilty} on" in said and "pair.online.backbone.layer1.0.conv1.weight" in said
     assert result["done"], result["log"]
     assert result["digest"] == results["still"][0]["digest"], "what was wrong on one rank was saved"
+
+
+def test_a_flipped_row_of_a_replicated_bank_is_found(runs):
+    world, results = runs
+    result, folder = results["flip-bank"]
+    assert result["codes"] == [[1] * world]
+    (said,) = [x["why"] for x in read_lines(RunDir(folder).attempts) if x.get("cause") == "error"]
+    assert "the replicas at step 4" in said and f"rank {world - 1} on" in said and "bits" in said
+    assert said.partition("bits")[2].partition(" in ")[2].startswith("bank.key; expected the same bits"), said
 
 
 def test_the_loss_scale_survives_a_kill(runs):
