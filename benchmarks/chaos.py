@@ -106,6 +106,9 @@ class Soak:
         self.scene: Scene | None = None
         self.floor = 0
         """The next bout waits for a later step: two crashes at one step would end the asking."""
+        self.full_at = -1
+        """The step at which this training last met a full disk: until it has saved again, what a kill costs is the
+        disk's doing."""
         self._runs = self._stuck = 0
 
     def undisturbed(self) -> None:
@@ -149,6 +152,7 @@ class Soak:
     def _new(self) -> Scene:
         self._runs += 1
         self.scene, self.floor = Scene(self.cluster, RunDir(self.room / f"run-{self._runs}"), self.trainer, say), 0
+        self.full_at = -1
         return self.scene
 
     def _alive(self) -> Scene:
@@ -204,6 +208,10 @@ class Soak:
         lost = after.peak - after.first
         measures = [KINDS[fault.kind].lost for fault, _, _ in done]
         worst = max(measures, key=("none", "signal", "kill", "damage", "disk").index)
+        if worst == "disk":
+            self.full_at = after.peak
+        elif after.first <= self.full_at and worst != "none":
+            worst = "disk"
         name = {"none": "after_signal", "signal": "after_signal", "damage": "after_damage", "disk": "after_full_disk",
                 "kill": "after_kill_in_a_save" if after.saving else "after_kill"}[worst]
         answers = [fault for fault, _, _ in done if KINDS[fault.kind].restarts is not False] or [done[-1][0]]

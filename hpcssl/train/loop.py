@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -70,9 +71,8 @@ class Loop:
             t.world.mark("data", t.step + 1)
             batch = next(batches)
             t.world.mark("step")
-            due = machine.checkpoint_minutes > 0 and time.monotonic() - saved_at > machine.checkpoint_minutes * 60
-            report = train_step(t, batch, (self.stop.is_set(), due and t.world.main, self.store.busy,
-                                           self.damage is not None and batch.whole and self.damage.news(batch)))
+            late = machine.checkpoint_minutes > 0 and time.monotonic() - saved_at > machine.checkpoint_minutes * 60
+            report = train_step(t, batch, partial(self._flags, batch, late))
             stop, due, busy, damaged = report.flags
             if report.void:
                 return self._stop()
@@ -97,6 +97,11 @@ class Loop:
             if not self._after_epoch():
                 return self._stop()
         return self._finish()
+
+    def _flags(self, batch: Batch, late: bool) -> tuple[bool, ...]:
+        """What this rank tells all: a stop, a save that is due, one that is under way, samples newly found damaged."""
+        damaged = self.damage is not None and batch.whole and self.damage.news(batch)
+        return self.stop.is_set(), late and self.training.world.main, self.store.busy, damaged
 
     def _stop(self) -> bool:
         self.training.world.mark("save")
@@ -157,8 +162,9 @@ class Loop:
         self.journal.sync()
         failed = self.store.save(t.state())
         if failed:
-            raise ResumeError("the last checkpoint", got=failed, expected="room to write it",
-                              mend="free room, then run the same command again: it goes on from the checkpoint before")
+            raise ResumeError("the last checkpoint", got=failed, expected="room and the right to write it",
+                              mend="free room, or mend what this names; the same command then goes on from the "
+                                   "checkpoint before")
         path = self.export()
         if not self._after_epoch():
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,12 +33,13 @@ class Report:
     void: bool = False
 
 
-def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Report:
+def train_step(t: Training, batch: Batch, flags: Callable[[], tuple[bool, ...]] = tuple) -> Report:
     """Take step ``t.step + 1`` on this rank's part of the global batch, or agree with all ranks not to.
 
-    ``flags`` are raised by any rank for all of them; they travel with the verdict on loss and gradients, so that the
-    world agrees once per step. What is not finite on one rank leaves parameters, target, optimiser, bank and
-    statistics untouched on every rank; a batch that is not whole on one rank leaves the step's number as well.
+    ``flags()`` are raised by any rank for all of them; they are asked for late and travel with the verdict on loss and
+    gradients, so that the world agrees once per step, on what is known by then. What is not finite on one rank leaves
+    parameters, target, optimiser, bank and statistics untouched on every rank; a batch that is not whole on one rank
+    leaves the step's number as well.
     """
     images, ctx = t.images(batch), t.context(batch)
     remembers = isinstance(t.method, Remembering)
@@ -51,7 +53,7 @@ def train_step(t: Training, batch: Batch, flags: tuple[bool, ...] = ()) -> Repor
     loss, finite = _learn(t, images, mixtures, aims, ctx)
 
     # after the backward pass: a finite loss may have gradients that are not
-    wrong = (~finite, ~_finite_gradients(t), not batch.whole, *flags)
+    wrong = (~finite, ~_finite_gradients(t), not batch.whole, *flags())
     poor, overflow, void, *raised = t.world.maximum(_raised(wrong, loss.device)).result().bool().tolist()
     why = ""
     if void:
