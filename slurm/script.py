@@ -110,8 +110,10 @@ def _srun(sbatch: dict, profile: Profile) -> list[str]:
 
 def _setup(run: RunDir, profile: Profile) -> list[str]:
     # code that another has put in the place of ours would not refuse itself (slurm/trust.py): the shell does it
-    told = shlex.quote(f"hpcssl: {run.root}: it or its folder code is not of the user of this job, and is not run")
-    mine = " && ".join(f"[ -O {shlex.quote(str(folder))} ]" for folder in (run.root, run.code))
+    told = shlex.quote(f"hpcssl: {run.root}: it or its folder code is not of the user of this job, or others can write "
+                       "this code, and it is not run")
+    root, code = (shlex.quote(str(folder)) for folder in (run.root, run.code))
+    mine = f'[ -O {root} ] && [ -O {code} ] && [ -z "$(find {code} ! -type l -perm /022 -print -quit)" ]'
     return [f"{mine} || {{ echo {told} >&2; exit 1; }}", *profile.lines(),
             # frozen code first on the path, and the current folder never on it
             f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1",

@@ -90,10 +90,14 @@ def test_what_belongs_to_another_is_not_run(run, name, monkeypatch):
         assert done.returncode == 1 and "is not of the user of this job" in done.stderr
 
 
-def test_the_shell_lets_our_own_code_pass(run):
-    done = subprocess.run(["bash", "-c", script._setup(run, Profile())[0] + "\necho ran"], capture_output=True,
-                          text=True)
-    assert done.stdout == "ran\n" and done.returncode == 0
+def test_the_shell_lets_our_own_code_pass_and_none_that_others_can_write(run):
+    def shell():
+        return subprocess.run(["bash", "-c", script._setup(run, Profile())[0] + "\necho ran"], capture_output=True,
+                              text=True)
+
+    assert shell().stdout == "ran\n" and shell().returncode == 0
+    (run.code / "slurm" / "after.py").chmod(0o664)  # what the batch script runs when the tasks have refused
+    assert shell().returncode == 1 and "or others can write this code, and it is not run" in shell().stderr
 
 
 def test_every_torch_load_opens_tensors_alone():

@@ -33,8 +33,9 @@ GOLDEN = """\
 #SBATCH --time=1-12
 
 # setup
-[ -O {run} ] && [ -O {run}/code ] || \
-{{ echo 'hpcssl: {run}: it or its folder code is not of the user of this job, and is not run' >&2; exit 1; }}
+[ -O {run} ] && [ -O {run}/code ] && [ -z "$(find {run}/code ! -type l -perm /022 -print -quit)" ] || \
+{{ echo 'hpcssl: {run}: it or its folder code is not of the user of this job, or others can write this code, \
+and it is not run' >&2; exit 1; }}
 module load cuda/12.4
 export OMP_NUM_THREADS=1
 export GLOO_SOCKET_IFNAME=ib0
