@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
 
-from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, HpcsslError
+from hpcssl.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, HpcsslError, sentence
 
 
 def run(app, argv: list[str] | None, name: str) -> int:
@@ -30,31 +29,15 @@ def run(app, argv: list[str] | None, name: str) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
-    except OSError as error:
-        return _say(name, os_sentence(error), EXIT_FAILED, debug)
     except Exception as error:  # noqa: BLE001 - the last catcher: whatever it was, a person reads one line
         if hasattr(error, "format_message"):  # the CLI library's own usage errors
             return _say(name, " ".join(error.format_message().split()), EXIT_USAGE, debug)
-        return _say(name, f"unexpected {type(error).__name__}: {error} (--debug shows where)", EXIT_FAILED, debug)
+        told = sentence(error) or f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+        return _say(name, told, EXIT_FAILED, debug)
 
 
-def os_sentence(error: OSError) -> str:
-    """One sentence for an error of the operating system, with its mend where there is one."""
-    where = error.filename or "a file"
-    mend = {
-        errno.ENOSPC: "free room there or choose another folder, then run the same command again",
-        errno.EDQUOT: "free room in your quota or choose another folder, then run the same command again",
-        errno.EACCES: "ask for the right to read or write it, or choose another folder",
-        errno.EPERM: "ask for the right to read or write it, or choose another folder",
-        errno.EROFS: "choose a folder that can be written",
-        errno.ENOENT: "check the path",
-    }.get(error.errno, "see the message; --debug shows where it came from")
-    expected = "enough free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "a path that can be used"
-    return f"{where}: got {error.strerror or error}; expected {expected}; to mend: {mend}"
-
-
-def _say(name: str, sentence: str, code: int, debug: bool) -> int:
+def _say(name: str, told: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"{name}: {sentence}", file=sys.stderr)  # noqa: T201 - this is a door
+    print(f"{name}: {told}", file=sys.stderr)  # noqa: T201 - this is a door
     return code

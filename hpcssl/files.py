@@ -40,7 +40,10 @@ def make_folder(path: Path | str) -> None:
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError as error:  # a file, or a link that leads nowhere
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder)) from error
         with contextlib.suppress(PermissionError):  # a folder of others, in which we may write and not list
             _sync_dir(folder.parent)
 
@@ -161,22 +164,36 @@ class LineFile:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        make_folder(self.path.parent)
-        self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._fd: int | None = self._open()
         self._waiting: list[bytes] = []
+
+    def _open(self) -> int:
+        make_folder(self.path.parent)
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _follow(self) -> None:
+        """Whoever moved or removed the file gets a new one: lines to a file without a name are lost."""
+        if self.path.exists() and os.path.samestat(os.fstat(self._fd), self.path.stat()):
+            return
+        fresh = self._open()
+        os.close(self._fd)
+        self._fd = fresh
 
     def add(self, *records: dict) -> str | None:
         """Write the lines; if they have to wait, the reason."""
         self._waiting += [(json.dumps(record) + "\n").encode() for record in records]
         if not self._waiting:
             return None
-        body, end = b"".join(self._waiting), os.fstat(self._fd).st_size
+        body, end = b"".join(self._waiting), None
         try:
+            self._follow()
+            end = os.fstat(self._fd).st_size
             if os.write(self._fd, body) < len(body):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, end)
+                if end is not None:
+                    os.ftruncate(self._fd, end)
             return error.strerror
         self._waiting.clear()
         return None
@@ -200,16 +217,25 @@ class LineFile:
 
 
 def read_lines(path: Path | str) -> list[dict]:
-    """The JSON lines of ``path``; none where it does not exist. A torn line (a kill mid-write) or a rotten one is left
-    out."""
+    """The JSON objects of ``path``, one a line; none where it does not exist. A torn line (a kill mid-write) or a
+    rotten one is left out."""
     path = Path(path)
     if not path.exists():
         return []
     records = []
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return records
+    return [record for record in records if isinstance(record, dict)]
+
+
+def read_record(path: Path | str, key: str) -> dict | None:
+    """The JSON object of a file, which has ``key``; None where there is no such file, and where it is damaged."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        record = json.loads(Path(path).read_text())
+        if isinstance(record, dict) and key in record:
+            return record
+    return None
 
 
 def digest(path: Path | str) -> str:
@@ -244,6 +270,12 @@ class RunDir:
     logs = property(lambda self: self.root / "logs")
     lock = property(lambda self: self.root / "lock")
     done = property(lambda self: self.root / "done.json")
+
+    @property
+    def finished(self) -> dict | None:
+        """What ``done`` says: the last ``step`` and its ``weights``. None before the end, and where it is damaged: the
+        training then goes on from its last checkpoint and writes it again."""
+        return read_record(self.done, "step")
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"

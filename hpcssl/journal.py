@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 
 import torch
@@ -32,6 +33,13 @@ def set_up_logging(rank: int = 0) -> None:
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     LOG.propagate = False
+    threading.excepthook = _thread_died
+
+
+def _thread_died(died) -> None:
+    # TensorBoard's writer dies of a full or absent disk, which the journal says in a sentence
+    if not isinstance(died.exc_value, OSError):
+        threading.__excepthook__(died)
 
 
 class Journal:
@@ -153,7 +161,7 @@ class Journal:
 
     def scored(self, step: int) -> bool:
         """Whether the results of an evaluation at ``step`` stand here already. A collective."""
-        mine = self.world.main and any(r.get("eval") and r["step"] == step for r in read_lines(self.run.journal))
+        mine = self.world.main and any(r.get("eval") and r.get("step") == step for r in read_lines(self.run.journal))
         return self.world.any(mine)
 
     def score(self, step: int, **scalars: float) -> None:
@@ -195,7 +203,7 @@ class Journal:
 def cut_back(path, step: int) -> None:
     """Drop the lines of a JSON-lines file that lie after ``step``: a resumed run writes them again."""
     records = read_lines(path)
-    kept = [r for r in records if r["step"] <= step]
+    kept = [r for r in records if isinstance(r.get("step"), int) and r["step"] <= step]
     if path.exists():
         atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept))
 

@@ -11,6 +11,8 @@ from types import FrameType
 from typing import NamedTuple
 
 STOPPING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+BY_HAND = (signal.SIGHUP, signal.SIGXCPU)
+"""What ends a command that a person has typed: the terminal is closed, the limit of CPU time is reached."""
 
 
 class Requeue(NamedTuple):
@@ -32,10 +34,12 @@ class StopFlag:
     def install(self, *more: signal.Signals, keyboard: bool = False) -> StopFlag:
         """Take over the stopping signals of this process, and ``more``. Only the main thread may call it.
 
-        ``keyboard``: the first Ctrl-C sets the flag as well; the second interrupts as it always did.
+        ``keyboard``: the first Ctrl-C sets the flag as well; the second interrupts as it always did. So do a closed
+        terminal, unless `nohup` has said that it is none of our business, and the limit of CPU time.
         """
         self._keyboard = keyboard
-        for number in (*STOPPING, *more, *([signal.SIGINT] if keyboard else [])):
+        typed = [signal.SIGINT, *(n for n in BY_HAND if signal.getsignal(n) is not signal.SIG_IGN)] if keyboard else []
+        for number in (*STOPPING, *more, *typed):
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
         return self

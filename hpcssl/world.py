@@ -212,9 +212,8 @@ class World:
             except HpcsslError as caught:
                 error = caught
             except OSError as caught:
-                error = WorldError(str(caught.filename or "a file of rank 0"), got=caught.strerror or str(caught),
-                                   expected="a path that can be read and written",
-                                   mend="check the path, its rights and the free space, then run the command again")
+                what, got, expected, mend = errors.os_parts(caught)
+                error = WorldError(what, got=got, expected=expected, mend=mend)
         told = self.tell(json.dumps([type(error).__name__, *error.args]) if error else "")
         if error is not None:
             raise error

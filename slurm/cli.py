@@ -190,7 +190,7 @@ def _chained(folder: RunDir, job) -> str:
     if job.what == records.TRAIN:
         return ""
     train = records.submitted(folder).get(records.TRAIN)
-    waits = train is not None and not folder.done.exists() and not job.beside
+    waits = train is not None and not folder.finished and not job.beside
     return f" ({job.what}, after {train.job})" if waits else f" ({job.what})"
 
 

@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
 def _preempt_once(run: RunDir):
     """What is done between two looks at the run: one preemption, once it is under way."""
     total = watch.steps_of(run) or 0
-    done = [len(attempts.history(run)) > 1 or run.done.exists()]
+    done = [len(attempts.history(run)) > 1 or run.finished]
 
     def between() -> None:
         if done[0] or not total or watch.step_of(run) < PREEMPT_AT * total:

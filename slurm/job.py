@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hpcssl import launch
-from hpcssl.errors import EXIT_FAILED, HpcsslError, Stopped
+from hpcssl.errors import EXIT_FAILED, HpcsslError, Stopped, sentence
 from hpcssl.files import RunDir
 from hpcssl.signals import StopFlag
 from slurm import again, attempts, freeze, records, sched, start
@@ -49,8 +49,8 @@ class Work:
             _crashed(run, self.what, attempt, place, str(error), stop)
         except BaseException as error:  # noqa: BLE001 - a task that dies without a word looks like a KILL
             traceback.print_exc()
-            _crashed(run, self.what, attempt, place, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                     stop)
+            _crashed(run, self.what, attempt, place, sentence(error) or
+                     f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", stop)
         leave(run, code, attempt, place)
 
 

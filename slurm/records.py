@@ -59,7 +59,8 @@ def note(run: RunDir, event: str, job: str, **values) -> None:
 def every(run: RunDir) -> list[Job]:
     """Every job that was submitted for the run, oldest first."""
     return [Job(line["job"], line["what"], line["kind"], line.get("options", {}), line.get("profile", {}),
-                line.get("follows")) for line in read_lines(run.jobs) if line.get("event") == "submit"]
+                line.get("follows")) for line in read_lines(run.jobs)
+            if line.get("event") == "submit" and line.keys() >= {"job", "what", "kind"}]
 
 
 def submitted(run: RunDir) -> dict[str, Job]:
@@ -84,7 +85,7 @@ def allow_pipe(run: RunDir, command: str) -> None:
 
 def allowed_pipe(run: RunDir) -> str:
     """The command that the last submission allowed, '' for none."""
-    return ([x["command"] for x in read_lines(run.jobs) if x.get("event") == "allow-pipe"] or [""])[-1]
+    return ([x.get("command", "") for x in read_lines(run.jobs) if x.get("event") == "allow-pipe"] or [""])[-1]
 
 
 def cancelled(run: RunDir, job: str) -> bool:

@@ -102,7 +102,7 @@ def submit(request: Request) -> list[records.Job]:
     with records.locked(run):
         trust.secure(run.root)
         living = _living(run)
-        training = not run.done.exists() and records.TRAIN not in living
+        training = not run.finished and records.TRAIN not in living
         recipe = runs.resolve(request.recipe, planned.overrides, run, write=training or not living,
                               allow_pipe=request.allow_pipe)
         if training:  # they wait for a training that did not succeed, or hold on to its code
@@ -113,7 +113,7 @@ def submit(request: Request) -> list[records.Job]:
             _refuse_change(run, recipe, next(iter(living.values())), request)
         wanted = {what: sbatch for what, sbatch in planned.jobs.items() if (
             training if what == records.TRAIN else what not in living and (
-                not run.done.exists() or _missing(run, chain.entry(what))))}
+                not run.finished or _missing(run, chain.entry(what))))}
         _write_chain(run, planned, request, keep=not training)
         again = [e for e in chain.beside(run) if planned.every and str(replace(e, step=None)) in planned.jobs
                  and str(e) not in living and _missing(run, e)]
@@ -127,7 +127,7 @@ def submit(request: Request) -> list[records.Job]:
         jobs = local.launch(run, wanted) if request.local and wanted else \
             _through_sbatch(run, wanted, request.profile, parent.job if parent else None)
         # a running training looks for these itself: only what it has submitted before, and in vain, is left to us
-        return jobs + beside.submit(run, again if run.done.exists() else [e for e in again if e not in chain.due(run)])
+        return jobs + beside.submit(run, again if run.finished else [e for e in again if e not in chain.due(run)])
 
 
 def _through_sbatch(run: RunDir, wanted: dict[str, dict], profile: cluster.Profile,
@@ -237,7 +237,7 @@ def _refuse_change(run: RunDir, recipe, job: records.Job, request: Request) -> N
     from hpcssl.train import recipe as recipes
 
     changed = [name for name in config.differing(config.as_dict(recipe), config.as_dict(recipes.read(run.config)))
-               if not (run.done.exists() and name.startswith("machine."))]  # nobody will read these any more
+               if not (run.finished and name.startswith("machine."))]  # nobody will read these any more
     if changed or job.kind != request.kind:
         got = f"other values of {', '.join(changed)}" if changed else \
             f"a submission {'with' if request.local else 'without'} --local"

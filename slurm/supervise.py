@@ -171,7 +171,7 @@ def supervise(run: RunDir, base: str) -> int:
 
 def _training_ended(run: RunDir, job: records.Job, stop: StopFlag) -> int:
     """How the training ended that an evaluation waits for, which may have another supervisor."""
-    while not run.done.exists():
+    while not run.finished:
         train = records.submitted(run).get(records.TRAIN)
         state = watch.state_of(run, train) if train else sched.State(sched.GONE)
         if not state.live:

@@ -53,7 +53,7 @@ def state_of(run: RunDir, job: records.Job) -> sched.State:
     state = sched.ask_quietly(job.job, job.cluster)
     if state.name != sched.GONE:
         return state
-    if (job.what == records.TRAIN and run.done.exists()) or (mine and mine[-1].cause == "done"):
+    if (job.what == records.TRAIN and run.finished) or (mine and mine[-1].cause == "done"):
         return sched.State("COMPLETED", exit_code=EXIT_DONE)
     note = "SLURM has forgotten it; submit again with the same command: it goes on"
     return sched.State(sched.GONE, note=note, exit_code=EXIT_FAILED)
@@ -64,7 +64,7 @@ def report(run: RunDir) -> Report:
     jobs = records.submitted(run)
     history = attempts.history(run)
     train = jobs.get(records.TRAIN)
-    state = state_of(run, train) if train else sched.State("COMPLETED" if run.done.exists() else "NONE")
+    state = state_of(run, train) if train else sched.State("COMPLETED" if run.finished else "NONE")
     evals, notes, on_the_way = {}, [state.note], {}
     for name, job in jobs.items():
         if name == records.TRAIN:
@@ -82,14 +82,14 @@ def report(run: RunDir) -> Report:
     crash = attempts.verdict(history)
     if history and not state.live and not crash.again and history[-1].crashed:
         notes.append(crash.why)
-    notes.append("" if run.done.exists() else attempts.stuck(history))
+    notes.append("" if run.finished else attempts.stuck(history))
     shown = state.name if not state.reason else f"{state.name} ({state.reason})"
     return Report(run, train.job if train else "-", shown, history[-1].number if history else 0, step_of(run),
                   steps_of(run), _last(history), evals, "; ".join(n for n in notes if n))
 
 
 def step_of(run: RunDir) -> int:
-    return json.loads(run.done.read_text())["step"] if run.done.exists() else attempts.reached(run)
+    return finished["step"] if (finished := run.finished) else attempts.reached(run)
 
 
 def steps_of(run: RunDir) -> int | None:
@@ -188,7 +188,7 @@ def _scalars(run: RunDir) -> dict[str, str]:
 
 
 def _code(run: RunDir, job: records.Job, state: sched.State) -> int:
-    if job.what == records.TRAIN and run.done.exists():
+    if job.what == records.TRAIN and run.finished:
         return EXIT_DONE
     if state.name == "COMPLETED":
         return EXIT_DONE

@@ -271,8 +271,8 @@ def weights_of(run: RunDir, step: int | str = "last") -> Path:
         wanted = run.weights_at(0)
     elif step != "last":
         wanted = run.weights_at(int(step))
-    elif run.done.exists():
-        wanted = run.root / json.loads(run.done.read_text())["weights"]
+    elif (finished := run.finished) is not None:
+        wanted = run.weights_at(finished["step"])
     else:
         wanted = there[-1] if there else run.weights_at(0)
     if not wanted.exists():

@@ -7,7 +7,6 @@ and deviations.
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Sequence
@@ -95,7 +94,7 @@ def _of_run(run: RunDir) -> list[dict]:
             continue
         seen.add(row["identity"])
         _place(records, _about(run, recipe, changed, row), columns.of_row(row), config.fingerprint(row["options"]))
-    trained_on = json.loads(run.data.read_text()).get("train") if run.data.exists() else None
+    trained_on = (files.read_record(run.data, "train") or {}).get("train")
     newest = max((record["step"] for record in records), default=0)
     for record in records:
         record["newest"] = record["step"] == newest
@@ -130,7 +129,7 @@ def _place(records: list[dict], about: dict, metrics: dict[str, float], options:
 
 
 def _about(run: RunDir, recipe: dict, changed: list[str], row: dict) -> dict:
-    done = json.loads(run.done.read_text())["step"] if run.done.exists() else None
+    done = (run.finished or {}).get("step")
     schedule, step, name = recipe.get("schedule") or {}, row["step"], recipe.get("name", "")
     trained = "trained" if step == done else f"step {step}"
     length = schedule.get("epochs") or (f"{schedule['steps']} steps" if schedule.get("steps") else "")

@@ -128,7 +128,8 @@ class Store:
         try:
             self._part = self._copy.write(path)
         except Exception as error:  # noqa: BLE001 - whatever it was, the part is not there, and `finish` must say so
-            self._error = f"{path}: {getattr(error, 'strerror', None) or repr(error)}"
+            where = getattr(error, "filename", None) or path
+            self._error = f"{where}: {getattr(error, 'strerror', None) or repr(error)}"
 
     def finish(self) -> str | None:
         """Wait for all ranks' parts and seal the checkpoint. Returns a sentence if it failed, else None.

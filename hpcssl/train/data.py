@@ -113,7 +113,7 @@ class Feed:
 
 
 def _refuse_other(run: RunDir, shards: ShardSet) -> None:
-    was = json.loads(run.data.read_text())["train"] if run.data.exists() else shards.digest
+    was = (files.read_record(run.data, "train") or {}).get("train", shards.digest)
     if was != shards.digest:
         raise ResumeError(f"run folder {run.root}", got=f"data.train with other shards (digest {shards.digest[:12]}…)",
                           expected=f"those that the run was started on ({was[:12]}…)",
@@ -172,7 +172,7 @@ class Damage:
         self.run, self.world, self.shards, self.limit = run, world, shards, limit
         told = world.tell(json.dumps(files.read_lines(run.damaged)) if world.main else None)
         self.known = {line["index"]: Loss(**{k: line[k] for k in Loss.__dataclass_fields__})
-                      for line in json.loads(told)}
+                      for line in json.loads(told) if line.keys() >= Loss.__dataclass_fields__.keys()}
         self._refuse_more()
 
     def news(self, batch: Batch) -> bool:

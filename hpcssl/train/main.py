@@ -72,7 +72,7 @@ def prepare(machine: MachineOptions) -> None:
 def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch,
              allow_pipe: str) -> int:
     record.take_lock(patience_s=120.0 if requeue else 10.0, stop=stop)
-    if world.any(world.main and run.done.exists()):  # asked of rank 0, once nobody else writes here
+    if world.any(world.main and run.finished is not None):  # asked of rank 0, once nobody else writes here
         LOG.info("%s is finished; evaluate it, or start another run in another folder", run.root)
         return EXIT_DONE
     feed = Feed(recipe, run, world, allowed=allow_pipe)
@@ -135,15 +135,16 @@ def _asked(world: World, stop: StopFlag) -> bool:
 def store(run: RunDir, recipe: Recipe, shards: ShardSet) -> None:
     """Write the recipe of this attempt and the data's digest into the run folder, on rank 0."""
     text = config.to_yaml(recipe)
-    if not run.data.exists():
+    if digest_of(run) is None:
         files.atomic_write(run.data, json.dumps({"train": shards.digest}))
     if not run.config.exists() or run.config.read_text() != text:
         files.atomic_write(run.config, text)
 
 
 def digest_of(run: RunDir) -> str | None:
-    """Digest of the shards that the run was started on, or None before its first attempt."""
-    return json.loads(run.data.read_text())["train"] if run.data.exists() else None
+    """Digest of the shards that the run was started on; None before its first attempt, and where ``data.json`` is
+    damaged: the checkpoint knows it, too."""
+    return (files.read_record(run.data, "train") or {}).get("train")
 
 
 class _Attempt:
@@ -155,7 +156,7 @@ class _Attempt:
         self.last_step: int | None = None
         self.signals: list[str] | None = None
         self.cause, self.why = "stopped", None
-        past = [a["attempt"] for a in files.read_lines(run.attempts) if a.get("event") == "start"]
+        past = [a["attempt"] for a in files.read_lines(run.attempts) if isinstance(a.get("attempt"), int)]
         self.about = {"attempt": max(past, default=0) + 1, "job": f"process {os.getpid()}"} | told
         self.lock = RunLock(run, str(self.about["job"]), attempt=self.about["attempt"],
                             requeued="job" in told) if world.main else None
@@ -192,7 +193,7 @@ class _Attempt:
                 self._write(event="end", cause=cause, why=why, last_step=self.last_step if step is None else step)
 
     def _ended(self) -> bool:
-        return any(x.get("event") == "end" and x["attempt"] == self.about["attempt"]
+        return any(x.get("event") == "end" and x.get("attempt") == self.about["attempt"]
                    for x in files.read_lines(self.run.attempts))
 
     def __exit__(self, kind, error, _trace) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hpcssl import config
 from hpcssl.data.stream import check_address, is_remote
-from hpcssl.errors import ConfigError, nearest
+from hpcssl.errors import ConfigError, ResumeError, nearest
 from hpcssl.methods import METHODS
 from hpcssl.nets import norm, resnet
 from hpcssl.nets.heads import HeadOptions
@@ -189,9 +189,14 @@ def compose(name: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def read(path: Path | str) -> Recipe:
-    """A resolved recipe as a run folder stores it."""
-    recipe = typed(config.read_yaml(path), f"recipe file {path}")
-    check(recipe)
+    """A resolved recipe as a run folder stores it. Raises ``ResumeError`` where that is damaged."""
+    try:
+        recipe = typed(config.read_yaml(path), f"recipe file {path}")
+        check(recipe)
+    except ConfigError as error:
+        raise ResumeError(error.what, got=error.got, expected="the recipe as this run's first attempt wrote it there",
+                          mend="remove the file and give the same command again, with the run's recipe: its "
+                               "checkpoints refuse any other") from error
     return recipe
 
 

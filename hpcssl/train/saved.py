@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hpcssl import files
 from hpcssl.config import fingerprint
+from hpcssl.errors import ResumeError
 from hpcssl.files import RunDir
 
 FORMAT, MANIFEST = 1, "manifest.json"
@@ -96,12 +97,18 @@ class Saved:
 def folders(run: RunDir) -> list[tuple[int, Path]]:
     """(step, folder) of everything that looks like a checkpoint, ascending."""
     found = run.checkpoints.glob("step-*") if run.checkpoints.is_dir() else []
-    return sorted((int(p.name[5:]), p) for p in found if p.name[5:].isdigit())
+    return sorted((int(p.name[5:]), p) for p in found if p.name[5:].isdecimal())
 
 
 def newest_valid(run: RunDir) -> tuple[Saved | None, list[tuple[Path, str]]]:
-    """The newest whole checkpoint, and the newer ones that were passed over, with the reason."""
+    """The newest whole checkpoint, and the newer ones that were passed over, with the reason. Raises ``ResumeError``
+    where the folder of them is a link that leads nowhere (a disk that is not there now), or no folder."""
     skipped = []
+    place = run.checkpoints
+    if not place.is_dir() and (place.is_symlink() or place.exists()):
+        raise ResumeError(f"checkpoints {place}", got="a link that leads to no folder" if place.is_symlink() else
+                          "something that is no folder", expected="the folder that this run saves in",
+                          mend="see whether its disk is there; or remove it to begin again from step 0")
     for step, folder in reversed(folders(run)):
         why = None
         try:
