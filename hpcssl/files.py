@@ -151,10 +151,13 @@ def alone(path: Path | str, patience_s: float = 10.0) -> Iterator[None]:
     limit = time.monotonic() + patience_s
     with open(path, "ab", opener=_private) as file:
         while time.monotonic() < limit:
-            with contextlib.suppress(OSError):
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            time.sleep(0.05)
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system that has no locks
+                break
         yield
 
 

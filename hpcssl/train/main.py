@@ -166,6 +166,7 @@ class _Attempt:
         """Rank 0 takes the run's lock; if it cannot, every rank raises its reason. Whoever loses it later, stops."""
         if self.lock is not None:
             self.lock.on_loss = lambda: stop.set("the run's lock was taken over")
+        self.world.mark("lock", patient=True)  # it waits for another, as long as is set there
         self.world.on_main(lambda: self.lock.take(patience_s, stop.is_set))
 
     def check_lock(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcssl import rng
+from hpcssl import files, rng
 from hpcssl.errors import ResumeError, WorldError
 from hpcssl.files import LineFile, RunDir, append_line, atomic_dir, atomic_write, read_lines, temporaries
 from hpcssl.journal import Journal
@@ -256,6 +256,16 @@ def test_a_line_file_tears_nothing(tmp_path, monkeypatch):
     assert lines.sync() and read_lines(lines.path) == [{"i": 0}]
     monkeypatch.undo()
     assert lines.close() is None and lines.path.read_text() == '{"i": 0}\n{"i": 1}\n'
+
+
+def test_without_locks_nobody_waits_to_write_an_end(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(files.time, "sleep", lambda _: pytest.fail("there is nobody to wait for"))
+    with files.alone(tmp_path / "attempts.jsonl"):
+        pass
 
 
 def test_a_folder_that_only_reads_is_one_sentence(small):
