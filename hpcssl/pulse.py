@@ -115,6 +115,11 @@ class Pulse:
         elif phase == "backward":
             self.clock.meet()
 
+    def nearer(self, phase: str) -> None:
+        """From any thread: what the main thread waits for in ``phase`` comes nearer."""
+        if self._phase == phase:
+            self._moved = time.monotonic()
+
     def enter(self, kind: str, dtype: object, shape: Sequence[int]) -> None:
         """The main thread calls a collective."""
         self._count += 1

@@ -89,6 +89,11 @@ class World:
         if self.pulse is not None:
             self.pulse.mark(phase, step, patient=patient)
 
+    def nearer(self, phase: str) -> None:
+        """What the main thread waits for in ``phase`` comes nearer (``Pulse.nearer``). No collective."""
+        if self.pulse is not None:
+            self.pulse.nearer(phase)
+
     @contextlib.contextmanager
     def _collective(self, kind: str, x: Tensor) -> Iterator[None]:
         if self.pulse is None:
@@ -175,7 +180,7 @@ class World:
         return bool(self.maximum(torch.tensor([float(flag)], device=self.device)).result()[0])
 
     def maximum(self, x: Tensor) -> Pending:
-        """Elementwise maximum over ranks, not waited for: the backward pass may be launched meanwhile."""
+        """Elementwise maximum over ranks, not waited for: what follows may be launched meanwhile."""
         x = x.detach().clone()
         if self.size == 1:
             return Pending(x, None)

@@ -53,11 +53,13 @@ class Cache:
 
     ``text``: its ``index.json``. ``limit``: bytes that are kept, 0 for all. A limited cache is ``owner``'s alone, since
     others drop other shards; a whole one is shared by whoever uses this set on this node, and never shrinks.
+    ``progress`` is called, from any thread, for each shard that ``path`` gives.
     Raises ``DataError``.
     """
 
-    def __init__(self, remote: Remote, text: str, folder: Path | str, *, limit: int = 0, owner: str = ""):
-        self.remote, self.limit = remote, limit
+    def __init__(self, remote: Remote, text: str, folder: Path | str, *, limit: int = 0, owner: str = "",
+                 progress: Callable[[], None] = lambda: None):
+        self.remote, self.limit, self.progress = remote, limit, progress
         whose = f"-{hashlib.sha256(owner.encode()).hexdigest()[:8]}" if limit else ""
         try:
             name = digest_of(json.loads(text))
@@ -107,6 +109,7 @@ class Cache:
             if not self._fetch(number):
                 self._refuse_end()
                 time.sleep(0.05)  # another process is fetching it
+        self.progress()
         return self.shards.path(number)
 
     def again(self, number: int) -> None:

@@ -114,7 +114,9 @@ def evaluate(name: str, *, run: RunDir | None, weights: Path | str, train: Shard
     if found is not None:
         log.info("%s of step %d: done before, taken from %s", name, found["step"], run.eval_rows(name))
         return found
+    world.mark("stage", patient=True)  # of a set at an address all shards may have to be fetched first
     sets = {kind: data.near() for kind, data in sets.items()}
+    world.mark("evaluate")
     context = Context(options=resolved, encoder=encoder, **sets, world=world, stop=stop or never,
                       identity=identity, threads=threads or _threads(),
                       cache=run.features if run is not None and cache else None,

@@ -74,7 +74,8 @@ class Feed:
             remote, text = _remote(data, data.train == allowed), []
             world.on_main(lambda: text.append(remote.text()))
             self.cache = Cache(remote, world.tell(text[0] if text else None), data.stage,
-                               limit=int(data.stage_gb * 1e9), owner=str(run.root))
+                               limit=int(data.stage_gb * 1e9), owner=str(run.root),
+                               progress=partial(world.nearer, "data"))
             self.shards, mend = _usable(self.cache.shards, recipe), self.cache.again
         else:
             self.shards = there = open_shards(recipe)

@@ -18,6 +18,7 @@ from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
 from hpcssl.data.stream import Remote
 from hpcssl.errors import ConfigError, DataError
+from hpcssl.pulse import Pulse
 from hpcssl.views.augment import NAMED, ViewSpec
 
 VIEWS = [ViewSpec(name="query", augment=NAMED["crop_only"], size=16)]
@@ -29,9 +30,9 @@ def hasty(monkeypatch):
     monkeypatch.setattr(module, "_AGAIN_S", 0.05)
 
 
-def cached(url, folder, limit=0, **options):
+def cached(url, folder, limit=0, progress=lambda: None, **options):
     remote = Remote(url, **{"stall_s": 0.5, "tries": 2} | options)
-    return Cache(remote, remote.text(), folder, limit=limit, owner="a run")
+    return Cache(remote, remote.text(), folder, limit=limit, owner="a run", progress=progress)
 
 
 def order(shards, window=1, batch=4):
@@ -53,6 +54,18 @@ def test_a_node_asks_once_for_what_lies_beside_the_index(shards, server, tmp_pat
     assert server.asked.count("index.npy") == 1
     assert {cache.shards.digest for cache in caches} == {shards.digest}
     assert (caches[2].shards.rows == shards.rows).all() and caches[2].shards.path(0).parent == caches[0].folder
+
+
+def test_each_shard_that_comes_is_progress_of_who_waits_for_data(server, tmp_path):
+    """The first step of a set that is shuffled as a whole waits for nearly all of its shards, which may take hours."""
+    pulse = Pulse(None, hang_s=600, leave=lambda *_: None)
+    cache, told = cached(server.url, tmp_path, progress=lambda: pulse.nearer("data")), []
+    for phase in ("data", "step"):
+        pulse.mark(phase)
+        pulse._moved = 0.0
+        cache.path(len(told))
+        told.append(pulse._moved > 0)
+    assert told == [True, False]
 
 
 @pytest.mark.parametrize("start, bounded", [(0, True), (17, True), (0, False)])

@@ -8,6 +8,7 @@ from hpcssl.evals.run import evaluate
 from hpcssl.evals.together import never
 from hpcssl.evals.watch import watch
 from hpcssl.files import RunDir
+from hpcssl.pulse import Pulse
 from hpcssl.world import World
 
 
@@ -26,6 +27,18 @@ def test_a_look_during_training_is_the_evaluations_own_row(data, weights_file, t
     row = evaluate("knn", run=None, weights=weights_file, train=train, val=val, world=world, options={"k": [1, 5]})
     assert scores == row["metrics"] and files.read_lines(run.eval_rows("knn"))[0]["metrics"] == scores
     assert look(weights_file, 5) == scores and not run.features.exists()
+
+
+def test_fetching_a_set_for_a_look_is_no_hang(data, weights_file, tmp_path):
+    world, (train, val) = World.alone(), data
+    pulse = world.pulse = Pulse(None, hang_s=600, leave=lambda *_: None)
+    seen, near = [], val.near
+    val.near = lambda: (seen.append(pulse._patient), near())[1]
+    try:
+        evaluate("knn", run=None, weights=weights_file, train=train, val=val, world=world, options={"k": [1]})
+    finally:
+        val.near = near
+    assert seen == [True] and not pulse._patient
 
 
 def test_without_a_period_there_is_no_watch_and_mistakes_come_before_training(data):
