@@ -54,6 +54,8 @@ def _from_torchrun(environ: Mapping[str, str]) -> Place:
         port = int(environ["MASTER_PORT"])
         if not 0 <= rank < size:
             raise ValueError(f"RANK {rank} with WORLD_SIZE {size}")
+        if not 0 < port < 65536:
+            raise ValueError(f"MASTER_PORT {port}")
     except ValueError as error:
         raise WorldError("launcher's variables", got=str(error), expected="all of " + ", ".join(TORCHRUN),
                          mend="start through torchrun, srun or hpcssl-submit, or unset RANK and WORLD_SIZE "

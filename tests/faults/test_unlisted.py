@@ -2,6 +2,7 @@
 nowhere, terminals that close, limits of the shell. The run goes on, or one sentence says what is wrong and how to mend
 it."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -9,8 +10,8 @@ import threading
 
 import pytest
 
-from hpcssl import files, journal
-from hpcssl.errors import HpcsslError, ResumeError, sentence
+from hpcssl import cli, door, files, journal, launch
+from hpcssl.errors import HpcsslError, ResumeError, WorldError, sentence
 from hpcssl.files import LineFile, RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import main, recipe
@@ -140,6 +141,44 @@ def test_nohup_is_believed():
     finally:
         stop.restore()
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)])
+def test_closed_streams_are_opened_before_a_file_gets_their_number(tmp_path, closed):
+    pid = os.fork()
+    if not pid:
+        code = 9
+        try:
+            for number in closed:
+                os.close(number)
+            door._three_streams()
+            with open(tmp_path / "file", "w") as file:
+                code = 0 if file.fileno() > 2 and all(os.fstat(n) for n in range(3)) else 8
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("argv", [["--run", ""], ["--run="]])
+def test_an_empty_run_is_not_this_folder(argv, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", "digits_msf", *argv])
+    assert left.value.code == 2
+    assert "--run: got nothing; expected a folder; to mend: see whether" in capsys.readouterr().err
+
+
+def test_a_sentence_that_nobody_can_read_keeps_its_code(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        assert door._say("hpcssl", "a sentence", 2, False) == 2
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_a_port_that_is_none_is_told():
+    with pytest.raises(WorldError, match="got MASTER_PORT 99999"):
+        launch.find({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999"})
 
 
 def test_a_thread_that_a_full_disk_ends_prints_no_traceback(capsys, monkeypatch):
