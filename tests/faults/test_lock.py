@@ -21,7 +21,7 @@ from hpcssl.train.checkpoint import State, Store
 from hpcssl.train.lock import RunLock
 from hpcssl.world import World
 
-BEAT = 0.05
+BEAT = 0.1
 HOLDER = """
 import fcntl, os, sys, time
 from hpcssl.files import RunDir
@@ -30,6 +30,7 @@ def refuse(fd, how):
     raise OSError({errno}, os.strerror({errno}))
 if {errno}:
     fcntl.flock = refuse
+os.fsync = lambda fd: None
 lock._place = lambda: {place!r} or lock.socket.gethostname()
 held = lock.RunLock(RunDir({run!r}), "17", attempt=3, beat_s={beat}); held.take(0.0)
 print("held", flush=True)
@@ -71,6 +72,7 @@ def no_flock(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_place(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # a busy disk must not look like a holder that is gone
     monkeypatch.setattr(locks, "_place", lambda: locks.socket.gethostname())
 
 
@@ -112,10 +114,12 @@ def test_the_holder_beats_and_the_file_is_always_whole(run):
     lock = second(run)
     lock.take(0.0)
     seen = set()
-    for _ in range(200):
+    for _ in range(10_000):
         seen.add(json.loads(run.lock.read_text())["beat"])
         time.sleep(0.001)
-    assert len(seen) >= 2 and run.lock.stat().st_size == 1024
+        if len(seen) > 3:
+            break
+    assert len(seen) > 3 and run.lock.stat().st_size == 1024
     lock.release()
     assert json.loads(run.lock.read_text())["over"]
     lock.release()  # twice is once
