@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
 from functools import partial
 
 from hpcssl import launch
@@ -22,36 +21,30 @@ from slurm import again, attempts, freeze, records, sched, start
 from slurm.again import ATTEMPT, LOCAL_JOB
 
 
-@dataclass(frozen=True)
-class Work:
-    """One job of a run: the training, or the evaluation called ``what``. ``run`` is its folder."""
-
-    run: str
-    what: str = records.TRAIN
-
-    def __call__(self) -> None:
-        stop = StopFlag().install(signal.SIGINT)
-        start.release()
-        run, code, place, attempt = RunDir(self.run), EXIT_FAILED, None, None
-        try:
-            place, attempt = here(), this_attempt(RunDir(self.run), self.what)
-            enter(place)
-            freeze.verify(run)
-            if place is None or place.rank == 0:
-                again.explain_before(run, self.what, attempt)
-            work = _train if self.what == records.TRAIN else _evaluate
-            code = work(run, self.what, stop, attempt, place)
-        except Stopped as error:  # before the run was ours: no trainer has written a line
-            code = error.exit_code
-            _crashed(run, self.what, attempt, place, str(error), stop, cause="stopped")
-        except HpcsslError as error:
-            code = error.exit_code
-            _crashed(run, self.what, attempt, place, str(error), stop)
-        except BaseException as error:  # noqa: BLE001 - a task that dies without a word looks like a KILL
-            traceback.print_exc()
-            _crashed(run, self.what, attempt, place, sentence(error) or
-                     f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", stop)
-        leave(run, code, attempt, place)
+def main(folder: str, what: str) -> None:
+    """One task of a job of the run in ``folder``: the training, or the evaluation called ``what``."""
+    stop = StopFlag().install(signal.SIGINT)
+    start.release()
+    run, code, place, attempt = RunDir(folder), EXIT_FAILED, None, None
+    try:
+        place, attempt = here(), this_attempt(run, what)
+        enter(place)
+        freeze.verify(run)
+        if place is None or place.rank == 0:
+            again.explain_before(run, what, attempt)
+        work = _train if what == records.TRAIN else _evaluate
+        code = work(run, what, stop, attempt, place)
+    except Stopped as error:  # before the run was ours: no trainer has written a line
+        code = error.exit_code
+        _crashed(run, what, attempt, place, str(error), stop, cause="stopped")
+    except HpcsslError as error:
+        code = error.exit_code
+        _crashed(run, what, attempt, place, str(error), stop)
+    except BaseException as error:  # noqa: BLE001 - a task that dies without a word looks like a KILL
+        traceback.print_exc()
+        _crashed(run, what, attempt, place, sentence(error) or
+                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", stop)
+    leave(run, code, attempt, place)
 
 
 def here() -> launch.Place | None:
@@ -145,4 +138,4 @@ def leave(run: RunDir, code: int, attempt: dict | None, place: launch.Place | No
 
 
 if __name__ == "__main__":
-    Work(*sys.argv[1:])()
+    main(*sys.argv[1:])

@@ -17,7 +17,6 @@ from hpcssl.errors import SubmitError
 from hpcssl.files import RunDir
 from slurm import records, shape, trust
 from slurm.cluster import Profile
-from slurm.job import Work
 
 INHERITED = ("SLURM_CONF", "SLURM_TIME_FORMAT")
 """Of the variables of a job in which somebody submits another one, only these are about the cluster."""
@@ -79,7 +78,7 @@ def submit(run: RunDir, what: str, sbatch: dict, profile: Profile, follows: str 
     batch = executor(run, what, sbatch, profile)
     try:
         with outside_any_job(), trust.ours_alone():
-            job = batch.submit(Work(str(run.root), what)).job_id
+            job = batch.submit(str, what).job_id  # submitit pickles what it is given, which nobody reads: ``command``
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise SubmitError("sbatch", got=_reason(error), expected="a job id",
                           mend="change the option that SLURM names; --dry-run prints what it was given") from error
