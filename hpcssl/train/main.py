@@ -15,7 +15,7 @@ from hpcssl import config, files
 from hpcssl.data.loader import Loader
 from hpcssl.data.order import Order
 from hpcssl.data.shards import ShardSet
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED
+from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, WorldError
 from hpcssl.files import RunDir
 from hpcssl.journal import Journal, set_up_logging
 from hpcssl.signals import Requeue, StopFlag
@@ -71,12 +71,14 @@ def prepare(machine: MachineOptions) -> None:
 
 def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: StopFlag, requeue, watch,
              allow_pipe: str) -> int:
+    one_for_all(world, "recipe", config.as_dict(recipe) | {"torch": torch.__version__})
     record.take_lock(patience_s=120.0 if requeue else 10.0, stop=stop)
     if world.any(world.main and run.finished is not None):  # asked of rank 0, once nobody else writes here
         LOG.info("%s is finished; evaluate it, or start another run in another folder", run.root)
         return EXIT_DONE
     feed = Feed(recipe, run, world, allowed=allow_pipe)
     shards, reader = feed.shards, feed.reader
+    one_for_all(world, "shards", {"data.train": shards.digest})
     world.on_main(lambda: store(run, recipe, shards))
     order = Order([s.samples for s in shards.shards], seed=recipe.seed, global_batch=recipe.optim.batch,
                   window=recipe.data.window_shards, micro_batches=recipe.machine.accumulate)
@@ -124,6 +126,19 @@ def _attempt(recipe: Recipe, run: RunDir, world: World, record: _Attempt, stop: 
              "saved" if loop.unsaved is None else f"NOT saved ({loop.unsaved}): the checkpoint before it stays",
              "run the same command to go on" if requeue is None else answer or "another attempt was asked for")
     return EXIT_STOPPED
+
+
+def one_for_all(world: World, what: str, values: dict) -> None:
+    """All ranks raise ``WorldError`` where one has other values than rank 0 (a command typed twice, a node that sees
+    an old file): gradients are averaged over whatever the ranks learn, so that nothing else would tell."""
+    marks = world.gather_text(config.fingerprint(values))
+    if len(set(marks)) == 1:
+        return
+    told = [json.loads(text) for text in world.gather_text(json.dumps(values))]
+    rank = next(r for r, mark in enumerate(marks) if mark != marks[0])
+    raise WorldError(f"rank {rank}'s {what}", got=f"other values than rank 0's: "
+                     f"{', '.join(config.differing(told[rank], told[0]))}", expected="the same on all ranks",
+                     mend="start all ranks by one command, on nodes that see the same files")
 
 
 def _asked(world: World, stop: StopFlag) -> bool:

@@ -4,13 +4,15 @@ it."""
 
 import contextlib
 import errno
+import json
 import os
 import signal
 import threading
 
 import pytest
+import torch
 
-from hpcssl import cli, door, files, journal, launch
+from hpcssl import cli, config, door, files, journal, launch
 from hpcssl.errors import HpcsslError, ResumeError, WorldError, sentence
 from hpcssl.files import LineFile, RunDir
 from hpcssl.signals import StopFlag
@@ -194,3 +196,19 @@ def test_a_thread_that_a_full_disk_ends_prints_no_traceback(capsys, monkeypatch)
 def test_attempts_are_counted_on_over_rotten_lines(run):
     run.attempts.write_text('{"event": "end"}\n{"event": "start"}\n[3]\n{"event": "start", "attempt": 4}')
     assert main._Attempt(run, World.alone(), {}).about["attempt"] == 5
+
+
+def test_ranks_of_two_recipes_do_not_train_together():
+    class Two(World):
+        def gather_text(self, text):
+            return [text, next(others)]
+
+    mine, other = {"optim": {"lr": 0.1}, "seed": 0}, {"optim": {"lr": 0.3}, "seed": 0}
+    for theirs in (mine, other):
+        others = iter([config.fingerprint(theirs), json.dumps(theirs)])
+        world = Two(0, 2, 0, torch.device("cpu"))
+        if theirs is mine:
+            main.one_for_all(world, "recipe", mine)
+        else:
+            with pytest.raises(WorldError, match=r"rank 1's recipe: got other values than rank 0's: optim\.lr;"):
+                main.one_for_all(world, "recipe", mine)
