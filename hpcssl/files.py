@@ -219,9 +219,9 @@ class LineFile:
         return why
 
 
-def read_lines(path: Path | str) -> list[dict]:
+def read_lines(path: Path | str, *keys: str) -> list[dict]:
     """The JSON objects of ``path``, one a line; none where it does not exist. A torn line (a kill mid-write) or a
-    rotten one is left out."""
+    rotten one, which has not all of ``keys``, is left out."""
     path = Path(path)
     if not path.exists():
         return []
@@ -229,7 +229,7 @@ def read_lines(path: Path | str) -> list[dict]:
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    return [record for record in records if isinstance(record, dict) and record.keys() >= {*keys}]
 
 
 def read_record(path: Path | str, key: str) -> dict | None:

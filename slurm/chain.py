@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpcssl import config
-from hpcssl.errors import ConfigError
-from hpcssl.files import RunDir, atomic_write
+from hpcssl.errors import ConfigError, SubmitError
+from hpcssl.files import RunDir, atomic_write, read_record
 from slurm import attempts, records, watch
 from slurm.cluster import Profile
 
@@ -78,8 +78,15 @@ def write(run: RunDir, entries: dict[str, dict], *, last: int, kind: str, profil
 
 
 def read(run: RunDir) -> dict:
-    """What ``write`` stored; no entries where it never did."""
-    return json.loads(run.chain.read_text()) if run.chain.exists() else {"entries": {}, "last": 0}
+    """What ``write`` stored; no entries where it never did. Raises ``SubmitError`` where that is damaged."""
+    if not run.chain.exists():
+        return {"entries": {}, "last": 0}
+    found = read_record(run.chain, "entries")
+    if found is None:
+        raise SubmitError(f"evaluations of the run, {run.chain}", got="a file that cannot be read",
+                          expected="what hpcssl-submit wrote there", mend="remove it, and submit again with the run's "
+                          "--evals: finished evaluations keep their rows")
+    return found
 
 
 def exported(run: RunDir) -> list[int]:

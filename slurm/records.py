@@ -59,8 +59,8 @@ def note(run: RunDir, event: str, job: str, **values) -> None:
 def every(run: RunDir) -> list[Job]:
     """Every job that was submitted for the run, oldest first."""
     return [Job(line["job"], line["what"], line["kind"], line.get("options", {}), line.get("profile", {}),
-                line.get("follows")) for line in read_lines(run.jobs)
-            if line.get("event") == "submit" and line.keys() >= {"job", "what", "kind"}]
+                line.get("follows")) for line in read_lines(run.jobs, "job", "what", "kind", "time")
+            if line.get("event") == "submit"]
 
 
 def submitted(run: RunDir) -> dict[str, Job]:

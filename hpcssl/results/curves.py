@@ -96,7 +96,7 @@ def _labels(groups: Sequence[Sequence[RunDir]]) -> list[str]:
 
 def curves_of(run: RunDir) -> Curves:
     """From the journal and the k-NN rows; nothing for a run without steps."""
-    journal = [line for line in files.read_lines(run.journal) if not line.get("eval")]
+    journal = [line for line in files.read_lines(run.journal, "step") if not line.get("eval")]
     if not journal:
         return {}
     per_epoch = _steps_per_epoch(journal)
@@ -127,7 +127,7 @@ def _smooth(epochs: np.ndarray, values: np.ndarray) -> Points:
 def _knn(run: RunDir, per_epoch: float) -> dict[str, Points]:
     """1-NN and the majority vote of the most neighbours; the weighted vote where no majority voted."""
     scores: dict[str, dict[int, float]] = {}
-    for row in files.read_lines(run.eval_rows("knn")):
+    for row in files.read_lines(run.eval_rows("knn"), "metrics", "step"):
         for metric, value in row["metrics"].items():
             if re.fullmatch(r"knn\d+(_weighted)?", metric):
                 scores.setdefault(metric, {}).setdefault(row["step"], value)

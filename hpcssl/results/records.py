@@ -83,7 +83,8 @@ def science(recipe: dict) -> dict:
 
 
 def _of_run(run: RunDir) -> list[dict]:
-    rows = [row for path in sorted(run.evals.glob("*.jsonl")) for row in files.read_lines(path)]
+    rows = [row for path in sorted(run.evals.glob("*.jsonl"))
+            for row in files.read_lines(path, "eval", "step", "metrics", "options", "identity", "time")]
     if not rows:
         log.warning("%s has no results yet", run.root)
     recipe = config.read_yaml(run.config)
@@ -191,7 +192,7 @@ def _at(values: dict, key: str) -> object:
 def _cost(run: RunDir) -> tuple[int | str, float | str]:
     """Ranks of the last attempt, and hours times ranks over all attempts that wrote down their end."""
     world, hours, begun = "", 0.0, {}
-    for line in files.read_lines(run.attempts):
+    for line in files.read_lines(run.attempts, "event", "attempt", "time"):
         if line.get("event") == "start":
             begun[line["attempt"]] = line
             world = line.get("world", world)

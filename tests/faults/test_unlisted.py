@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from hpcssl import cli, config, door, files, journal, launch
-from hpcssl.errors import HpcsslError, ResumeError, WorldError, sentence
+from hpcssl.errors import HpcsslError, ResumeError, SubmitError, WorldError, sentence
 from hpcssl.files import LineFile, RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import main, recipe
 from hpcssl.train.saved import folders, newest_valid
 from hpcssl.world import World
-from slurm import records
+from slurm import chain, records
 
 ROTTEN = (b"", b"\xfa\xff\x00", b"[1, 2]", b"7", b"null", b"{}", b'{"step"', b"[" * 100_000)
 
@@ -35,6 +35,7 @@ def test_lines_that_are_no_records_are_left_out(run):
     assert files.read_lines(run.journal) == [{}, {"step": 1}, {"step": "x"}]
     journal.cut_back(run.journal, 5)
     assert files.read_lines(run.journal) == [{"step": 1}]
+    assert files.read_lines(run.journal, "event") == []
     run.jobs.write_text('{"event": "submit"}\n{"event": "allow-pipe"}\n')
     assert records.every(run) == [] and records.allowed_pipe(run) == ""
 
@@ -45,6 +46,14 @@ def test_a_rotten_end_is_no_end(run, body):
     assert run.finished is None
     run.data.write_bytes(body)
     assert main.digest_of(run) is None
+
+
+@pytest.mark.parametrize("body", ROTTEN)
+def test_a_rotten_chain_of_evaluations_is_told(run, body):
+    assert chain.read(run)["entries"] == {}
+    run.chain.write_bytes(body)
+    with pytest.raises(SubmitError, match="to mend: remove it, and submit again"):
+        chain.read(run)
 
 
 def test_an_end_is_one(run):
