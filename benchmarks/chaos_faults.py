@@ -176,6 +176,8 @@ def second_job(scene: Scene, _fault: Fault) -> str:
     alone = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     done = subprocess.run([sys.executable, "-m", "hpcssl", "train", *words], capture_output=True, text=True,
                           timeout=120, env=alone)
+    if done.returncode == 0 and "is finished" in done.stderr:  # while this one waited for the lock
+        raise Missed
     if done.returncode == 0 or f"job {scene.job}" not in done.stderr:
         raise Stuck(f"a second writer was not refused by name: {done.returncode} {done.stderr.strip()[-300:]}")
     return "the run folder"
