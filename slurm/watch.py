@@ -46,7 +46,9 @@ class Report:
 def state_of(run: RunDir, job: records.Job) -> sched.State:
     """The state of a job, wherever it runs; the run folder knows what SLURM has forgotten."""
     if job.local:
-        return local.ask(run, job)
+        state = local.ask(run, job)
+        over = state.name == local.LOST and job.what == records.TRAIN and run.finished  # it outlived its supervisor
+        return sched.State("COMPLETED", exit_code=EXIT_DONE) if over else state
     mine = [a for a in attempts.history(run, job.what) if a.job == job.job]
     if job.what != records.TRAIN and mine and mine[-1].cause == "done":
         return sched.State("COMPLETED", exit_code=EXIT_DONE)  # there may be many, and SLURM answers everybody

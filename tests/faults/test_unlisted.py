@@ -19,7 +19,7 @@ from hpcssl.signals import StopFlag
 from hpcssl.train import main, recipe
 from hpcssl.train.saved import folders, newest_valid
 from hpcssl.world import World
-from slurm import chain, records
+from slurm import chain, records, watch
 
 ROTTEN = (b"", b"\xfa\xff\x00", b"[1, 2]", b"7", b"null", b"{}", b'{"step"', b"[" * 100_000)
 
@@ -221,3 +221,12 @@ def test_ranks_of_two_recipes_do_not_train_together():
         else:
             with pytest.raises(WorldError, match=r"rank 1's recipe: got other values than rank 0's: optim\.lr;"):
                 main.one_for_all(world, "recipe", mine)
+
+
+def test_a_training_that_outlived_its_supervisor_is_complete(run):
+    job = records.Job("local-1", records.TRAIN, "local", {})
+    records.note(run, "submit", job.job, what=job.what, kind="local")
+    records.note(run, "supervisor", job.job, pid=2**22 + 1, started=0, host=os.uname().nodename)
+    assert watch.state_of(run, job).name == "LOST"
+    run.done.write_text('{"step": 3}')
+    assert watch.state_of(run, job).name == "COMPLETED"
