@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -40,6 +41,17 @@ def pytest_collection_modifyitems(config, items):
         for marker, reason in skips:
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """What a door that was called in this process set up for its log, with a stream that is closed by now, is no other
+    test's."""
+    yield
+    log = logging.getLogger("hpcssl")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 def _picture(index: int, height: int = 60, width: int = 80) -> np.ndarray:
