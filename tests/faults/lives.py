@@ -12,10 +12,8 @@ import mmap
 import os
 import shutil
 import signal
-import socket
 import struct
 import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -26,6 +24,9 @@ from hpcssl.journal import cut_back, set_up_logging
 from hpcssl.train.checkpoint import Rows, State, Store, digest_of, folders, newest_valid
 from hpcssl.train.lock import RunLock
 from hpcssl.world import World
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forked import fork_rank, free_port, place
 
 STEPS = 4
 PATHS = ("open", "replace", "rename", "unlink", "remove", "rmdir", "mkdir", "ftruncate")
@@ -175,32 +176,20 @@ def life(run, world, told):
 
 def ranks(run, size, shared, victim=-1, k=0, power=False):
     """One life; the exit codes of its ranks. The first that dies takes the others along, as SLURM sees to it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = []
-    for rank in range(size):
-        pids.append(os.fork())
-        if pids[-1]:
-            continue
-        code = 1
-        try:
-            if size > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                                  MASTER_PORT=str(port), HPCSSL_TOKEN=f"life-{port}")
-            world = World.start("cpu", 30.0)
-            if rank == victim or not k:
-                Deadly(k, power, shared, 4 + 4 * rank)
+    def work(rank):
+        world = World.start("cpu", 30.0)
+        if rank == victim or not k:
+            Deadly(k, power, shared, 4 + 4 * rank)
 
-            def told(step, rank=rank):
-                if rank == 0:
-                    shared[:4] = struct.pack("i", step)
-            life(run, world, told)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        def told(step):
+            if rank == 0:
+                shared[:4] = struct.pack("i", step)
+        life(run, world, told)
+        return 0
+
+    port = free_port()
+    pids = [fork_rank(None, place(rank, size, port) if size > 1 else {}, lambda _stop, rank=rank: work(rank))
+            for rank in range(size)]
     codes = {}
     while len(codes) < size:
         pid, status = os.wait()

@@ -8,22 +8,22 @@ place: blocked in a collective there, since the other ranks come later, or at wo
 
 import json
 import os
-import select
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch.utils.tensorboard  # noqa: F401 - imported once here instead of in every rank
 
 from hpcssl.evals import watch as watches
 from hpcssl.files import RunDir, read_lines
-from hpcssl.signals import Requeue, StopFlag
+from hpcssl.signals import Requeue
 from hpcssl.train import checkpoint, loop, main, recipe
 from hpcssl.train.checkpoint import digest_of
 from hpcssl.world import World
+
+sys.path.append(str(Path(__file__).parents[1]))
+from forked import code_of, fork_rank, free_port, place
 
 AT = 3
 """The step at which signals come that come at a step."""
@@ -85,8 +85,8 @@ class Harm:
         def go(it):
             batches = it.batches
 
-            def slow(first, last):
-                for step, batch in enumerate(batches(first, last)):
+            def slow(first, *rest):
+                for step, batch in enumerate(batches(first, *rest)):
                     if first + step == AT:
                         self()
                         time.sleep(HOLD_S)
@@ -138,18 +138,8 @@ class Harm:
 PLACES = [name.removeprefix("at_") for name in vars(Harm) if name.startswith("at_")]
 
 
-def rank_process(run, made, rank, world, port, plan, log):
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        stop = StopFlag().install()
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(port), HPCSSL_TOKEN=f"attempt-{port}")
+def rank_process(run, made, rank, world, port, plan):
+    def work(stop):
         harm = Harm(plan, rank) if plan else None
         if harm:
             harm.arm()
@@ -160,28 +150,16 @@ def rank_process(run, made, rank, world, port, plan, log):
             time.sleep(HOLD_S if harm else 0)
             return Requeue("preempted")
 
-        code = main.train(RunDir(run), made, stop=stop, requeue=requeue, watch=watches.watch)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return main.train(RunDir(run), made, stop=stop, requeue=requeue, watch=watches.watch)
+
+    return fork_rank(f"{run}/rank-logs.txt", place(rank, world, port), work)
 
 
 def play(run, made, world, plan):
     """One attempt; the exit codes of its ranks (negative: killed by that signal)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pids = [rank_process(run, made, rank, world, port, plan, f"{run}/rank-logs.txt") for rank in range(world)]
-    codes = []
-    for pid in pids:
-        fd = os.pidfd_open(pid)
-        ready, _, _ = select.select([fd], [], [], PATIENCE_S)
-        os.close(fd)
-        if not ready:
-            os.kill(pid, 9)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    return codes
+    port = free_port()
+    pids = [rank_process(run, made, rank, world, port, plan) for rank in range(world)]
+    return [code_of(pid, PATIENCE_S) for pid in pids]
 
 
 def scenario(plan):

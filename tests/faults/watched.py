@@ -8,9 +8,7 @@ end, as srun would do once the others have left.
 
 import json
 import os
-import select
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,16 +18,11 @@ import torch
 import torch.utils.tensorboard  # imported once here instead of in every rank
 
 from hpcssl.data.reader import Reader
-from hpcssl.errors import Stopped
 from hpcssl.files import RunDir, read_lines
-from hpcssl.signals import StopFlag
 from hpcssl.train import loop, main, recipe
 
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+sys.path.append(str(Path(__file__).parents[1]))
+from forked import code_of, fork_rank, free_port, over, place
 
 
 def stuck_read(_training, _mine):
@@ -77,24 +70,9 @@ FAULTS = {
 }
 
 
-def place(rank, plan, port):
-    token = plan.get("tokens", ["attempt-2"] * plan["world"])[rank]
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(plan["world"]), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), HPCSSL_TOKEN=token, SLURMD_NODENAME=f"n{rank}")
-
-
 def rank_process(plan, made, rank, port):
     """Fork one rank; the parent gets its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        stop = StopFlag().install()
-        out = os.open(f"{plan['run']}/rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        place(rank, plan, port)
+    def work(stop):
         honest, mine = loop.train_step, rank == plan["rank"]
 
         def faulty(training, batch, flags):
@@ -103,22 +81,11 @@ def rank_process(plan, made, rank, port):
             return honest(training, batch, flags)
 
         loop.train_step = faulty
-        code = main.train(RunDir(plan["run"]), made, stop=stop)
-    except Stopped as stopped:
-        code = stopped.exit_code
-        traceback.print_exc()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return main.train(RunDir(plan["run"]), made, stop=stop)
 
-
-def over(pid, seconds):
-    fd = os.pidfd_open(pid)
-    try:
-        return bool(select.select([fd], [], [], seconds)[0])
-    finally:
-        os.close(fd)
+    token = plan.get("tokens", ["attempt-2"] * plan["world"])[rank]
+    variables = place(rank, plan["world"], port, token) | {"SLURMD_NODENAME": f"n{rank}"}
+    return fork_rank(f"{plan['run']}/rank-{rank}.txt", variables, work)
 
 
 def scenario(plan):
@@ -139,10 +106,7 @@ def scenario(plan):
             time.sleep(plan["suspend"])
     waiting = [r for r in pids if not (r == plan["rank"] and plan["fault"] == "stop")]
     timely = [over(pids[r], plan.get("patience", 60)) for r in waiting]
-    for pid in pids.values():
-        if not over(pid, 0 if plan["fault"] == "stop" or not all(timely) else 20):
-            os.kill(pid, signal.SIGKILL)
-    codes = {r: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for r, pid in pids.items()}
+    codes = {r: code_of(pid, 0 if plan["fault"] == "stop" or not all(timely) else 20) for r, pid in pids.items()}
     return {"name": plan["name"], "codes": [codes.get(r) for r in range(plan["world"])], "timely": all(timely),
             "done": run.done.exists(), "ends": [x for x in read_lines(run.attempts) if x["event"] == "end"],
             "logs": [Path(run.root / f"rank-{r}.txt").read_text() if r in pids else "" for r in range(plan["world"])]}

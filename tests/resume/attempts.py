@@ -10,12 +10,9 @@ step on a read of this rank never ends, and the rank gets a TERM as it waits for
 
 import json
 import os
-import select
 import signal
-import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch.utils.tensorboard  # imported once here instead of in every rank
@@ -23,15 +20,11 @@ import torch.utils.tensorboard  # imported once here instead of in every rank
 from hpcssl import rng
 from hpcssl.data import loader
 from hpcssl.files import RunDir
-from hpcssl.signals import StopFlag
 from hpcssl.train import loop, main, recipe
 from hpcssl.train.checkpoint import digest_of
 
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+sys.path.append(str(Path(__file__).parents[1]))
+from forked import code_of, fork_rank, free_port, place
 
 
 def images(training):
@@ -87,20 +80,9 @@ HARMS = {"images": images, "gradient": gradient, "flip": flip, "flip_remembered"
          "stop": lambda training: os.kill(os.getpid(), signal.SIGTERM)}
 
 
-def rank_process(run, made, rank, world, port, attempt, log, group):
+def rank_process(run, made, rank, world, port, attempt, group):
     """Fork one rank; the parent gets its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        stop = StopFlag().install()
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        if world > 1 or group:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=str(port), HPCSSL_TOKEN=f"attempt-{port}")
+    def work(stop):
         harms = attempt.get("harm", [])
         if "kill_at" in attempt:
             harms = [*harms, {"at": attempt["kill_at"], "rank": attempt["kill_at"] % world, "kind": "kill"}]
@@ -115,33 +97,23 @@ def rank_process(run, made, rank, world, port, attempt, log, group):
             return honest(training, batch, flags)
 
         loop.train_step = harmed
-        code = main.train(RunDir(run), made, stop=stop)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return main.train(RunDir(run), made, stop=stop)
+
+    variables = place(rank, world, port) if world > 1 or group else {}
+    return fork_rank(f"{run}/rank-logs.txt", variables, work)
 
 
 def play(run, made, world, attempt, group):
     """One attempt; the exit codes of its ranks (negative: killed by that signal)."""
     port = free_port()
-    log = f"{run}/rank-logs.txt"
-    pids = [rank_process(run, made, rank, world, port, attempt, log, group) for rank in range(world)]
+    pids = [rank_process(run, made, rank, world, port, attempt, group) for rank in range(world)]
     for name, number in (("kill_after", signal.SIGKILL), ("stop_after", signal.SIGTERM)):
         if name in attempt:
             time.sleep(attempt[name])
             victim = pids[int(rng.uniform(rng.key(0, run, name, str(attempt)), 1)[0] * world)]
             if os.waitid(os.P_PID, victim, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                 os.kill(victim, number)
-    codes = []
-    for pid in pids:
-        fd = os.pidfd_open(pid)
-        ready, _, _ = select.select([fd], [], [], 120)
-        os.close(fd)
-        if not ready:
-            os.kill(pid, signal.SIGABRT)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    return codes
+    return [code_of(pid, 120, signal.SIGABRT) for pid in pids]
 
 
 def scenario(plan):
