@@ -29,6 +29,7 @@ from hpcssl.views.crop import cut
 PATIENCE_S = 2.0  # a batch that takes longer is waited for only as long as nobody gives up
 LEAVE_S = 3.0  # for threads to end, which may be stuck in a read
 _CHUNK = 8  # rows that a thread takes at a time
+RING = 4  # batches of memory: those that threads fill ahead, and
 KEPT = 2  # batches that are the consumer's: the one in hand, and the one before, whose copy to a GPU may be under way
 
 
@@ -63,7 +64,7 @@ class Loader:
     """
 
     def __init__(self, reader: Reader, order: Order | Sequential, views: Sequence[ViewSpec], *, seed: int,
-                 rank: int = 0, size: int = 1, threads: int = 1, ring: int = 4, pin: bool = False,
+                 rank: int = 0, size: int = 1, threads: int = 1, ring: int = RING, pin: bool = False,
                  progress: Callable[[int, int], None] | None = None):
         for name, got, least in (("data.threads", threads, 1), ("data.ring", ring, KEPT + 1), ("views", len(views), 1)):
             if got < least:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from functools import partial
 
 from hpcssl import files
+from hpcssl.data import loader
 from hpcssl.data.cache import Cache, opened
 from hpcssl.data.loader import Batch
 from hpcssl.data.order import Order
@@ -26,7 +27,6 @@ from hpcssl.train.state import method_of, plan_of
 from hpcssl.world import World
 
 LOG = logging.getLogger("hpcssl")
-_AHEAD = 4  # batches of the loader's ring
 
 
 def open_shards(recipe: Recipe, *, allow_pipe: bool = False) -> ShardSet:
@@ -98,7 +98,7 @@ class Feed:
         if whole and self.cache.limit:
             raise ConfigError("data.stage_gb", got=f"{self.data.stage_gb:g}, with a support set that is drawn from all "
                               "images at each step", expected="room for the whole set", mend="set data.stage_gb=0")
-        self.cache.follow(order, start, stop, ahead=_AHEAD, forget=self.reader.keep_only)
+        self.cache.follow(order, start, stop, ahead=loader.RING, forget=self.reader.keep_only)
 
     def progress(self, step: int, opened: int) -> None:
         """As ``Loader`` calls it. At the end of each epoch and before the last step the files are compared with what

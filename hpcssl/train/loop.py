@@ -21,7 +21,7 @@ from hpcssl.journal import Journal
 from hpcssl.nets import weights
 from hpcssl.signals import StopFlag
 from hpcssl.train import replicas
-from hpcssl.train.checkpoint import Store
+from hpcssl.train.checkpoint import State, Store
 from hpcssl.train.data import Damage
 from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
@@ -84,8 +84,6 @@ class Loop:
                 self._bear(batch)
             if self.store.saving and not busy:
                 self._warn(self.store.finish())
-            if machine.check_replicas_steps > 0 and t.step % machine.check_replicas_steps == 0:
-                replicas.check(t)
             if t.step == t.last_step:
                 break
             if stop:
@@ -94,6 +92,8 @@ class Loop:
             if due and report.taken:  # a run that diverges keeps the checkpoints from before
                 self._begin_save()
                 saved_at = time.monotonic()
+            elif machine.check_replicas_steps > 0 and t.step % machine.check_replicas_steps == 0:
+                replicas.check(t)
             if not self._after_epoch():
                 return self._stop()
         return self._finish()
@@ -105,9 +105,7 @@ class Loop:
 
     def _stop(self) -> bool:
         self.training.world.mark("save")
-        self.journal.sync()
-        replicas.check(self.training)
-        self.unsaved = self.store.save(self.training.state())
+        self.unsaved = self.store.save(self._state())
         return False
 
     def _record(self, batch: Batch, scalars: dict) -> None:
@@ -146,9 +144,14 @@ class Loop:
         self.training.world.mark("save")
         if self.store.saving:
             self._warn(self.store.finish())
-        replicas.check(self.training)  # a checkpoint that went wrong on one rank would spread to all
-        self.journal.sync()  # a resumed journal starts at the checkpoint: nothing before it may be missing
-        self.store.begin(self.training.state())
+        self.store.begin(self._state())
+
+    def _state(self) -> State:
+        """What a save takes: a state that went wrong on one rank would spread to all through it, and a resumed journal
+        starts at the checkpoint, so that nothing before it may be missing."""
+        replicas.check(self.training)
+        self.journal.sync()
+        return self.training.state()
 
     def _warn(self, sentence: str | None) -> None:
         if sentence:
@@ -158,9 +161,7 @@ class Loop:
         """The last checkpoint, the exported weights, and the mark that the run is done, in this order."""
         t = self.training
         t.world.mark("finish")
-        replicas.check(t)
-        self.journal.sync()
-        failed = self.store.save(t.state())
+        failed = self.store.save(self._state())
         if failed:
             raise ResumeError("the last checkpoint", got=failed, expected="room and the right to write it",
                               mend="free room, or mend what this names; the same command then goes on from the "

@@ -6,12 +6,12 @@ and would reach the others through the next checkpoint, which takes each tensor 
 
 from __future__ import annotations
 
-import socket
 from collections import Counter
 
 import torch
 from torch import Tensor
 
+from hpcssl import pulse
 from hpcssl.errors import WorldError
 from hpcssl.train.state import Training
 
@@ -32,7 +32,7 @@ def check(t: Training) -> None:
     rows = [tuple(row) for row in every_RT.tolist()]
     if len(set(rows)) == 1:
         return
-    hosts = world.gather_text(socket.gethostname())
+    hosts = world.gather_text(pulse.host())
     counts = Counter(rows).most_common()
     decided = counts[0][1] > counts[1][1]
     others = [rank for rank, row in enumerate(rows) if row != counts[0][0]] if decided else list(range(world.size))
