@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME …`` runs ``benchmarks/NAME.py``; without a name it lists them."""
+"""``python -m benchmarks NAME …`` runs ``benchmarks/NAME.py``; without a name it lists the benchmarks."""
 
 import pkgutil
 import runpy
@@ -6,16 +6,23 @@ import sys
 
 import benchmarks
 
-# shared by the others, nothing to run
-_PARTS = ("chaos_faults", "chaos_kinds", "chaos_plan", "chaos_scene", "common", "loopback", "peers",
-          "official_code", "official_literal", "official_methods", "__main__")
+# shared by the benchmarks, nothing to run
+_SHARED = (
+    "common",
+    "loopback",
+    "peers",
+    "official_code",
+    "official_literal",
+    "official_methods",
+    "__main__",
+)
 
 
 def main() -> int:
-    names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in _PARTS)
+    names = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in _SHARED)
     if len(sys.argv) < 2 or sys.argv[1] not in names:
-        asked = f"no benchmark {sys.argv[1]!r}; " if len(sys.argv) > 1 else ""
-        print(f"{asked}choose one of {', '.join(names)}; NAME --help says what it takes", file=sys.stderr)
+        problem = f"There is no benchmark {sys.argv[1]!r}. " if len(sys.argv) > 1 else ""
+        print(f"{problem}Choose one of {', '.join(names)}; NAME --help lists its options.", file=sys.stderr)
         return 2
     name = sys.argv.pop(1)
     sys.argv[0] = f"benchmarks.{name}"

@@ -1,7 +1,7 @@
-"""What the benchmarks of the data path share: real images, turns, ratios, one JSON.
+"""Shared by the benchmarks of the data path: real images, taking turns, ratios, and the JSON report.
 
-A rate means little on a shared machine: candidates take turns in every round, in an order that rotates, and what is
-reported is the median over rounds of the ratio within one round.
+A rate means little on a shared machine. So candidates take turns in every round, in a rotating order, and the report
+gives the median over rounds of the ratio within one round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from hpcssl import door
+from hpcssl import cli_runner
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
 from hpcssl.errors import DataError
@@ -29,16 +29,16 @@ PACKAGES = ("torch", "torchvision", "pillow", "simplejpeg", "webdataset", "numpy
 
 @dataclass
 class Images:
-    """The same images three ways: as shards (ours), as class folders (ImageFolder), and as bytes in memory."""
+    """The same images as shards (ours), as class folders (ImageFolder), and as bytes in memory."""
 
     shards: ShardSet
     folder: Path
     bodies: list[bytes] = field(repr=False)
 
 
-def prepare(data: Path, room: Path) -> Images:
-    """Lay out ``data`` (a folder of shards, or a tar of images named CLASS_NAME.JPEG or CLASS/NAME) below ``room``."""
-    folder, root = room / "images", data
+def prepare(data: Path, scratch: Path) -> Images:
+    """Write the images of ``data`` below ``scratch``: a folder of shards, or a tar of CLASS_NAME.JPEG or CLASS/NAME."""
+    folder, root = scratch / "images", data
     if data.is_dir():
         shards = ShardSet.open(data)
         with Reader(shards) as reader:
@@ -52,14 +52,18 @@ def prepare(data: Path, room: Path) -> Images:
             for member in tar:
                 if member.isfile() and member.name.lower().endswith((".jpg", ".jpeg")):
                     parts = Path(member.name).parts
-                    kind = parts[-2] if len(parts) > 1 else parts[-1].split("_")[0]
-                    _write(folder / kind / parts[-1], tar.extractfile(member).read())
-        root = room / "shards"
-        if door.run(app, ["images", str(folder), str(root), "--samples-per-shard", "50"], "hpcssl-shard"):
+                    class_name = parts[-2] if len(parts) > 1 else parts[-1].split("_")[0]
+                    _write(folder / class_name / parts[-1], tar.extractfile(member).read())
+        root = scratch / "shards"
+        if cli_runner.run(app, ["images", str(folder), str(root), "--samples-per-shard", "50"], "hpcssl-shard"):
             raise SystemExit(1)
     else:
-        raise DataError(f"--data {data}", got="nothing there", expected="a folder of shards or a tar of JPEG images",
-                        mend="write shards with `hpcssl-shard images SRC OUT` and name OUT")
+        raise DataError(
+            f"--data {data}",
+            got="no such file or folder",
+            expected="a folder of shards or a tar of JPEG images",
+            fix="write shards with `hpcssl-shard images SRC OUT` and name OUT",
+        )
     shards = ShardSet.open(root)
     with Reader(shards) as reader:
         return Images(shards, folder, [reader.read(i) for i in range(len(shards))])
@@ -70,19 +74,21 @@ def _write(path: Path, body: bytes) -> None:
     path.write_bytes(body)
 
 
-def take_turns(candidates: dict[str, Callable[[], int]], rounds: int,
-               clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds per unit of work, per candidate and round. A candidate does its work and returns how many units.
+def take_turns(
+    candidates: dict[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Measure the seconds per unit of work, by candidate and round.
 
-    ``clock=time.process_time`` counts the CPU time of all threads, which other processes on the machine disturb least:
-    right for work of one core, wrong where several cores or processes are compared.
+    A candidate does its work and returns the number of units. ``clock=time.process_time`` counts the CPU time of all
+    threads, which other processes on the machine disturb least. It suits work on one core, but not comparisons of
+    several cores or processes.
     """
     for work in candidates.values():
-        work()  # warm: caches, compiled kernels, worker processes
+        work()  # warm-up: caches, compiled kernels, worker processes
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
     for turn in range(rounds):
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = clock()
             units = candidates[name]()
             seconds[name].append((clock() - start) / units)
@@ -90,27 +96,35 @@ def take_turns(candidates: dict[str, Callable[[], int]], rounds: int,
 
 
 def ratio(seconds: dict[str, list[float]], ours: str, peer: str) -> float:
-    """How many times faster ``ours`` is than ``peer``: the median of the rounds' own ratios."""
+    """Return how many times faster ``ours`` is than ``peer``: the median of the ratios of the rounds."""
     return round(statistics.median(b / a for a, b in zip(seconds[ours], seconds[peer], strict=True)), 3)
 
 
 def rates(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Units per second, from the median round."""
+    """Return the units per second of the median round."""
     return {name: round(1 / statistics.median(values), 1) for name, values in seconds.items()}
 
 
 def versions() -> dict:
-    """What the figures depend on, and nothing that names a machine or a person."""
-    found = {}
+    """Return the versions that affect the figures; nothing identifies a machine or a person."""
+    packages = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
-    return {"python": platform.python_version(), **found, "cpu": model[0] if model else platform.machine(),
-            "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability()}
+            packages[name] = None
+    model = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "cpu": model[0] if model else platform.machine(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def report(name: str, what: str, body: dict, out: Path | None) -> None:
@@ -126,6 +140,6 @@ def report(name: str, what: str, body: dict, out: Path | None) -> None:
         print(f"  written to {out.name}")
 
 
-def against(value: float, goal: float) -> str:
-    """``4.31 (goal 4.2: met)``."""
+def with_goal(value: float, goal: float) -> str:
+    """Return text such as ``4.31 (goal 4.2: met)``."""
     return f"{value} (goal {goal}: {'met' if value >= goal else 'missed'})"

@@ -1,7 +1,7 @@
-"""A SLURM of two nodes on the loopback of this machine: for the tests and for the soak.
+"""A private SLURM of two nodes on the loopback of this machine, for tests and for the soak test.
 
-Nothing of a SLURM that is installed here for real is touched: every program gets ``SLURM_CONF``, own ports and a
-private folder, and a munge that already runs is used as it is. Everything that was started is ended by pid.
+A SLURM that is installed here for real use is not touched: every program gets ``SLURM_CONF``, ports and a folder of its
+own. A munge daemon that already runs is used as it is. Everything that was started is ended by its pid.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from slurm import procs
+from slurm.backend import processes
 
 CONF = """
 ClusterName=loopback
@@ -53,45 +54,86 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 """
 
 
-class Cluster:
-    """slurmctld and two slurmd, for as long as the test session lives."""
+class LoopbackCluster:
+    """slurmctld and two slurmd. Calling it runs one of SLURM's commands: ``cluster("squeue", "-h")``.
+
+    Partitions: ``main`` (preempted jobs may be requeued, after a grace time of 20 s), ``cancel`` (preempted jobs are
+    cancelled, without a grace time) and ``high``, whose jobs preempt the others.
+
+    Args:
+        root: A folder for configuration, state and logs.
+
+    Attributes:
+        conf: The configuration file.
+        processes: The running programs, by name (``slurmctld``, ``slurmd n1``, ``slurmd n2``, ``munged``).
+    """
 
     def __init__(self, root: Path):
-        self.root, self.processes = root, {}
+        self.root = root
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = root / "slurm.conf"
 
     def start(self) -> None:
-        # munge refuses folders below one that others can write without the sticky bit, and needs to enter them all
+        """Start the programs, set ``SLURM_CONF`` in this process, and wait until both nodes are idle.
+
+        Raises:
+            AssertionError: They do not become idle; the message has the ends of the logs.
+        """
+        # munge needs to enter all folders above its socket, and refuses those that others can write without sticky bit
         for folder in (self.root, *self.root.parents):
             if folder != Path("/") and folder.stat().st_uid == os.getuid():
                 folder.chmod(folder.stat().st_mode | 0o755)
         for name in ("state", "spool.n1", "spool.n2"):
             (self.root / name).mkdir(parents=True)
-        ports = _free_ports(3)
-        self.conf.write_text(CONF.format(host=socket.gethostname(), root=self.root, munge=self._munge(),
-                                         ctld=ports[0], first=ports[1], last=ports[2]))
+        ports = _find_free_ports(3)
+        self.conf.write_text(
+            CONF.format(
+                host=socket.gethostname(),
+                root=self.root,
+                munge=self._start_munge(),
+                ctld=ports[0],
+                first=ports[1],
+                last=ports[2],
+            )
+        )
         os.environ["SLURM_CONF"] = str(self.conf)
-        self._spawn("slurmctld", "-D", "-c")
-        for name in ("n1", "n2"):
-            self._spawn("slurmd", "-D", "-N", name)
-        self.until(lambda: self("sinfo", "-h", "-t", "idle", "-o", "%D").split()[:1] == ["2"], "two idle nodes", 60)
+        self._start_daemons()
 
     def __call__(self, *words: str) -> str:
-        return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
+        """Run a command of SLURM. Return its standard output, whether it succeeded or not."""
+        return subprocess.run(words, capture_output=True, text=True, timeout=300).stdout
 
-    def until(self, true, what: str, seconds: float = 60) -> None:
-        limit = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < limit, f"no {what} within {seconds} s\n" + self._story()
+    def wait_until(self, condition: Callable[[], object], what: str, seconds: float = 300) -> None:
+        """Wait until a condition holds.
+
+        Args:
+            condition: Called every 0.2 s.
+            what: What is waited for, for the error.
+            seconds: Time limit.
+
+        Raises:
+            AssertionError: The time is over; the message has the ends of SLURM's logs.
+        """
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} within {seconds} s\n" + self._describe()
             time.sleep(0.2)
 
     def field(self, job: str, name: str) -> str:
-        found = [w for w in self("scontrol", "show", "job", "-o", job).split() if w.startswith(name + "=")]
-        return found[0].partition("=")[2] if found else ""
+        """Return a field of ``scontrol show job``; empty if the job does not have it."""
+        words = self("scontrol", "show", "job", "-o", job).split()
+        values = [word.partition("=")[2] for word in words if word.startswith(name + "=")]
+        return values[0] if values else ""
 
     def stop(self) -> None:
-        self("scancel", "--full", "-u", "root")
-        self.until(lambda: not self("squeue", "-h", "-t", "R,CG"), "empty queue", 30)
+        """Cancel all jobs, and end the programs.
+
+        Raises:
+            AssertionError: The jobs do not end.
+        """
+        if "slurmctld" in self.processes:  # else these commands would reach another SLURM of this machine
+            self("scancel", "--full", "-u", "root")
+            self.wait_until(lambda: not self("squeue", "-h", "-t", "R,CG"), "empty queue", 120)
         for process in reversed(self.processes.values()):
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
@@ -101,24 +143,52 @@ class Cluster:
                 process.kill()
 
     def restart(self, name: str, after_s: float = 0.0) -> None:
-        """Kill ``slurmctld``, ``slurmd n1`` or ``slurmd n2``, and start it again with what it has on its disk."""
+        """Kill a program, and start it again with its state on the disk.
+
+        Args:
+            name: ``slurmctld``, ``slurmd n1`` or ``slurmd n2``.
+            after_s: Seconds in between.
+        """
         self.processes[name].kill()
         self.processes[name].wait()
         time.sleep(after_s)
         program, *node = name.split()
         self._spawn(program, "-D", *(["-N", *node] if node else []))
         if program == "slurmctld":
-            self.until(lambda: "is UP" in self("scontrol", "ping"), "answer of slurmctld", 30)
+            self.wait_until(lambda: "is UP" in self("scontrol", "ping"), "answer of slurmctld")
 
-    def sweep(self) -> None:
-        """End whatever still runs that was started with this cluster's configuration: on the way out, however."""
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdigit() and procs.environment(int(folder.name)).get("SLURM_CONF") == str(self.conf):
+    def lose_state(self, next_job: int) -> None:
+        """Kill the daemons, remove their state, and start them again, as those of a rebuilt cluster.
+
+        Args:
+            next_job: The id of the next job.
+        """
+        daemons = [name for name in self.processes if name.startswith("slurm")]
+        for name in daemons:
+            self.processes[name].kill()
+            self.processes[name].wait()
+        for folder in ("state", "spool.n1", "spool.n2"):
+            shutil.rmtree(self.root / folder)
+            (self.root / folder).mkdir()
+        lines = [line for line in self.conf.read_text().splitlines() if not line.startswith("FirstJobId=")]
+        self.conf.write_text("\n".join([*lines, f"FirstJobId={next_job}"]) + "\n")
+        self._start_daemons()
+
+    def kill_all(self) -> None:
+        """Kill every process that was started with this cluster's configuration and still runs."""
+        for pid in _all_pids():
+            if processes.read_environment(pid).get("SLURM_CONF") == str(self.conf):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(folder.name), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
 
-    def _munge(self) -> str:
-        """The socket of a munge that runs already, or of one of our own with a key of our own."""
+    def _start_daemons(self) -> None:
+        self._spawn("slurmctld", "-D", "-c")
+        for name in ("n1", "n2"):
+            self._spawn("slurmd", "-D", "-N", name)
+        self.wait_until(lambda: self("sinfo", "-h", "-t", "idle", "-o", "%D").split()[:1] == ["2"], "two idle nodes")
+
+    def _start_munge(self) -> str:
+        """The socket of a munge that already runs, or of a private one with a key of its own."""
         system = Path("/run/munge/munge.socket.2")
         if system.exists() and subprocess.run(["munge", "-n"], capture_output=True).returncode == 0:
             return str(system)
@@ -130,60 +200,115 @@ class Cluster:
         key.chmod(0o600)
         for path in (folder, key):
             os.chown(path, user.pw_uid, user.pw_gid)
-        self._spawn("munged", "--foreground", f"--key-file={key}", f"--socket={folder}/socket",
-                    f"--pid-file={folder}/pid", f"--log-file={folder}/log", f"--seed-file={folder}/seed",
-                    user="munge", group="munge")
-        self.until(lambda: (folder / "socket").exists(), "munge socket", 20)
+        self._spawn(
+            "munged",
+            "--foreground",
+            f"--key-file={key}",
+            f"--socket={folder}/socket",
+            f"--pid-file={folder}/pid",
+            f"--log-file={folder}/log",
+            f"--seed-file={folder}/seed",
+            user="munge",
+            group="munge",
+        )
+        self.wait_until(lambda: (folder / "socket").exists(), "munge socket")
         return f"{folder}/socket"
 
-    def _spawn(self, *words: str, **more) -> None:
+    def _spawn(self, *words: str, user: str | None = None, group: str | None = None) -> None:
+        name = f"{words[0]} {words[-1]}" if "-N" in words else words[0]
         with open(self.root / f"{words[0]}.out", "ab") as log:
-            name = f"{words[0]} {words[-1]}" if "-N" in words else words[0]
-            self.processes[name] = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                                    start_new_session=True, cwd="/", **more)
+            self.processes[name] = subprocess.Popen(
+                words,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+                user=user,
+                group=group,
+            )
 
-    def _story(self) -> str:
-        logs = "\n".join(f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-15:])
-                         for p in sorted(self.root.glob("*.log")) + sorted(self.root.glob("*.out")))
+    def _describe(self) -> str:
+        """The queue, the nodes, and the ends of the logs."""
+        logs = "\n".join(
+            f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+            for path in sorted(self.root.glob("*.log")) + sorted(self.root.glob("*.out"))
+        )
         return self("squeue", "-a") + self("sinfo", "-R") + logs
 
 
-def missing() -> str | None:
-    """Why no cluster can be started here; None if it can."""
-    programs = [p for p in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not _which(p)]
-    if programs:
-        return f"no {programs[0]} here: apt-get install slurm-wlm munge"
+@contextlib.contextmanager
+def running_cluster(root: Path) -> Iterator[LoopbackCluster]:
+    """Run a cluster for the time of the block, and restore ``SLURM_CONF``.
+
+    Args:
+        root: See ``LoopbackCluster``.
+
+    Raises:
+        AssertionError: It does not start.
+    """
+    cluster, before = LoopbackCluster(root), os.environ.get("SLURM_CONF")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        try:
+            cluster.stop()
+        finally:
+            os.environ.pop("SLURM_CONF", None)  # not set if the start has failed early
+            os.environ.update({} if before is None else {"SLURM_CONF": before})
+
+
+def explain_unavailable() -> str | None:
+    """Return why no cluster can be started on this machine; None if it can."""
+    missing = [program for program in ("slurmctld", "slurmd", "munged", "sbatch", "srun") if not _find_program(program)]
+    if missing:
+        return f"{missing[0]} is not installed: apt-get install slurm-wlm munge"
     return "slurmd needs root" if os.geteuid() != 0 else None
 
 
-def tasks_of(job: str) -> dict[int, int]:
-    """Rank and pid of the living tasks of a job on this machine, of SLURM (``12``) or local (``local-12``)."""
-    rank_in, job_in = ("SUBMITIT_LOCAL_GLOBALID", "HPCSSL_LOCAL_JOB") if job.startswith("local") else (
-        "SLURM_PROCID", "SLURM_JOB_ID")
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        about = procs.environment(int(folder.name))
-        if about.get(job_in) != job or rank_in not in about:
+def find_task_pids(job: str) -> dict[int, int]:
+    """Return the pids of a job's running tasks on this machine, by rank.
+
+    Args:
+        job: The id of a SLURM job (``12``) or of a local job (``local-12``).
+    """
+    rank_variable, job_variable = (
+        ("SUBMITIT_LOCAL_GLOBALID", "HPCSSL_LOCAL_JOB") if job.startswith("local") else ("SLURM_PROCID", "SLURM_JOB_ID")
+    )
+    pids = {}
+    for pid in _all_pids():
+        environ = processes.read_environment(pid)
+        if environ.get(job_variable) != job or rank_variable not in environ or not is_of_this_cluster(environ):
             continue
         with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            process = procs.look(int(folder.name))
-            # the interpreter itself, and neither srun nor what a task has started
-            if b"slurm.start" in words and b"srun" not in words[0] and process is not None and process.alive:
-                found[int(about[rank_in])] = process.pid
-    return found
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            process = processes.read_process(pid)
+            # the interpreter of the task, and neither srun nor a child of the task
+            is_task = b"slurm.job.bootstrap" in words and b"srun" not in words[0]
+            if is_task and process is not None and process.is_alive:
+                pids[int(environ[rank_variable])] = pid
+    return pids
 
 
-def _which(program: str) -> str | None:
-    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+def is_of_this_cluster(environ: dict[str, str]) -> bool:
+    """Return False for the environment of a process of another private cluster, whose jobs have the same numbers."""
+    own = os.environ.get("SLURM_CONF")
+    return own is None or environ.get("SLURM_CONF", own) == own
 
 
-def _free_ports(count: int) -> list[int]:
-    """``count`` ports in a row that nobody listens on, looked for from another place in every process."""
+def _all_pids() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+
+
+def _find_program(name: str) -> str | None:
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+def _find_free_ports(count: int) -> list[int]:
+    """``count`` consecutive ports on which nobody listens. Each process begins its search at another port."""
     for first in range(16_817 + os.getpid() % 500 * 17, 30_000, 17):
-        sockets = []
+        sockets: list[socket.socket] = []
         try:
             for k in range(count):
                 sockets.append(socket.socket())
@@ -192,6 +317,6 @@ def _free_ports(count: int) -> list[int]:
         except OSError:
             continue
         finally:
-            for s in sockets:
-                s.close()
+            for opened in sockets:
+                opened.close()
     raise OSError("no free ports")

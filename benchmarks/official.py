@@ -1,16 +1,18 @@
-"""Ours beside official code on the same tensors: ``python -m benchmarks official --repos DIR [--steps 50]``.
+"""Our methods compared with official code on the same tensors: ``python -m benchmarks official --repos DIR``.
 
-DIR holds clones of the official repositories, each in a folder OWNER-NAME (``CASES`` says which):
+DIR holds clones of the official repositories, each in a folder OWNER-NAME (``CASES`` lists them):
 
     git clone https://github.com/UMBCvision/MSF DIR/UMBCvision-MSF
 
-For every method whose clone is there, both sides start from the same weights and the same bank, see the same images,
-and step at the same rates; the official side runs its own classes, its own ``train`` and the optimiser of its main.
-After every step losses, bank and pointer, parameters and running statistics of both networks are compared: float64
-over all steps, float32 after the first. Exit 1 if anything differs by more than the goal.
+For every method whose clone is there, both start from the same weights and the same bank, see the same images, and use
+the same learning rates. The official run uses its own classes, its own ``train`` and the optimizer of its main.
+After every step losses, bank and pointer, parameters and running statistics of both networks are compared: in float64
+over all steps, in float32 after the first. The exit code is 1 if anything differs by more than the goal.
 
-NNCLR and BSIM have no official code: their equations, as the tests write them out, are evaluated beside ours
-(``official_literal.py``).
+NNCLR and BSIM have no official code: their equations are compared with ours (``official_literal.py``).
+
+``--recipes`` runs packaged recipes as shipped, with nothing changed but the sizes of networks, batches and banks, next
+to the authors' training code (``official_recipes.py``), and prints "exact" or the first difference.
 """
 
 from __future__ import annotations
@@ -27,71 +29,99 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import common, official_code
-from benchmarks.official_code import Clone, Side
+from benchmarks.official_code import Clone, OfficialRun
 from benchmarks.official_literal import LITERAL
 from benchmarks.official_methods import CASES, TIES, Case
+from benchmarks.official_recipes import RECIPE_STEPS_PER_EPOCH, RECIPES, shrink
 from hpcssl import rng
-from hpcssl.data.loader import Batch
+from hpcssl.data.batch import Batch
+from hpcssl.distributed.world import World
 from hpcssl.errors import DataError, HpcsslError
 from hpcssl.train import recipe
-from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
-from hpcssl.world import World
+from hpcssl.train.train_state import TrainState
 
 GOALS = {"fp64": 1e-8, "fp32": 1e-5}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
-BATCH, PER_EPOCH, BANK, CLASSES, SIZE = 16, 5, 48, 8, 16
-IMAGES = BATCH * PER_EPOCH  # more than the bank holds: no image stands in it twice
-COMMON = [f"optim.batch={BATCH}", f"bank.size={BANK}", f"views.size={SIZE}", "optim.lr=0.05", "schedule.per=epoch",
-          "model.norm=whole", "model.projector.out=32", "model.predictor.out=32",
-          # official code's layout: next to the kink of a ReLU another rounding, in float32, is another gradient
-          "machine.channels_last=false"]
+PER_EPOCH, CLASSES = 5, 8
+COMMON = [
+    "optim.batch=16",
+    "bank.size=48",  # less than the images: no image is in it twice
+    "views.size=16",
+    "optim.lr=0.05",
+    "schedule.interval=epoch",
+    "model.norm=sync",
+    "model.projector.out=32",
+    "model.predictor.out=32",
+    # the layout of official code: in float32 another rounding next to the kink of a ReLU gives another gradient
+    "machine.channels_last=false",
+]
 
 
 class Ours:
-    """A run of ours on given tensors, without a run folder."""
+    """Our run on tensors in memory, without a run folder.
 
-    def __init__(self, name: str, overrides: list[str], precision: str, steps: int):
-        epochs = -(-steps // PER_EPOCH)
-        made = recipe.compose(name, [*COMMON, f"optim.precision={precision}", f"schedule.epochs={epochs}", *overrides])
-        self.order = rng.permutation(rng.key(0, "order"), IMAGES)
-        labels = np.empty(IMAGES, np.int64)
-        labels[self.order] = np.arange(IMAGES) % CLASSES  # as many of each class in every batch
-        self.training = Training(made, World.alone(), steps_per_epoch=PER_EPOCH, labels=labels, data_digest="given")
+    Args:
+        name: The recipe.
+        overrides: What differs from it.
+        precision: ``fp64`` or ``fp32``.
+        per_epoch: Steps per epoch.
+    """
+
+    def __init__(self, name: str, overrides: list[str], precision: str, per_epoch: int):
+        resolved = recipe.compose(name, [*overrides, f"optim.precision={precision}"])
+        self.batch_size, self.per_epoch = resolved.optim.batch, per_epoch
+        self.image_count = per_epoch * self.batch_size
+        self.order = rng.permutation(rng.key(0, "order"), self.image_count)
+        labels = np.empty(self.image_count, np.int64)
+        labels[self.order] = np.arange(self.image_count) % CLASSES  # the same number of each class in every batch
+        self.training = TrainState(
+            resolved, World.single_process(), steps_per_epoch=per_epoch, labels=labels, data_digest="benchmark"
+        )
         self.training.images = lambda batch: batch.images
         self.labels = labels
 
     def batch(self, step: int) -> Batch:
-        """Step ``step``'s images, the same for every method: a picture per image and noise per view. All epochs run
-        in one order."""
-        place, dtype = step % PER_EPOCH, self.training.dtype
-        index = self.order[place * BATCH:(place + 1) * BATCH]
-        base = torch.randn(IMAGES, 3, 4, 4, generator=rng.generator(rng.key(0, "pictures")))[index]
+        """Return the batch of a step, the same for every method: a smooth image plus noise per view.
+
+        All epochs have the same order.
+        """
+        (epoch, position), rows, dtype = divmod(step, self.per_epoch), self.batch_size, self.training.dtype
+        index = self.order[position * rows : (position + 1) * rows]
+        base = torch.randn(self.image_count, 3, 4, 4, generator=rng.generator(rng.key(0, "pictures")))[index]
         images = []
         for number, view in enumerate(self.training.plan.views):
             draw = rng.generator(rng.key(0, "noise", step, number))
-            noise = torch.randn(BATCH, 3, view.size, view.size, generator=draw)
+            noise = torch.randn(rows, 3, view.size, view.size, generator=draw)
             images.append((F.interpolate(base, view.size, mode="bilinear") + 0.5 * noise).to(dtype))
-        return Batch(step, step // PER_EPOCH, index, self.labels[index], images, [])
+        return Batch(step, epoch, index, self.labels[index], images, [])
 
-    def step(self, batch: Batch) -> dict[str, dict[str, Tensor]]:
-        """Take a step; everything that is compared, by kind and name. The target is the one that the step used."""
+    def step(self, batch: Batch, *, average_after_step: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Take a step; returns all compared tensors by kind and name.
+
+        The moving average is that which the step used, or with ``average_after_step`` that which it left behind.
+        """
         pair, bank, memories = self.training.pair, self.training.bank, self.training.memories
-        used = {} if pair.target is None else {n: p.clone() for n, p in pair.target.named_parameters()}
+        used = {}
+        if pair.target is not None and not average_after_step:
+            used = {n: p.clone() for n, p in pair.target.named_parameters()}
         loss = train_step(self.training, batch).scalars["loss"]
         found = {"loss": {"": loss}} | _halves("online", official_code.weights(pair.online))
         if pair.target is not None:
             found |= _halves("target", official_code.weights(pair.target) | used)
         if bank is not None:
-            found |= {"bank": {"": bank.everything("key")}, "pointer": {"": torch.tensor(bank.pointer)}}
-            found |= {f"bank's {name}": {"": bank.everything(name)} for name in ("label", "twin", "group", "other")
-                      if name in bank.columns}
-        if "ledger" in memories:
-            found["ledger"] = {"": memories["ledger"].everything()[0]}
-        if "groups" in memories:  # where ours knows no cluster yet, theirs are all one
-            found["clusters"] = {"": memories["groups"].of(torch.arange(IMAGES)).clamp(min=0)}
-        if "labelled" in memories:
-            found["labelled"] = {"": memories["labelled"].known()[0]}
+            found |= {"bank": {"": bank.all_rows("key")}, "pointer": {"": torch.tensor(bank.pointer)}}
+            found |= {
+                f"bank's {name}": {"": bank.all_rows(name)}
+                for name in ("label", "previous_epoch", "group", "second_view")
+                if name in bank.columns
+            }
+        if "embedding_table" in memories:
+            found["embedding_table"] = {"": memories["embedding_table"].all_rows()[0]}
+        if "clusters" in memories:  # before the first clustering theirs are all 0
+            found["clusters"] = {"": memories["clusters"].cluster_of(torch.arange(self.image_count)).clamp(min=0)}
+        if "labeled" in memories:
+            found["labeled"] = {"": memories["labeled"].known_rows()[0]}
             found["head"] = {"": torch.cat([p.flatten() for p in memories["head"].net.parameters()])}
         return found
 
@@ -104,24 +134,24 @@ def _halves(kind: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 class Epoch:
-    """An official loader's place: batches of one epoch, after each of which the official side's state is kept."""
+    """In place of an official loader: the batches of one epoch; it records the official state after each of them."""
 
-    def __init__(self, number: int, steps: int, ours: Ours, side: Side, losses: list[float], trace: list):
-        self.steps = range(number * PER_EPOCH, min(steps, (number + 1) * PER_EPOCH))
+    def __init__(self, number: int, steps: int, ours: Ours, side: OfficialRun, losses: list[float], trace: list):
+        self.steps = range(number * ours.per_epoch, min(steps, (number + 1) * ours.per_epoch))
         self.ours, self.side, self.losses, self.trace = ours, side, losses, trace
 
     def __len__(self) -> int:
-        return PER_EPOCH
+        return self.ours.per_epoch
 
     def __iter__(self) -> Iterator[object]:
         for step in self.steps:
             yield self.side.form(self.ours.batch(step))
-            self.trace.append(self._state(step))  # asked for the next batch, it has taken the step
+            self.trace.append(self._state(step))  # the official code asks for the next batch after its step
 
     def _state(self, step: int) -> dict[str, dict[str, Tensor]]:
         side = self.side
-        side.settle()
-        found = {"loss": {"": torch.tensor(self.losses[-1], dtype=torch.float64)}}
+        side.finish_step()
+        found = {"loss": {"": torch.tensor(self.losses[-1] + side.loss_offset, dtype=torch.float64)}}
         found |= _halves("online", side.tensors(side.names))
         if side.slow:
             found |= _halves("target", side.tensors(side.slow))
@@ -132,42 +162,55 @@ class Epoch:
         return {kind: {n: t.detach().clone() for n, t in tensors.items()} for kind, tensors in found.items()}
 
 
-def gaps(ours: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """The largest difference of each kind that they have. A tensor of ours that they lack is an error."""
+def max_differences(ours: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    """Return the largest difference of each kind that they have. A tensor of ours that they lack is an error."""
     found = {}
     for kind, tensors in theirs.items():
         missing = ours[kind].keys() - tensors.keys()
         if missing:
-            raise DataError(f"the official side's {kind}", got=f"no {sorted(missing)[0]}",
-                            expected="a tensor for each of ours", mend="use the commit that the results name")
-        found[kind] = max(float((t - tensors[name]).detach().abs().nan_to_num(torch.inf).max())
-                          for name, t in ours[kind].items())
+            raise DataError(
+                f"{kind} of the official run",
+                got=f"no {sorted(missing)[0]}",
+                expected="a tensor for each of ours",
+                fix="use the commit that the results name",
+            )
+        found[kind] = max(
+            float((t - tensors[name]).detach().abs().nan_to_num(torch.inf).max()) for name, t in ours[kind].items()
+        )
     return found
 
 
-def beside(case: Case, clone: Clone, precision: str, steps: int) -> list[dict[str, float]]:
-    """The gaps after each step."""
-    ours = Ours(case.recipe, list(case.overrides), precision, steps)
+def compare(case: Case, clone: Clone, ours: Ours, steps: int) -> list[dict[str, float]]:
+    """Return the differences after each step."""
     losses, trace = [], []
     torch.manual_seed(0)  # official code draws from the global generator
-    with official_code.one_process(losses, ties=TIES in case.notes):
-        with official_code.default_dtype(DTYPES[precision]):
+    with official_code.single_process(losses, ties=TIES in case.notes):
+        with official_code.default_dtype(ours.training.dtype):
             side = case.build(clone, ours.training, torch.from_numpy(ours.order))
         side.take_weights(ours.training)
-        for number in range(-(-steps // PER_EPOCH)):
+        for number in range(-(-steps // ours.per_epoch)):
             side.epoch(number, Epoch(number, steps, ours, side, losses, trace))
-    moved = max(s["loss"][""] for s in trace) - min(s["loss"][""] for s in trace)
-    if steps > 1 and not moved > 1e-3:
-        raise DataError("the official side", got=f"a loss that moves by {float(moved):.1e} in {steps} steps",
-                         expected="one that moves", mend="look at its rates: equal standstill proves nothing")
-    return [gaps(ours.step(ours.batch(step)), found) for step, found in enumerate(trace)]
+    loss_range = max(s["loss"][""] for s in trace) - min(s["loss"][""] for s in trace)
+    if steps > 1 and not loss_range > 1e-3:
+        raise DataError(
+            "the official run",
+            got=f"a loss that changes by {float(loss_range):.1e} in {steps} steps",
+            expected="a loss that changes",
+            fix="check its learning rate: runs that do not learn prove nothing",
+        )
+    after = side.average_after_step
+    return [
+        max_differences(ours.step(ours.batch(step), average_after_step=after), found)
+        for step, found in enumerate(trace)
+    ]
 
 
 def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """The largest gap of each kind: in float64 over all steps, in float32 after the first."""
+    """Return the largest difference of each kind: in float64 over all steps, in float32 after the first."""
     kinds = dict.fromkeys((precision, kind) for precision, steps in found.items() for step in steps for kind in step)
-    return {f"{precision} {kind}": max(step[kind] for step in found[precision] if kind in step)
-            for precision, kind in kinds}
+    return {
+        f"{precision} {kind}": max(step[kind] for step in found[precision] if kind in step) for precision, kind in kinds
+    }
 
 
 def verdict(rows: dict[str, float]) -> str:
@@ -175,48 +218,93 @@ def verdict(rows: dict[str, float]) -> str:
     return "differs: " + ", ".join(wrong) if wrong else "agrees"
 
 
-def figures(name: str, repos: Path, steps: int) -> tuple[dict[str, list[dict[str, float]]], dict]:
-    """The gaps by precision and step, and what was loaded and shimmed for them."""
+def make_small(name: str, overrides: list[str], *, precision: str, steps: int) -> Ours:
+    """Return our run of a digits recipe with small networks, whose schedule ends with the comparison."""
+    epochs = -(-steps // PER_EPOCH)
+    return Ours(name, [*COMMON, f"schedule.epochs={epochs}", *overrides], precision, PER_EPOCH)
+
+
+def measure(name: str, repos: Path, steps: int) -> tuple[dict[str, list[dict[str, float]]], dict]:
+    """Return the differences by precision and step, and the official files and changes."""
     found, about = {}, {}
     for precision in GOALS:
-        many = steps if precision == "fp64" else 1
+        count = steps if precision == "fp64" else 1
+        make = partial(make_small, precision=precision, steps=count)
         if name in LITERAL:
-            make = partial(Ours, precision=precision, steps=many)
-            found[precision] = [gaps(*both) for both in LITERAL[name](make, many)]
+            found[precision] = [max_differences(*pair) for pair in LITERAL[name](make, count)]
         else:
-            clone = Clone(repos.resolve() / CASES[name].clone)
-            found[precision] = beside(CASES[name], clone, precision, many)
-            about = {"clone": CASES[name].clone, "files": clone.digests, "notes": list(CASES[name].notes)}
+            case = CASES[name]
+            clone = Clone(repos.resolve() / case.clone)
+            found[precision] = compare(case, clone, make(case.recipe, list(case.overrides)), count)
+            about = {"clone": case.clone, "files": clone.digests, "notes": list(case.notes)}
     return found, about
+
+
+def measure_recipe(name: str, repos: Path, steps: int) -> dict:
+    """Run a packaged recipe as shipped, with small networks, next to its original; returns a verdict and the files."""
+    case = RECIPES[name]
+    clone = Clone(repos.resolve() / case.clone)
+    ours = Ours(name, [*shrink(name), *case.overrides], "fp64", RECIPE_STEPS_PER_EPOCH)
+    differences = compare(case, clone, ours, steps)
+    verdict = f"exact: the largest difference of {steps} steps is {max(max(d.values()) for d in differences):.1e}"
+    for step, kinds in enumerate(differences):
+        wrong = {kind: gap for kind, gap in kinds.items() if not gap <= GOALS["fp64"]}
+        if wrong:
+            kind = max(wrong, key=wrong.get)
+            verdict = f"differs first at step {step + 1}: {kind} by {wrong[kind]:.1e}"
+            break
+    return {"verdict": verdict, "clone": case.clone, "files": clone.digests, "notes": list(case.notes)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.official", description=__doc__.splitlines()[0])
     parser.add_argument("--repos", type=Path, required=True, help="folder of clones, each named OWNER-NAME")
-    parser.add_argument("--steps", type=int, default=50, help="in float64")
-    parser.add_argument("--only", choices=[*CASES, *LITERAL], nargs="+", metavar="METHOD", help="these alone")
+    parser.add_argument("--recipes", action="store_true", help="compare packaged recipes as shipped, in float64")
+    parser.add_argument("--steps", type=int, default=None, help="steps in float64 (50; with --recipes 30)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these methods or recipes")
     parser.add_argument("--out", type=Path, default=None, help="write the figures here as JSON")
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: 1 or more")
+    steps = options.steps or (30 if options.recipes else 50)
+    if steps < 1:
+        parser.error(f"--steps {steps}: expected 1 or more")
+    cases = dict(RECIPES) if options.recipes else CASES | dict.fromkeys(LITERAL)
+    unknown = sorted(set(options.only or []) - cases.keys())
+    if unknown:
+        parser.error(f"--only {unknown[0]}: expected some of {', '.join(cases)}")
     torch.set_num_threads(1)
     if not options.repos.is_dir():
-        raise DataError(f"--repos {options.repos}", got="no such folder", expected="a folder of clones",
-                        mend="clone " + ", ".join(sorted({case.clone for case in CASES.values()})) + " into it")
+        raise DataError(
+            f"--repos {options.repos}",
+            got="no such folder",
+            expected="a folder of clones",
+            fix="clone " + ", ".join(sorted({case.clone for case in cases.values() if case})) + " into it",
+        )
     body = {}
-    for name in options.only or [*CASES, *LITERAL]:
-        if name in CASES and not (options.repos / CASES[name].clone).is_dir():
-            print(f"{name}: left out, no folder {CASES[name].clone} in {options.repos}", file=sys.stderr)
-            continue
-        found, about = figures(name, options.repos, options.steps)
-        rows = summary(found)
-        body[name] = {"verdict": verdict(rows)} | {key: float(f"{gap:.2g}") for key, gap in rows.items()} | about
+    for name in options.only or cases:
+        case = cases[name]
+        missing = [c for c in (case.clone, *case.more_clones) if not (options.repos / c).is_dir()] if case else []
+        if missing:
+            print(f"{name}: skipped, there is no folder {missing[0]} in {options.repos}", file=sys.stderr)
+        elif options.recipes:
+            body[name] = measure_recipe(name, options.repos, steps)
+        else:
+            found, about = measure(name, options.repos, steps)
+            rows = summary(found)
+            body[name] = {"verdict": verdict(rows)} | {key: float(f"{gap:.2g}") for key, gap in rows.items()} | about
     if not body:
-        raise DataError(f"--repos {options.repos}", got="none of the clones that were asked for",
-                        expected="folders named OWNER-NAME", mend="clone " + CASES[options.only[0]].clone + " into it")
-    common.report("official", f"largest differences over {options.steps} steps in float64 (goal 1e-8) and after the "
-                  "first in float32 (goal 1e-5)", body, options.out)
-    return int(any(rows["verdict"] != "agrees" for rows in body.values()))
+        raise DataError(
+            f"--repos {options.repos}",
+            got="none of the required clones",
+            expected="folders named OWNER-NAME",
+            fix="clone " + next(case.clone for case in cases.values() if case) + " into it",
+        )
+    title = f"largest differences over {steps} steps in float64 (goal 1e-8)"
+    if options.recipes:
+        title = f"packaged recipes next to their originals, {steps} steps in float64 (goal 1e-8)"
+    else:
+        title += " and after the first in float32 (goal 1e-5)"
+    common.report("official recipes" if options.recipes else "official", title, body, options.out)
+    return int(any(not rows["verdict"].startswith(("agrees", "exact")) for rows in body.values()))
 
 
 if __name__ == "__main__":

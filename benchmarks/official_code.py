@@ -1,8 +1,8 @@
-"""Official code, loaded from a user's clones and made to run in one process on a CPU. Nothing of it is kept here.
+"""Load official code from the clones of a user, and run it in one process on a CPU. None of it is copied here.
 
-What is foreign stays as it is on disk: its classes, its ``train`` functions and its rates run unchanged. What it takes
-for granted is given by shims: a GPU (``.cuda``), a process group, modules that its folder lacks, and our small
-backbone in the place of a ResNet-50. ``Side`` is what the comparison asks of each.
+Its files stay unchanged: its classes, its ``train`` functions and its learning rates run as they are. Shims provide
+what it needs: a GPU (``.cuda``), a process group, modules that its folder lacks, and our small backbone in place of a
+ResNet-50. ``OfficialRun`` is what the comparison needs of each.
 """
 
 from __future__ import annotations
@@ -23,29 +23,37 @@ from torch import Tensor, nn
 
 from hpcssl.errors import DataError
 from hpcssl.nets import resnet
-from hpcssl.train.state import Training
+from hpcssl.train.train_state import TrainState
 
 
 class StandIn(nn.Module):
-    """Our small backbone with what official code expects of a torchvision ResNet: a last layer ``fc`` to replace."""
+    """Our small backbone with the last layer ``fc`` that official code replaces in a ResNet of torchvision."""
 
     def __init__(self, num_classes: int = 1000, zero_init_residual: bool = False):
         super().__init__()
         self.body = resnet.build(resnet.Arch(arch="resnet_tiny", stem="small"))
-        self.fc = nn.Linear(resnet.width_of(self.body), num_classes)
+        self.fc = nn.Linear(resnet.feature_width(self.body), num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.body(x))
 
 
 @dataclass
-class Side:
+class OfficialRun:
     """An official model with its training.
 
-    ``epoch(number, loader)`` runs the official ``train`` over one epoch, from 0. ``form`` makes a batch as its loader
-    gives it. ``names``: our prefixes of parameters and theirs, of the trained network and (``slow``) of its average.
-    ``bank``: the rows in slot order, and the pointer. ``extra(step)``: further tensors by kind, after that step.
-    ``settle``: bring the model to the form in which its next step begins.
+    Attributes:
+        model: The model.
+        epoch: (number from 0, loader) -> runs the official ``train`` over one epoch.
+        form: Converts our batch to that of the official loader.
+        names: Our prefixes of the parameters of the trained network, and theirs.
+        slow: The same for its moving average.
+        bank: Gives the rows of the bank in the order of slots, and the pointer.
+        extra: Step -> further tensors by kind, after that step.
+        loss_offset: What our loss has more than theirs, a constant.
+        average_after_step: Whether it updates its moving average after the optimizer's step, as ours, and not at the
+            start of the next one.
+        finish_step: Brings the model to the state in which its next step begins.
     """
 
     model: nn.Module
@@ -55,10 +63,12 @@ class Side:
     slow: dict[str, str] = field(default_factory=dict)
     bank: Callable[[], tuple[Tensor, int]] | None = None
     extra: Callable[[int], dict[str, Tensor]] = lambda _: {}
-    settle: Callable[[], None] = lambda: None
+    loss_offset: float = 0.0
+    average_after_step: bool = False
+    finish_step: Callable[[], None] = lambda: None
 
-    def take_weights(self, training: Training) -> None:
-        """Start from our networks' weights."""
+    def take_weights(self, training: TrainState) -> None:
+        """Copy the weights of our networks."""
         for branch, names in ((training.pair.online, self.names), (training.pair.target, self.slow)):
             theirs = self.tensors(names)
             with torch.no_grad():
@@ -66,14 +76,18 @@ class Side:
                     theirs[name].copy_(tensor)
 
     def tensors(self, names: dict[str, str]) -> dict[str, Tensor]:
-        """Its parameters and running statistics under our names."""
-        found = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return {mine + name.removeprefix(his): tensor for mine, his in names.items()
-                for name, tensor in found.items() if name.startswith(his)}
+        """Return its parameters and running statistics under our names."""
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {
+            our_prefix + name.removeprefix(their_prefix): tensor
+            for our_prefix, their_prefix in names.items()
+            for name, tensor in tensors.items()
+            if name.startswith(their_prefix)
+        }
 
 
 def weights(branch: nn.Module | None) -> dict[str, Tensor]:
-    """Parameters and running statistics of one of our networks."""
+    """Return the parameters and running statistics of one of our networks."""
     if branch is None:
         return {}
     return dict(branch.named_parameters()) | {name: b for name, b in branch.named_buffers() if "running" in name}
@@ -87,36 +101,69 @@ class Clone:
     digests: dict[str, str] = field(default_factory=dict)
 
     def load(self, file: str, *, stubs: dict[str, types.ModuleType] | None = None) -> types.ModuleType:
-        """The module at ``file``, whose imports find its own folder, the clone's root, and ``stubs`` in the place of
-        what is not installed. Nothing of it stays in ``sys.modules``."""
+        """Load the module at ``file``.
+
+        Its imports find its folder, the root of the clone, and ``stubs`` for packages that are not installed. None of
+        these modules stays in ``sys.modules``.
+        """
         path = self.root / file
         if not path.is_file():
-            raise DataError(f"the clone {self.root.name}", got=f"no {file}", expected="the official code",
-                            mend="check out a commit that has it; the results name digests of its files")
+            raise DataError(
+                f"the clone {self.root.name}",
+                got=f"no {file}",
+                expected="the official code",
+                fix="check out a commit that has it; the results name digests of its files",
+            )
         folders = [str(path.parent), str(self.root)]
-        stubs = {"models": stub("models", __path__=[f"{folder}/models" for folder in folders]),
-                 "models.resnet": stub("models.resnet", resnet_tiny=StandIn)} | (stubs or {})
+        stubs = {
+            "models": stub("models", __path__=[f"{folder}/models" for folder in folders]),
+            "models.resnet": stub("models.resnet", resnet_tiny=StandIn),
+        } | (stubs or {})
         spec = importlib.util.spec_from_file_location(f"official_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         with mock.patch.object(sys, "path", [*folders, *sys.path]), mock.patch.object(sys, "dont_write_bytecode", True):
-            kept = {name: sys.modules.pop(name) for name in stubs if name in sys.modules}
+            replaced = {name: sys.modules.pop(name) for name in stubs if name in sys.modules}
             before = set(sys.modules)
             sys.modules.update(stubs)
             try:
                 spec.loader.exec_module(module)
             finally:
                 for name in sys.modules.keys() - before:
-                    if name in stubs or self._note(sys.modules[name]):
+                    if name in stubs or self._record(sys.modules[name]):
                         del sys.modules[name]
-                sys.modules.update(kept)
-        self._note(module)
+                sys.modules.update(replaced)
+        self._record(module)
         return module
 
-    def _note(self, module: types.ModuleType) -> bool:
-        """Whether the module is of this clone; if so its file's digest is kept."""
+    def load_package(
+        self, package: str, names: tuple[str, ...], *, stubs: dict[str, types.ModuleType]
+    ) -> dict[str, types.ModuleType]:
+        """Load modules of a package that import each other, in this order; ``stubs`` has the package itself.
+
+        Returns:
+            The modules by name.
+        """
+        found = {}
+        for name in names:
+            full = f"{package}.{name}"
+            spec = importlib.util.spec_from_file_location(full, self.root / f"{full.replace('.', '/')}.py")
+            module = importlib.util.module_from_spec(spec)
+            present = stubs | {f"{package}.{n}": m for n, m in found.items()}
+            parents = {full.rpartition(".")[0]} - present.keys()
+            present |= {parent: stub(parent, __path__=[]) for parent in parents}
+            for key, loaded in found.items():
+                setattr(present[package], key.rpartition(".")[2], loaded)
+            with mock.patch.dict(sys.modules, present):
+                spec.loader.exec_module(module)
+            found[name] = module
+            self._record(module)
+        return found
+
+    def _record(self, module: types.ModuleType) -> bool:
+        """Record the digest of the file of a module of this clone; returns whether it is one."""
         spec = getattr(module, "__spec__", None)
-        places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
-        own = [Path(place) for place in places if place and Path(place).is_relative_to(self.root)]
+        paths = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+        own = [Path(path) for path in paths if path and Path(path).is_relative_to(self.root)]
         for path in own:
             if path.is_file():
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -125,18 +172,18 @@ class Clone:
 
 
 def stub(name: str, **attributes) -> types.ModuleType:
-    """A module of these attributes."""
-    made = types.ModuleType(name)
-    vars(made).update(attributes)
-    return made
+    """Return a module with these attributes."""
+    module = types.ModuleType(name)
+    vars(module).update(attributes)
+    return module
 
 
 @contextlib.contextmanager
-def one_process(losses: list[float], *, ties: bool) -> Iterator[None]:
-    """What official code needs to run here; ``losses`` takes the value of each tensor whose backward pass is asked for.
+def single_process(losses: list[float], *, ties: bool) -> Iterator[None]:
+    """Provide what official code needs to run in one process.
 
-    ``ties``: where a search has equal distances, as after ``[...] = 5.0``, the lowest slots are taken; torch leaves
-    the choice open.
+    ``losses`` receives the value of each tensor on which ``backward`` is called. With ``ties``, a search among equal
+    distances, as after ``[...] = 5.0``, takes the lowest slots; torch does not specify which ones it takes.
     """
     backward, topk = Tensor.backward, Tensor.topk
 
@@ -154,9 +201,13 @@ def one_process(losses: list[float], *, ties: bool) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         with contextlib.ExitStack() as stack:
-            for owner, name, value in ((Tensor, "cuda", here), (nn.Module, "cuda", here),
-                                       (torch.cuda, "synchronize", lambda *_: None), (Tensor, "backward", recorded),
-                                       (Tensor, "topk", stable if ties else topk)):
+            for owner, name, value in (
+                (Tensor, "cuda", here),
+                (nn.Module, "cuda", here),
+                (torch.cuda, "synchronize", lambda *_: None),
+                (Tensor, "backward", recorded),
+                (Tensor, "topk", stable if ties else topk),
+            ):
                 stack.enter_context(mock.patch.object(owner, name, value))
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             yield
@@ -166,10 +217,50 @@ def one_process(losses: list[float], *, ties: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of ``dtype``: official constructors name none."""
+    """Create new tensors with ``dtype``, since official constructors name none."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def split_over_gpus(network: nn.Module, gpus: int) -> None:
+    """Make a network pass its batch in ``gpus`` parts, as data-parallel code on that many GPUs.
+
+    Each part has batch statistics of its own, and only the first part enters the running statistics. Inputs and outputs
+    are tensors, or lists of them.
+    """
+    whole = network.forward
+
+    def forward(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        parts = []
+        pieces = zip(*(t.chunk(gpus) for t in x), strict=True) if isinstance(x, list) else x.chunk(gpus)
+        for number, piece in enumerate(pieces):
+            kept = [(module, dict(module._buffers)) for module in network.modules()] if number else []
+            for module, buffers in kept:
+                module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
+            parts.append(whole(list(piece) if isinstance(x, list) else piece))
+            for module, buffers in kept:
+                module._buffers.update(buffers)
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return [torch.cat(same) for same in zip(*parts, strict=True)]
+
+    network.forward = forward
+
+
+class TorchWithOrders:
+    """torch with a ``randperm`` that returns the orders in which our run shuffles the target's images."""
+
+    def __init__(self, training: TrainState):
+        self.training, self.step = training, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+    def randperm(self, _rows: int) -> Tensor:
+        (order,) = self.training.shuffle_orders(self.step)
+        self.step += 1
+        return order

@@ -1,102 +1,128 @@
-"""Where no official code exists: the papers' equations, as ``tests/equations`` writes them out, beside our steps.
+"""Methods without official code: our steps compared with the equations of the papers, written out.
 
-NNCLR: Algorithm 1 as a script of its own, with its networks, bank and SGD, beside ours. BSIM: equations 1 and 2
-(SimCLR), 3 (MoCo v2) and 4 (BYOL), whose loss is computed from our networks as they stand before each step.
+NNCLR: Algorithm 1 as a separate script, with its own networks, bank and SGD. BSIM: equations 1 and 2 (SimCLR), 3 (MoCo
+v2) and 4 (BYOL), whose loss is computed from our networks before each step.
 """
 
 from __future__ import annotations
 
-import types
+import math
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.official_code import Clone
 from hpcssl import rng
 from hpcssl.nets import norm
+from hpcssl.train.train_state import TrainState
 from hpcssl.views import mix
 
-TESTS = Clone(Path(__file__).resolve().parents[1] / "tests" / "equations")
-Make = Callable[[str, list[str]], object]  # a run of ours, from a recipe's name and overrides
-# each gives, after every step, what is compared: ours and the equation's, by kind and name
+TAU = 0.2
+Make = Callable[[str, list[str]], object]  # makes our run from the name of a recipe and overrides
+# each function yields, after every step, our tensors and those of the equation, by kind and name
 
 
 def nnclr(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
     ours, theirs = (make("digits_nnclr", []) for _ in range(2))
-    script = TESTS.load("test_scripts.py").NnclrScript(theirs)
+    t, rows = theirs.training, theirs.batch_size
+    recipe, f = t.recipe, t.pair.online
+    bank, pointer = t.bank.all_rows("key").clone(), 0
+    sgd = torch.optim.SGD(
+        f.parameters(), lr=recipe.optim.lr, momentum=recipe.optim.momentum, weight_decay=recipe.optim.weight_decay
+    )
+
+    def nearest(z: Tensor) -> Tensor:
+        return bank[torch.cdist(F.normalize(z.detach(), dim=1), bank).argmin(1)]
+
+    def one(nn: Tensor, p: Tensor) -> Tensor:
+        return F.cross_entropy(nn @ F.normalize(p, dim=1).T / recipe.method.temperature, torch.arange(rows))
+
     for step in range(steps):
         batch = ours.batch(step)
         mine = ours.step(batch)
-        loss = torch.tensor(script.step(batch), dtype=torch.float64)
-        yield mine, {"loss": {"": loss}, "bank": {"": torch.stack(script.bank)},
-                     "pointer": {"": torch.tensor(script.pointer)},
-                     "online parameters": dict(script.f.named_parameters())}
+        (z1, p1), (z2, p2) = ((z, f.predictor(z)) for z in (f.projector(f.backbone(x)) for x in batch.images))
+        loss = one(nearest(z1), p2) / 2 + one(nearest(z2), p1) / 2
+        sgd.param_groups[0]["lr"] = (
+            recipe.optim.lr * (1 + math.cos(math.pi * (step // t.steps_per_epoch) / recipe.schedule.epochs)) / 2
+        )
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        bank[pointer : pointer + rows] = F.normalize(z1.detach(), dim=1)
+        pointer = (pointer + rows) % len(bank)
+        found = {"loss": {"": loss.detach()}, "bank": {"": bank.clone()}, "pointer": {"": torch.tensor(pointer)}}
+        yield mine, found | {"online parameters": {name: p.detach() for name, p in f.named_parameters()}}
 
 
 def bsim_simclr(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
-    tests = TESTS.load("test_mix.py")
-    ours = make("digits_simclr", ["mix.kind=cutmix", "mix.pairing=flip", "method.reduction=mean", "method.tau=0.2"])
-    return _losses(ours, steps, tests, partial(tests.test_simclr_against_equations_1_and_2, pairing="flip"))
+    overrides = ["mix.kind=cutmix", "mix.pairing=flip", "method.reduction=mean", f"method.temperature={TAU}"]
+    return _losses(make("digits_simclr", overrides), steps, _equations_1_and_2)
 
 
 def bsim_moco(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
-    tests = TESTS.load("test_mix.py")
-    return _losses(make("digits_moco_v2", ["mix.kind=cutmix", "method.tau=0.2", "bank.start=random"]), steps, tests,
-                   tests.test_moco_against_equation_3)
+    overrides = ["mix.kind=cutmix", f"method.temperature={TAU}", "bank.init=random"]
+    return _losses(make("digits_moco_v2", overrides), steps, _equation_3)
 
 
 def bsim_byol(make: Make, steps: int) -> Iterator[tuple[dict, dict]]:
-    tests = TESTS.load("test_mix.py")
-
-    def equation_4(small_training):
-        made = small_training()
-        options, size = made.training.recipe.mix, made.training.plan.views[0].size
-        mixtures = [mix.draw(options, tests.rng.key(0, "mix", 0, view), size) for view in (0, 1)]
-        wanted = tests.literal_byol(made, mixtures, plain=False)
-        assert made.step(made.batch(0)).scalars["loss"] == tests.pytest.approx(wanted)
-
-    return _losses(make("digits_byol", ["mix.kind=cutmix"]), steps, tests, equation_4)
+    return _losses(make("digits_byol", ["mix.kind=cutmix"]), steps, _equation_4)
 
 
-class _Noted:
-    """What a test expects, noted in the place of a judgement."""
-
-    def __init__(self, wanted: float, **_):
-        self.wanted = float(wanted)
-
-    def __eq__(self, _) -> bool:
-        _Noted.last = self.wanted
-        return True
-
-
-class _Now:
-    """Our run as a test's ``made``, whose batch 0 is the present one."""
-
-    def __init__(self, ours):
-        self.ours, self.training, self.now = ours, ours.training, 0
-
-    def batch(self, _):
-        return self.ours.batch(self.now)
-
-    def step(self, batch):
-        norm.discard(self.training.norms)  # of the passes that the equation asked for
-        self.found = self.ours.step(batch)
-        return SimpleNamespace(scalars={"loss": float(self.found["loss"][""])})
+def _equations_1_and_2(t: TrainState, images: list[Tensor], mixture: mix.Mixture) -> float:
+    """Both parents are positive over one denominator; mixtures that show one of them are no negatives."""
+    count, total = len(images[0]), 0.0
+    other = list(reversed(range(count)))
+    clean = [z for z, _ in t.pair.embed(images)]
+    mixed = [z for z, _ in t.pair.embed([mix.mix_images(x, mixture, x[other]) for x in images])]
+    for view in (0, 1):
+        close, among = ((mixed[view] @ rows.T / TAU).exp() for rows in (clean[1 - view], mixed[view]))
+        for i in range(count):
+            j = other[i]
+            negatives = sum(float(among[i, k]) for k in range(count) if not {k, other[k]} & {i, j})
+            denominator = float(close[i].sum()) + negatives
+            for share, k in ((mixture.lam, i), (1 - mixture.lam, j)):
+                total -= share * math.log(float(close[i, k]) / denominator)
+    return total / (2 * count)
 
 
-def _losses(ours, steps: int, tests: types.ModuleType, test: Callable) -> Iterator[tuple[dict, dict]]:
-    """Run a test of the first step at each step: its batch 0 is the present one, and its mixtures are those of now."""
-    made = _Now(ours)
-    tests.rng = SimpleNamespace(**vars(rng) | {
-        "key": lambda seed, what, _step, *view: rng.key(seed, what, made.now, *view)})
-    tests.pytest = SimpleNamespace(approx=_Noted)
-    for made.now in range(steps):
-        test(lambda *_: made)
-        yield made.found, {"loss": {"": torch.tensor(_Noted.last, dtype=torch.float64)}}
+def _equation_3(t: TrainState, images: list[Tensor], mixture: mix.Mixture) -> float:
+    """λ times InfoNCE with the own key and 1 - λ times that with the partner's, on the bank before the step."""
+    (query, key), other, total = images, torch.arange(len(images[0])) ^ 1, 0.0
+    ((q, _),) = t.pair.embed([mix.mix_images(query, mixture, query[other])])
+    (k,) = t.pair.embed_target([key])
+    queue = (q @ t.bank.all_rows("key").T / TAU).exp().sum(1)
+    for share, keys in ((mixture.lam, k), (1 - mixture.lam, k[other])):
+        positive = ((q * keys).sum(1) / TAU).exp()
+        total -= share * float((positive / (positive + queue)).log().mean())
+    return total
 
 
-LITERAL = {"nnclr, Algorithm 1": nnclr, "bsim over simclr, equations 1 and 2": bsim_simclr,
-           "bsim over moco_v2, equation 3": bsim_moco, "bsim over byol, equation 4": bsim_byol}
+def _equation_4(t: TrainState, images: list[Tensor], mixture: mix.Mixture) -> float:
+    """As squared distances, which adds 2 for each of the two directions."""
+    other, total = torch.arange(len(images[0])) ^ 1, 0.0
+    queries = [u for _, u in t.pair.embed([mix.mix_images(x, mixture, x[other]) for x in images])]
+    for query, target in zip(queries, reversed(t.pair.embed_target(images)), strict=True):
+        for share, goal in ((mixture.lam, target), (1 - mixture.lam, target[other])):
+            total += share * float((2 - 2 * (query * goal).sum(1)).mean())
+    return total
+
+
+def _losses(ours: object, steps: int, equation: Callable) -> Iterator[tuple[dict, dict]]:
+    """Compare the loss of each step with an equation on the same networks, images and mixture."""
+    t = ours.training
+    for step in range(steps):
+        batch, size = ours.batch(step), t.plan.views[0].size
+        mixture = mix.draw_mixture(t.recipe.mix, rng.key(t.recipe.seed, "mix", step, 0), size)
+        with torch.no_grad():
+            wanted = equation(t, list(batch.images), mixture)
+        norm.discard_pending(t.norms)
+        yield ours.step(batch), {"loss": {"": torch.tensor(wanted, dtype=torch.float64)}}
+
+
+LITERAL = {
+    "nnclr, Algorithm 1": nnclr,
+    "bsim over simclr, equations 1 and 2": bsim_simclr,
+    "bsim over moco_v2, equation 3": bsim_moco,
+    "bsim over byol, equation 4": bsim_byol,
+}

@@ -1,9 +1,10 @@
-"""What a step costs beside its networks: ``python -m benchmarks overhead [--recipes NAME …] [--out FILE]``.
+"""Cost of a training step outside of the encoders: ``python -m benchmarks overhead [--recipes NAME …] [--out FILE]``.
 
-One process and one thread take steps of a recipe with ResNet-50 at 224 pixels, batch 8, on images that are given, with
-a bank of 131,072 rows that is full. Of each step's time that within ``Pair.embed``, ``Pair.embed_target`` and the
-backward pass is the encoders'; the rest (search, loss, optimiser, moving average, statistics, bank, ledger) is ours.
-The figure is the median over steps of rest / encoders, in CPU time, which other processes disturb least. Goal: 6 %.
+One process with one thread takes steps of a recipe with ResNet-50 at 224 pixels and batch 8, on images in memory, with
+a full bank of 131,072 rows. The time within ``EncoderPair.embed``, ``EncoderPair.embed_target`` and the backward pass
+belongs to the encoders; the rest (search, loss, optimizer, moving average, statistics, bank, embedding table) is
+overhead. The figure is the median over steps of rest / encoders, in CPU time, which other processes disturb least.
+Goal: 6 %.
 """
 
 from __future__ import annotations
@@ -25,27 +26,36 @@ from torch import Tensor
 
 from benchmarks import common
 from hpcssl import rng
-from hpcssl.data.loader import Batch
-from hpcssl.nets.pair import Pair
+from hpcssl.data.batch import Batch
+from hpcssl.distributed.world import World
+from hpcssl.nets.pair import EncoderPair
 from hpcssl.train import recipe
-from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
-from hpcssl.world import World
+from hpcssl.train.train_state import TrainState
 
 GOAL = 6.0
 BATCH, ROWS, IMAGES, CLASSES, CHUNK = 8, 131_072, 160_000, 1000, 1024
-COMMON = [f"optim.batch={BATCH}", "optim.precision=fp32", "model.norm=whole", "model.norm_group=0",
-          "machine.devices=cpu", "machine.accumulate=1"]
+COMMON = [
+    f"optim.batch={BATCH}",
+    "optim.precision=fp32",
+    "model.norm=sync",
+    "model.norm_group_size=0",
+    "machine.devices=cpu",
+    "machine.accumulation_steps=1",
+]
 BANK = f"bank.size={ROWS}"
-# every method, and those of its options that add work to a step; not NNCLR's "present encoder", whose bank is passes of
-# the encoder anew
+# every method, and its options that add work to a step; not the "present encoder" of NNCLR, which embeds the bank again
+# with the encoder
 RECIPES = {
     "msf_r50_ep200_128k": [BANK],
     "cmsf_2q_r50_ep200_128k": [BANK],
     "cmsf_km_r50_ep200_128k": [BANK],
     "cmsf_sup_r50_ep200": [BANK],
     "cmsf_sup_all_r50_ep200": [BANK],
-    "cmsf_semi_r50_ep200": [BANK, "method.pseudo.threshold=0"],  # so that the untrained head's guesses constrain
+    "cmsf_semi_r50_ep200": [
+        BANK,
+        "method.pseudo_labels.threshold=0",
+    ],  # so that the predictions of the untrained head are used
     "byol_r50_ep200": [],
     "simsiam_r50_ep200": [],
     "moco_v2_r50_ep200": [BANK],
@@ -53,87 +63,94 @@ RECIPES = {
     "nnclr_r50_ep1000": [BANK],
     "nnclr_r50_ep1000_soft": [BANK],
     "nnsiam_r50_ep1000": [BANK],
-    "swav_r50_ep200_mc_b256": ["method.queue_epoch=0", "method.freeze_steps=0"],  # its own queue of 3,840
+    "swav_r50_ep200_mc_b256": ["method.queue_start_epoch=0", "method.freeze_steps=0"],  # its own queue of 3,840
     "moco_v2_r50_ep200_bsim": [BANK],
     "byol_r50_ep200_wbsim": [],
 }
 
 
 class Stopwatch:
-    """CPU seconds spent inside given calls."""
+    """CPU seconds spent inside wrapped calls."""
 
     def __init__(self):
         self.seconds = 0.0
 
-    def around(self, call: Callable) -> Callable:
+    def wrap(self, call: Callable) -> Callable:
         def timed(*args, **kwargs):
             start = time.process_time()
             try:
                 return call(*args, **kwargs)
             finally:
                 self.seconds += time.process_time() - start
+
         return timed
 
 
 @contextmanager
-def watched() -> Iterator[Stopwatch]:
+def time_encoders() -> Iterator[Stopwatch]:
+    """Measure the time inside the encoders and the backward pass."""
     watch = Stopwatch()
     with ExitStack() as stack:
-        for owner, name in ((Pair, "embed"), (Pair, "embed_target"), (Tensor, "backward")):
-            stack.enter_context(mock.patch.object(owner, name, watch.around(getattr(owner, name))))
+        for owner, name in ((EncoderPair, "embed"), (EncoderPair, "embed_target"), (Tensor, "backward")):
+            stack.enter_context(mock.patch.object(owner, name, watch.wrap(getattr(owner, name))))
         yield watch
 
 
-def prepared(name: str, overrides: list[str]) -> Training:
-    """A run in its second epoch: bank, ledger and clusters are full."""
+def prepare_run(name: str, overrides: list[str]) -> TrainState:
+    """Return a run in its second epoch: bank, embedding table and clusters are full."""
     labels = np.arange(IMAGES) % CLASSES
-    made = recipe.compose(name, [*COMMON, *overrides])
-    training = Training(made, World.alone(), steps_per_epoch=IMAGES // BATCH, labels=labels, data_digest="given")
-    training.step = training.steps_per_epoch + 1  # no step of an epoch's border, which clusters or trains a head
-    memories, width = training.memories, made.model.projector.out
-    if "groups" in memories:
+    resolved = recipe.compose(name, [*COMMON, *overrides])
+    training = TrainState(
+        resolved, World.single_process(), steps_per_epoch=IMAGES // BATCH, labels=labels, data_digest="benchmark"
+    )
+    training.step = training.steps_per_epoch + 1  # not the first step of an epoch, which clusters or trains a head
+    memories, width = training.memories, resolved.model.projector.out
+    if "clusters" in memories:
         groups = torch.from_numpy(rng.permutation(0, IMAGES) % max(1, round(IMAGES / 25.6))).int()
-        memories["groups"].load({"images": IMAGES}, lambda _, start, count: groups[start:start + count])
+        memories["clusters"].load({"images": IMAGES}, lambda _, start, count: groups[start : start + count])
     for index in torch.arange(IMAGES).split(CHUNK):
         draw = rng.generator(rng.key(0, "rows", int(index[0])))
         rows = F.normalize(torch.randn(len(index), width, generator=draw), dim=1)
-        for memory in memories.keys() & {"ledger", "labelled"}:
+        for memory in memories.keys() & {"embedding_table", "labeled"}:
             memories[memory].write(index, rows)
         if training.bank is not None and len(index) <= training.bank.size:
             label = torch.from_numpy(labels)[index]
             columns = {key: rows if spec.dim else label for key, spec in training.bank.columns.items()}
-            if "groups" in memories:
-                columns["group"] = memories["groups"].of(index)
-            elif "ledger" in memories:
+            if "clusters" in memories:
+                columns["group"] = memories["clusters"].cluster_of(index)
+            elif "embedding_table" in memories:
                 columns["group"] = torch.zeros_like(index)
             training.bank.push(**columns | {"index": index})
     return training
 
 
 def measure(name: str, overrides: list[str], steps: int) -> dict[str, float]:
-    training = prepared(name, overrides)
-    pictures = torch.randn(BATCH, 3, 7, 7, generator=rng.generator(0))
-    # pictures, and not noise: an untrained network cannot tell noise from noise, and equal rows are searched twice
-    images = [F.interpolate(pictures, view.size, mode="bicubic") for view in training.plan.views]
+    training = prepare_run(name, overrides)
+    coarse = torch.randn(BATCH, 3, 7, 7, generator=rng.generator(0))
+    # smooth images instead of noise: an untrained network embeds all noise alike, and equal rows are searched twice
+    images = [F.interpolate(coarse, view.size, mode="bicubic") for view in training.plan.views]
     training.images = lambda batch: list(images)
-    found = []
-    with watched() as watch:
+    times = []
+    with time_encoders() as watch:
         for turn in range(steps + 1):
             index = rng.permutation(rng.key(0, "batch", turn), IMAGES)[:BATCH]
             batch = Batch(training.step, 1, index, index % CLASSES, [], [])
             watch.seconds, start = 0.0, time.process_time()
             report = train_step(training, batch)
-            whole = time.process_time() - start
+            total = time.process_time() - start
             if not report.taken:
-                raise SystemExit(f"benchmarks.overhead: {name}: the step was refused: its loss is not finite")
+                raise SystemExit(f"benchmarks.overhead: {name}: the step was skipped because its loss is not finite")
             if turn:  # the first one warms up
-                found.append((watch.seconds, whole - watch.seconds))
+                times.append((watch.seconds, total - watch.seconds))
     del training
     gc.collect()
-    percent = round(statistics.median(100 * rest / encoders for encoders, rest in found), 2)
-    return {"outside, % of the encoders": percent, "goal": "met" if percent <= GOAL else "missed",
-            "encoders, s": round(statistics.median(e for e, _ in found), 3),
-            "outside, s": round(statistics.median(r for _, r in found), 3)}
+    percent = round(statistics.median(100 * rest / encoders for encoders, rest in times), 2)
+    return {
+        "outside, % of the encoders": percent,
+        "goal": "met" if percent <= GOAL else "missed",
+        "encoders, s": round(statistics.median(e for e, _ in times), 3),
+        "outside, s": round(statistics.median(r for _, r in times), 3),
+    }
 
 
 def main() -> int:
@@ -147,8 +164,13 @@ def main() -> int:
     for name in options.recipes:
         body[name] = measure(name, RECIPES[name], options.steps)
         print(f"{name}: {body[name]['outside, % of the encoders']} %", file=sys.stderr)
-    common.report("overhead", f"a step beside its networks: ResNet-50 at 224, batch {BATCH}, {ROWS} bank rows, "
-                  f"1 thread, CPU time, median of {options.steps} steps; goal {GOAL} %", body, options.out)
+    common.report(
+        "overhead",
+        f"cost of a step outside of the encoders: ResNet-50 at 224, batch {BATCH}, {ROWS} bank rows, "
+        f"1 thread, CPU time, median of {options.steps} steps; goal {GOAL} %",
+        body,
+        options.out,
+    )
     return int(any(row["goal"] != "met" for row in body.values()))
 
 

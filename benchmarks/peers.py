@@ -1,6 +1,6 @@
-"""The pipelines that ours is measured beside, as their authors' code builds them.
+"""The augmentation pipelines of other projects, as the code of their authors builds them.
 
-Each ``*_views`` returns a function from a PIL image to its two views (normalised float tensors, 224 x 224).
+Each ``*_views`` returns a function from a PIL image to its two views (normalized float tensors, 224 x 224).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PilBlur:
-    """The blur of MoCo's, SimSiam's, MSF's and solo-learn's scripts."""
+    """The blur in the scripts of MoCo, SimSiam, MSF and solo-learn."""
 
     def __call__(self, image):
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
@@ -28,37 +28,49 @@ class Solarize:
         return ImageOps.solarize(image)
 
 
-def _finish():
+def _to_normalized_tensor():
     return [T.ToTensor(), T.Normalize(MEAN, STD)]
 
 
 def msf_views() -> Callable:
-    """MSF: train_msf.py:253-276, the target weak and the query strong."""
+    """Return the views of MSF (train_msf.py:253-276): the target is weak and the query is strong."""
     strong = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0)), *msf_after_crop()])
-    weak = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0)), T.RandomHorizontalFlip(), *_finish()])
+    weak = T.Compose([T.RandomResizedCrop(224, scale=(0.2, 1.0)), T.RandomHorizontalFlip(), *_to_normalized_tensor()])
     return lambda image: (strong(image), weak(image))
 
 
 def msf_after_crop() -> list:
-    """The strong view of MSF after its crop."""
-    return [T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), T.RandomGrayscale(p=0.2),
-            T.RandomApply([PilBlur()], p=0.5), T.RandomHorizontalFlip(), *_finish()]
+    """Return the transforms of the strong view of MSF after its crop."""
+    return [
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomApply([PilBlur()], p=0.5),
+        T.RandomHorizontalFlip(),
+        *_to_normalized_tensor(),
+    ]
 
 
 def crop_views() -> Callable:
-    """Decode and crop alone, for the like-for-like figure."""
+    """Return decoding and cropping alone, for the like-for-like figure."""
     crop = T.RandomResizedCrop(224, scale=(0.2, 1.0))
     return lambda image: (crop(image), crop(image))
 
 
 def solo_views(symmetric: bool) -> Callable:
-    """solo-learn's pretrain pipelines for BYOL (asymmetric) and SimCLR (symmetric): bicubic crops, .08-1."""
+    """Return the pipelines of solo-learn for BYOL (asymmetric) and SimCLR (symmetric): bicubic crops, .08-1."""
+
     def view(blur, solarize, strengths):
-        return T.Compose([
-            T.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
-            T.RandomApply([T.ColorJitter(*strengths)], p=0.8), T.RandomGrayscale(p=0.2),
-            T.RandomApply([PilBlur()], p=blur), T.RandomApply([Solarize()], p=solarize),
-            T.RandomHorizontalFlip(p=0.5), *_finish()])
+        return T.Compose(
+            [
+                T.RandomResizedCrop(224, scale=(0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
+                T.RandomApply([T.ColorJitter(*strengths)], p=0.8),
+                T.RandomGrayscale(p=0.2),
+                T.RandomApply([PilBlur()], p=blur),
+                T.RandomApply([Solarize()], p=solarize),
+                T.RandomHorizontalFlip(p=0.5),
+                *_to_normalized_tensor(),
+            ]
+        )
 
     if symmetric:
         one = two = view(0.5, 0.0, (0.8, 0.8, 0.8, 0.2))
@@ -68,7 +80,7 @@ def solo_views(symmetric: bool) -> Callable:
 
 
 def lightly_views(name: str) -> Callable | None:
-    """lightly's SimCLRTransform, BYOLTransform or MoCoV2Transform; None where lightly is not installed."""
+    """Return SimCLRTransform, BYOLTransform or MoCoV2Transform of lightly; None if lightly is not installed."""
     try:
         from lightly import transforms
     except ImportError:
@@ -77,7 +89,7 @@ def lightly_views(name: str) -> Callable | None:
 
 
 def torchvision_views() -> Callable:
-    """torchvision's own decoder and v2's antialiased crop on uint8 tensors, from bytes."""
+    """Return the decoder of torchvision and the antialiased crop of v2 on uint8 tensors, from bytes."""
     from torchvision.io import ImageReadMode, decode_jpeg
     from torchvision.transforms import v2
 
@@ -90,12 +102,13 @@ def torchvision_views() -> Callable:
     return views
 
 
-def opened(body: bytes) -> Image.Image:
+def open_rgb(body: bytes) -> Image.Image:
+    """Decode an image with Pillow."""
     return Image.open(io.BytesIO(body)).convert("RGB")
 
 
-class OfPil:
-    """A picklable transform for worker processes: MSF's two views of a PIL image."""
+class MsfViews:
+    """The two views of MSF of a PIL image, as a transform that can be pickled for worker processes."""
 
     def __init__(self):
         self.views = None

@@ -1,16 +1,18 @@
 """What a checkpoint costs the training: ``python -m benchmarks saving [--recipe NAME] [--batch N] [--out FILE]``.
 
-The real state of a run on one process: by default MSF's ResNet-50 pair with its optimiser and a full bank of 128,000
-rows (``msf_r50_ep200_128k``), saved as the loop saves it, on the disk of ``--folder``. A periodic save blocks the
-training twice: while the state is copied (``journal.sync`` and ``begin``), and while the ranks agree that all parts are
-written and the manifest is sealed (``finish``); between the two, training steps run beside the writing, and what they
-lose by that is reported too. On a signal nothing runs beside it: from the flag to the manifest on the disk.
+The full state of a run on one process is saved as the training loop saves it, on the disk of ``--folder``. By default
+it is MSF's pair of ResNet-50 with its optimizer and a full bank of 128,000 rows (``msf_r50_ep200_128k``).
 
-Goals: blocked for at most the time of one step, and durable within 5 s of the flag. A step on a CPU is a step of
-``--batch`` images (the recipe's own batch would take minutes), with the processor's cores; the figure of the whole
-batch on a GPU is not this one's. Beside them: the same bytes written and fsynced by one plain copy of a file, which is
-what the disk allows, and CPU seconds, which other programs on the machine disturb least. Run it on a machine that has
-nothing else to do: the load average before it is in the report.
+A periodic save blocks the training twice: while the state is copied (``journal.sync`` and ``begin``), and while the
+ranks agree that all parts are written and rank 0 writes the manifest (``finish``). In between, training steps run
+while the parts are written; how much slower they are is reported too. After a signal nothing runs at the same time:
+the time is measured from the flag to the manifest on the disk.
+
+Goals: the training is blocked for at most the time of one step, and the state is durable within 5 s of the flag. A step
+on a CPU is a step of ``--batch`` images (the recipe's own batch would take minutes) on the cores of the processor; a
+step of the whole batch on a GPU takes another time. Two more figures help to interpret them: the time to write and
+fsync the same bytes as a plain copy, which is what the disk allows, and CPU seconds, which other programs on the
+machine disturb least. Run it on a machine without other load: the report has the load average from before.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,169 +35,254 @@ import torch.nn.functional as F
 
 from benchmarks import common
 from hpcssl import rng
-from hpcssl.data.loader import Batch
-from hpcssl.files import RunDir
+from hpcssl.checkpoint.manager import CheckpointManager
+from hpcssl.checkpoint.reader import latest_valid
+from hpcssl.data.batch import Batch
+from hpcssl.distributed.world import World
 from hpcssl.journal import Journal
+from hpcssl.run_dir import RunDir
 from hpcssl.train import recipe
-from hpcssl.train.checkpoint import Store, newest_valid
-from hpcssl.train.state import Training
 from hpcssl.train.step import train_step
-from hpcssl.world import World
+from hpcssl.train.train_state import TrainState
 
-DURABLE_S = 5.0
+MAX_DURABLE_S = 5.0
 IMAGES, MIB = 160_000, 2**20
 
 
-def prepared(name: str, batch: int) -> Training:
-    """The training of a recipe after its first step, which makes the optimiser's state; the bank is full from the start
-    with random rows, as in the official code."""
-    made = recipe.compose(name, [f"optim.batch={batch}", "optim.precision=fp32", "model.norm=whole",
-                                 "model.norm_group=0", "machine.devices=cpu", "machine.accumulate=1"])
-    training = Training(made, World.alone(), steps_per_epoch=IMAGES // batch, labels=np.full(IMAGES, -1),
-                        data_digest="given")
+def build_training(name: str, batch: int) -> TrainState:
+    """Build the training of a recipe, and take its first step, which creates the optimizer's state.
+
+    The bank is full from the start with random rows, as in the official code.
+
+    Args:
+        name: The recipe.
+        batch: Images per step.
+    """
+    composed = recipe.compose(
+        name,
+        [
+            f"optim.batch={batch}",
+            "optim.precision=fp32",
+            "model.norm=sync",
+            "model.norm_group_size=0",
+            "machine.devices=cpu",
+            "machine.accumulation_steps=1",
+        ],
+    )
+    training = TrainState(
+        composed,
+        World.single_process(),
+        steps_per_epoch=IMAGES // batch,
+        labels=np.full(IMAGES, -1),
+        data_digest="given",
+    )
     pictures = torch.randn(batch, 3, 7, 7, generator=rng.generator(0))
     images = [F.interpolate(pictures, view.size, mode="bicubic") for view in training.plan.views]
-    training.images = lambda _: list(images)
-    step(training)
+    setattr(training, "images", lambda *_: list(images))  # noqa: B010 - in place of a method
+    take_step(training)
     return training
 
 
-def step(training: Training) -> float:
-    """Seconds of one step on given images."""
+def take_step(training: TrainState) -> float:
+    """Take one step on fixed images. Returns its duration in seconds."""
     size = training.recipe.optim.batch
     index = rng.permutation(rng.key(0, "batch", training.step), IMAGES)[:size]
     start = time.perf_counter()
     report = train_step(training, Batch(training.step, 1, index, np.full(size, -1), [], []))
     if not report.taken:
-        raise SystemExit("benchmarks.saving: the step was refused: its loss is not finite")
+        raise SystemExit("benchmarks.saving: the step was not taken: its loss is not finite")
     return time.perf_counter() - start
 
 
-class Peak:
-    """The most resident memory above what there was at the start, in bytes, sampled every 5 ms."""
+class PeakMemory:
+    """The largest resident memory within a ``with`` block, beyond that at its start. Sampled every 5 ms.
 
-    def __enter__(self) -> Peak:
-        self._base, self.bytes, self._over = _resident(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+    Attributes:
+        bytes: The peak in bytes.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self._base, self.bytes, self._over = _resident_bytes(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._over.wait(0.005):
-            self.bytes = max(self.bytes, _resident() - self._base)
+            self.bytes = max(self.bytes, _resident_bytes() - self._base)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
 
 
-def _resident() -> int:
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def periodic(training: Training, store: Store, journal: Journal) -> dict[str, float]:
-    """One save beside the training, as ``Loop`` does it: seconds by what they went into."""
+def time_periodic_save(training: TrainState, checkpoints: CheckpointManager, journal: Journal) -> dict[str, float]:
+    """Save while the training goes on, as the training loop does it.
+
+    Returns:
+        Seconds: ``sync``, ``begin`` and ``finish`` (which block the training), ``cpu`` (CPU time of these three) and
+        ``step`` (median of the steps in between).
+    """
     journal.write(training.step, loss=0.0)
-    started, cpu = time.perf_counter(), time.thread_time()
+    start, cpu = time.perf_counter(), time.thread_time()
     journal.sync()
     synced = time.perf_counter()
-    store.begin(training.state())
+    checkpoints.begin(training.state())
     begun, cpu = time.perf_counter(), time.thread_time() - cpu
-    beside = [step(training)]
-    while store.busy:
-        beside.append(step(training))
-    busy, late = time.perf_counter(), time.thread_time()
-    failed = store.finish()
-    if failed:
-        raise SystemExit(f"benchmarks.saving: {failed}")
-    return {"cpu": cpu + time.thread_time() - late,
-            "sync": synced - started, "begin": begun - synced, "finish": time.perf_counter() - busy,
-            "beside": statistics.median(beside)}
+    steps = [take_step(training)]
+    while checkpoints.busy:
+        steps.append(take_step(training))
+    written, cpu_before_finish = time.perf_counter(), time.thread_time()
+    problem = checkpoints.finish()
+    if problem:
+        raise SystemExit(f"benchmarks.saving: {problem}")
+    return {
+        "cpu": cpu + time.thread_time() - cpu_before_finish,
+        "sync": synced - start,
+        "begin": begun - synced,
+        "finish": time.perf_counter() - written,
+        "step": statistics.median(steps),
+    }
 
 
-def signalled(training: Training, store: Store, journal: Journal) -> tuple[float, float]:
-    """Seconds from the flag at a step's end to the manifest on the disk, as ``Loop._stop``; and CPU seconds of it."""
-    step(training)
+def time_save_after_signal(
+    training: TrainState, checkpoints: CheckpointManager, journal: Journal
+) -> tuple[float, float]:
+    """Save as the training loop does it after a signal.
+
+    Returns:
+        Seconds from the flag at the end of a step to the manifest on the disk, and CPU seconds of all threads.
+    """
+    take_step(training)
     journal.write(training.step, loss=0.0)
-    started, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     journal.sync()
-    failed = store.save(training.state())
-    if failed:
-        raise SystemExit(f"benchmarks.saving: {failed}")
-    return time.perf_counter() - started, time.process_time() - cpu
+    problem = checkpoints.save(training.state())
+    if problem:
+        raise SystemExit(f"benchmarks.saving: {problem}")
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
-def plain_copy(source: Path, target: Path) -> float:
-    """Seconds that the same bytes take to the same disk, read from the cache, written and fsynced."""
-    started = time.perf_counter()
+def time_plain_copy(source: Path, target: Path) -> float:
+    """Copy a file from the page cache to the disk, with fsync, and remove the copy. Returns the seconds."""
+    start = time.perf_counter()
     shutil.copyfile(source, target)
     fd = os.open(target, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
-    took = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     target.unlink()
-    return took
+    return seconds
 
 
-def measure(name: str, batch: int, folder: Path, rounds: int, threads: int) -> dict:
+def measure(name: str, batch: int, folder: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Measure saves of one recipe.
+
+    Args:
+        name: The recipe.
+        batch: Images per step.
+        folder: A folder on the disk to measure.
+        rounds: How many saves of each kind.
+        threads: CPU threads, for the report.
+
+    Returns:
+        The sections of the report.
+    """
     load = os.getloadavg()[0]
-    training = prepared(name, batch)
+    training = build_training(name, batch)
     run = RunDir(folder / "run")
-    store = Store(run, training.world)
+    checkpoints = CheckpointManager(run, training.world)
     journal = Journal(run, training.world, first_step=0, last_step=10**9, every=10**9, batch=batch)
-    with Peak() as peak:
-        first = periodic(training, store, journal)  # makes the host copy, whose memory the later ones take again
-    saves, stops, copies, steps = [], [], [], [step(training) for _ in range(rounds)]
-    with Peak() as later:
+    with PeakMemory() as first_peak:  # the first save allocates the host copy, which the later ones use again
+        first = time_periodic_save(training, checkpoints, journal)
+    saves, stops, copies = [], [], []
+    steps = [take_step(training) for _ in range(rounds)]
+    with PeakMemory() as later_peak:
         for turn in range(rounds):
-            saves.append(periodic(training, store, journal))
-            stops.append(signalled(training, store, journal))
-            part = newest_valid(run)[0].folder / "part-0.safetensors"
-            copies.append(plain_copy(part, folder / f"copy-{turn}"))
+            saves.append(time_periodic_save(training, checkpoints, journal))
+            stops.append(time_save_after_signal(training, checkpoints, journal))
+            saved, _ = latest_valid(run)
+            assert saved is not None  # it was saved right before
+            part = saved.folder / "part-0.safetensors"
+            copies.append(time_plain_copy(part, folder / f"copy-{turn}"))
     journal.close()
-    blocked = [s["sync"] + s["begin"] + s["finish"] for s in saves]
-    alone, durable = statistics.median(steps), statistics.median(wall for wall, _ in stops)
     size = part.stat().st_size
-
-    def met(value: float, limit: float) -> str:
-        return f"{value:.3f} (goal {limit:.3f}: {'met' if value <= limit else 'missed'})"
-
+    step_s = statistics.median(steps)
     return {
         "machine": {"load average before": round(load, 2)},
-        "state": {"bytes": size, "tensors": len(training.state().tensors), "bank rows": training.bank.size},
-        "a periodic save": {
-            "blocked, s (goal: one step)": met(statistics.median(blocked), alone),
-            "worst of the saves, s": round(max(blocked), 3),
-            "blocked, CPU s": round(statistics.median(s["cpu"] for s in saves), 3),
-            "the first save, which makes the host copy, s": round(first["sync"] + first["begin"] + first["finish"], 3),
-            "journal.sync, s": round(statistics.median(s["sync"] for s in saves), 4),
-            "begin, s": round(statistics.median(s["begin"] for s in saves), 3),
-            "finish, s": round(statistics.median(s["finish"] for s in saves), 3),
-            f"one step of {batch} images alone, {threads} threads, s": round(alone, 3),
-            "one step beside the writing, s": round(statistics.median(s["beside"] for s in saves), 3)},
-        "a signal": {"flag to durable, s": met(durable, DURABLE_S),
-                     "worst, s": round(max(wall for wall, _ in stops), 3),
-                     "CPU s of all threads": round(statistics.median(cpu for _, cpu in stops), 3),
-                     "plain copy and fsync of the same bytes, s": round(statistics.median(copies), 3)},
-        "memory": {"peak of the first save, MiB": round(peak.bytes / MIB), "of which host copy, MiB": round(size / MIB),
-                   "peak of later saves, MiB": round(later.bytes / MIB)},
+        "state": {
+            "bytes": size,
+            "tensors": len(training.state().tensors),
+            "bank rows": training.bank.size if training.bank is not None else 0,
+        },
+        "a periodic save": _summarize_saves(
+            first, saves, step_s, f"one step of {batch} images alone, {threads} threads"
+        ),
+        "a signal": {
+            "flag to durable, s": _compare(statistics.median(wall for wall, _ in stops), MAX_DURABLE_S),
+            "worst, s": round(max(wall for wall, _ in stops), 3),
+            "CPU s of all threads": round(statistics.median(cpu for _, cpu in stops), 3),
+            "plain copy and fsync of the same bytes, s": round(statistics.median(copies), 3),
+        },
+        "memory": {
+            "peak of the first save, MiB": round(first_peak.bytes / MIB),
+            "of which host copy, MiB": round(size / MIB),
+            "peak of later saves, MiB": round(later_peak.bytes / MIB),
+        },
     }
 
 
+def _summarize_saves(
+    first: dict[str, float], saves: list[dict[str, float]], step_s: float, step_name: str
+) -> dict[str, Any]:
+    """The section about periodic saves. ``step_s``: seconds of a step without a save."""
+
+    def blocked(save: dict[str, float]) -> float:
+        return save["sync"] + save["begin"] + save["finish"]
+
+    def median(name: str) -> float:
+        return statistics.median(save[name] for save in saves)
+
+    return {
+        "blocked, s (goal: one step)": _compare(statistics.median(map(blocked, saves)), step_s),
+        "worst of the saves, s": round(max(map(blocked, saves)), 3),
+        "blocked, CPU s": round(median("cpu"), 3),
+        "the first save, which makes the host copy, s": round(blocked(first), 3),
+        "journal.sync, s": round(median("sync"), 4),
+        "begin, s": round(median("begin"), 3),
+        "finish, s": round(median("finish"), 3),
+        f"{step_name}, s": round(step_s, 3),
+        "one step during the writing, s": round(median("step"), 3),
+    }
+
+
+def _compare(value: float, limit: float) -> str:
+    return f"{value:.3f} (goal {limit:.3f}: {'met' if value <= limit else 'missed'})"
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.saving", description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", default="msf_r50_ep200_128k")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    """Run the command line. Returns 1 if a goal was missed, else 0."""
+    parser = argparse.ArgumentParser(prog="benchmarks.saving", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default="msf_r50_ep200_128k", help="the recipe whose state is saved")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
+    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to measure")
     parser.add_argument("--out", type=Path, default=None, help="write the figures here as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         body = measure(options.recipe, options.batch, Path(folder), options.rounds, options.threads)
-    common.report("saving", f"{options.recipe} on one process: a checkpoint beside the training and at a stop; medians "
-                  f"of {options.rounds}", body, options.out)
+    common.report(
+        "saving",
+        f"{options.recipe} on one process: a checkpoint during the training and at a stop; medians of {options.rounds}",
+        body,
+        options.out,
+    )
     return int("missed" in str(body))
 
 

@@ -1,1 +1,1 @@
-"""data_prep: images in, WebDataset shards with an index out. Its door is ``hpcssl-shard``."""
+"""``hpcssl-shard``: from folders, archives and published data sets to WebDataset shards with an index."""

@@ -1,4 +1,4 @@
-"""``hpcssl-shard``: the command line. Every verb is a few lines around one function."""
+"""``hpcssl-shard``: the command line. Every command is a few lines around one function."""
 
 from __future__ import annotations
 
@@ -9,235 +9,230 @@ from typing import Annotated
 
 import typer
 
-from hpcssl import door
+from data_prep import cli_images
+from data_prep import cli_options as opt
+from hpcssl import cli_runner
 from hpcssl.errors import ConfigError, DataError
+from hpcssl.terminal.help_pages import CommandGroup
 
 app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    cls=CommandGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     help="Write images as WebDataset shards with an index, choose parts of them, and check them.",
+    epilog=cli_runner.EPILOG,
 )
 
-PerShard = Annotated[int, typer.Option(help="Samples in each shard; the last one holds the rest.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; by default one per usable core. Changes no byte.")]
-Seed = Annotated[int, typer.Option(help="Of the order of the samples, and of what a subset or a held-out part draws.")]
-SkipBad = Annotated[int, typer.Option(help="Leave out up to this many images that cannot be decoded, and list them.")]
-Second = Annotated[str, typer.Option(metavar="edges|none", help="Second modality to compute for each image: edges, a "
-                                     "surrogate that adds a byte per pixel.")]
-Labels = Annotated[Path | None, typer.Option(help="Lines `name class`, for images without class folders.")]
-Classes = Annotated[Path | None, typer.Option(help="Class names, one per line: their order gives the class numbers.")]
 
-
-@app.command()
-def images(
-    src: Annotated[Path, typer.Argument(help="Folder SRC/CLASS/**.jpg|jpeg|png, or a .tar, .tar.gz, .tar.xz of one.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; the same command continues an unfinished one.")],
-    under: Annotated[str, typer.Option(help="Sub-folder of SRC that holds the class folders, such as train.")] = "",
-    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, classes: Classes = None,
-    labels: Labels = None, skip_bad: SkipBad = 0, second: Second = "none",
-) -> None:
-    """Write a folder (or a tar) of images: one folder per class, or any tree with --labels."""
-    from data_prep import build, catalogue, sources
-    from data_prep.labels import read_labels
-
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad,
-                            second=second)
-    _refuse_inside(src, out)
-    named = read_labels(labels) if labels else None
-    with build.claim(out) as work:
-        found = sources.find(src, under, work / "source.tar")
-        if named is None:
-            todo = catalogue.by_folder(found, classes)
-        else:
-            todo = catalogue.by_labels(found, named, str(labels), classes_file=classes)
-        todo.made["verb"] = "images"
-        print(build.describe(build.write(work, todo, options)))
+app.command()(cli_images.images)
 
 
 @app.command()
 def imagenet(
-    train_tar: Annotated[Path, typer.Argument(help="ILSVRC2012_img_train.tar as downloaded: a tar of class tars.")],
-    val_tar: Annotated[Path, typer.Argument(help="ILSVRC2012_img_val.tar as downloaded: flat.")],
-    out: Annotated[Path, typer.Argument(help="Writes OUT/train and OUT/val.")],
-    labels: Labels = None,
+    train_tar: Annotated[
+        Path, typer.Argument(metavar="TRAIN_TAR", help="ILSVRC2012_img_train.tar as downloaded: a tar of class tars.")
+    ],
+    val_tar: Annotated[Path, typer.Argument(metavar="VAL_TAR", help="ILSVRC2012_img_val.tar as downloaded: flat.")],
+    out: Annotated[Path, opt.output("Writes OUT/train and OUT/val.")],
+    labels: opt.Labels = None,
     devkit: Annotated[Path | None, typer.Option(help="ILSVRC2012_devkit_t12.tar.gz, instead of --labels.")] = None,
-    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, skip_bad: SkipBad = 0,
-    second: Second = "none",
+    samples_per_shard: opt.PerShard = 1000,
+    workers: opt.Workers = None,
+    seed: opt.Seed = 0,
+    skip_bad: opt.SkipBad = 0,
+    second_modality: opt.SecondModality = "none",
 ) -> None:
     """Write the two official archives of ImageNet, read without unpacking. --skip-bad counts for each of them."""
-    from data_prep import build, sources
-    from data_prep.labels import read_devkit, read_labels
+    from data_prep import build
+    from data_prep.sources import imagenet as source
+    from data_prep.sources.labels import read_devkit, read_labels
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad,
-                            second=second)
-    if (labels is None) == (devkit is None):
-        raise ConfigError("labels of the validation images", got="both --labels and --devkit" if labels else "none",
-                          expected="one of --labels FILE (`name class` lines) and --devkit FILE",
-                          mend="give ILSVRC2012_devkit_t12.tar.gz, which lies beside the archives on the download page")
-    named = read_labels(labels) if labels else read_devkit(devkit)
+    options = build.WriteOptions(
+        samples_per_shard=samples_per_shard,
+        workers=workers,
+        seed=seed,
+        skip_bad=skip_bad,
+        second_modality=second_modality,
+    )
+    if labels is not None and devkit is None:
+        class_by_name, labels_file = read_labels(labels), labels
+    elif devkit is not None and labels is None:
+        class_by_name, labels_file = read_devkit(devkit), devkit
+    else:
+        raise ConfigError(
+            "labels of the validation images",
+            got="both --labels and --devkit" if labels else "none",
+            expected="one of --labels FILE (`name class` lines) and --devkit FILE",
+            fix="give ILSVRC2012_devkit_t12.tar.gz, which is on the same download page as the archives",
+        )
     with ExitStack() as stack:
-        works = {part: stack.enter_context(build.claim(out / part)) for part in ("train", "val")}
-        todo = {"train": sources.imagenet_train(train_tar, works["train"] / "source.tar")}
-        todo["val"] = sources.imagenet_val(val_tar, works["val"] / "source.tar", named, str(labels or devkit),
-                                           todo["train"].classes)
-        for part, work in works.items():
-            todo[part].made.update(verb="imagenet", part=part)
-            print(build.describe(build.write(work, todo[part], options)))
+        works = {part: stack.enter_context(build.claim_folder(out / part)) for part in ("train", "val")}
+        train = source.read_train(train_tar, works["train"] / "source.tar")
+        val = source.read_val(val_tar, works["val"] / "source.tar", class_by_name, str(labels_file), train.classes)
+        for part, catalog in (("train", train), ("val", val)):
+            catalog.provenance.update(verb="imagenet", part=part)
+            print(build.describe_summary(build.write_folder(works[part], catalog, options)))
 
 
 @app.command()
 def detection(
     name: Annotated[str, typer.Argument(metavar="voc|coco", help="voc: 07+12 trainval and 07 test; coco: 2017.")],
-    src: Annotated[Path, typer.Argument(help="VOCdevkit, or the folder of train2017, val2017 and annotations.")],
-    out: Annotated[Path, typer.Argument(help="Writes OUT/train and OUT/val.")],
-    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, skip_bad: SkipBad = 0,
+    src: Annotated[Path, opt.source("VOCdevkit, or the folder of train2017, val2017 and annotations.")],
+    out: Annotated[Path, opt.output("Writes OUT/train and OUT/val.")],
+    samples_per_shard: opt.PerShard = 1000,
+    workers: opt.Workers = None,
+    seed: opt.Seed = 0,
+    skip_bad: opt.SkipBad = 0,
 ) -> None:
-    """Write pictures with their boxes (and COCO's masks) for `hpcssl eval detect`. --skip-bad counts for each part."""
-    from data_prep import boxes, build
+    """Write images with their boxes (and the masks of COCO) for `hpcssl eval detect`. --skip-bad counts per part."""
+    from data_prep import build
+    from data_prep.sources import detection as source
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
-    _refuse_inside(src, out)
+    options = build.WriteOptions(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
+    opt.refuse_nested(src, out)
     with ExitStack() as stack:
-        works = {part: stack.enter_context(build.claim(out / part)) for part in ("train", "val")}
-        for part, todo in boxes.read(name, src).items():
-            todo.made["part"] = part
-            print(build.describe(build.write(works[part], todo, options)))
+        works = {part: stack.enter_context(build.claim_folder(out / part)) for part in ("train", "val")}
+        for part, catalog in source.read(name, src).items():
+            catalog.provenance["part"] = part
+            print(build.describe_summary(build.write_folder(works[part], catalog, options)))
 
 
 @app.command()
 def transfer(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="food101, cifar10, cifar100, birdsnap, sun397, cars, "
-                                        "aircraft, voc07, dtd, pets, caltech101 or flowers.")],
-    src: Annotated[Path, typer.Argument(help="Folder that the data set's archives unpack to, as published.")],
-    out: Annotated[Path, typer.Argument(help="Writes OUT/train, OUT/val and OUT/test with the published sizes.")],
+    name: opt.TransferSet,
+    src: Annotated[Path, opt.source("Folder to which the archives of the data set unpack.")],
+    out: Annotated[Path, opt.output("Writes OUT/train, OUT/val and OUT/test with the published sizes.")],
     split: Annotated[int, typer.Option(help="Which published split: sun397 and dtd have 10, caltech101 5.")] = 1,
     partial: Annotated[bool, typer.Option("--partial", help="Allow fewer images than published, for a trial.")] = False,
-    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, skip_bad: SkipBad = 0,
+    samples_per_shard: opt.PerShard = 1000,
+    workers: opt.Workers = None,
+    seed: opt.Seed = 0,
+    skip_bad: opt.SkipBad = 0,
 ) -> None:
     """Write one of the transfer data sets with its published split. --skip-bad counts for each of the three parts."""
     from data_prep import build
-    from data_prep import transfer as sets
+    from data_prep.sources.transfer.data_sets import find_facts
+    from data_prep.sources.transfer.read import read_data_set
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
-    sets.check(name, split)
-    _refuse_inside(src, out)
+    options = build.WriteOptions(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad)
+    facts = find_facts(name, split)
+    opt.refuse_nested(src, out)
     with ExitStack() as stack:
-        works = {part: stack.enter_context(build.claim(out / part)) for part in sets.check(name, split).parts}
-        # what must be encoded first lies in the last part's work folder, which outlives those of the others
-        parts = sets.read(name, src, works[list(works)[-1]] / "source.tar", seed=seed, split=split, partial=partial)
-        for part, todo in parts.items():
-            print(build.describe(build.write(works[part], todo, options)))
+        works = {folder: stack.enter_context(build.claim_folder(out / folder)) for folder in facts.folders}
+        # images that must be encoded first go to the work folder that is removed last
+        scratch = works[list(works)[-1]] / "source.tar"
+        catalogs = read_data_set(name, src, scratch, seed=seed, split=split, partial=partial)
+        for folder, catalog in catalogs.items():
+            print(build.describe_summary(build.write_folder(works[folder], catalog, options)))
 
 
-@app.command()
-def webdataset(
-    src: Annotated[Path, typer.Argument(help="Folder of tars that others wrote: KEY.jpg|png with KEY.cls, a number.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; the same command continues an unfinished one.")],
-    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0, classes: Classes = None,
-    skip_bad: SkipBad = 0, second: Second = "none",
-) -> None:
-    """Write shards with an index from WebDataset tars without one; members that lie apart are joined."""
-    from data_prep import build
-    from data_prep import webdataset as others
-
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, skip_bad=skip_bad,
-                            second=second)
-    _refuse_inside(src, out)
-    with build.claim(out) as work:
-        todo = others.read(src, classes)
-        todo.made["verb"] = "webdataset"
-        print(build.describe(build.write(work, todo, options)))
+app.command()(cli_images.webdataset)
 
 
 @app.command()
 def digits(
-    out: Annotated[Path, typer.Argument(help="Writes OUT/train (1,438 samples) and OUT/val (359).")],
-    samples_per_shard: PerShard = 200, workers: Workers = 1, seed: Seed = 0, second: Second = "edges",
+    out: Annotated[Path, opt.output("Writes OUT/train (1,438 samples) and OUT/val (359).")],
+    samples_per_shard: opt.PerShard = 200,
+    workers: opt.Workers = 1,
+    seed: opt.Seed = 0,
+    second_modality: opt.SecondModality = "edges",
 ) -> None:
-    """Write scikit-learn's 1,797 scanned digits at 16x16, with their edges: real images that need no download."""
+    """Write the 1,797 scanned digits of scikit-learn at 16x16, with their edges: real images without a download."""
     from data_prep import build
-    from data_prep import digits as scans
+    from data_prep.sources import digits as source
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed, second=second)
+    options = build.WriteOptions(
+        samples_per_shard=samples_per_shard, workers=workers, seed=seed, second_modality=second_modality
+    )
     with ExitStack() as stack:
-        parts = scans.split()
-        works = {part: stack.enter_context(build.claim(out / part)) for part in parts}
-        for part, members in parts.items():
-            todo = scans.catalogue(members, works[part] / "source.tar")
-            todo.made["part"] = part
-            print(build.describe(build.write(works[part], todo, options)))
+        parts = source.split_digits()
+        works = {part: stack.enter_context(build.claim_folder(out / part)) for part in parts}
+        for part, numbers in parts.items():
+            catalog = source.encode_digits(numbers, works[part] / "source.tar")
+            catalog.provenance["part"] = part
+            print(build.describe_summary(build.write_folder(works[part], catalog, options)))
 
 
 @app.command()
 def subset(
-    src: Annotated[Path, typer.Argument(help="Shard folder to choose from.")],
-    out: Annotated[Path, typer.Argument(help="Shard folder to write.")],
+    src: Annotated[Path, opt.source("Shard folder to choose from.")],
+    out: Annotated[Path, opt.output("Shard folder to write.")],
     list_: Annotated[Path | None, typer.Option("--list", help="Source names, keys or file names, by line.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of every class, drawn by --seed.")] = None,
     corrupt: Annotated[float | None, typer.Option(help="All samples, this share of labels wrong by --seed.")] = None,
-    rest: Annotated[str, typer.Option(metavar="dropped|unlabelled", help="What becomes of the samples that --list or "
-                                      "--fraction leave out.")] = "dropped",
-    samples_per_shard: PerShard = 1000, workers: Workers = None, seed: Seed = 0,
+    rest: Annotated[
+        str,
+        typer.Option(
+            metavar="dropped|unlabeled", help="What becomes of the samples that --list or --fraction leave out."
+        ),
+    ] = "dropped",
+    samples_per_shard: opt.PerShard = 1000,
+    workers: opt.Workers = None,
+    seed: opt.Seed = 0,
 ) -> None:
-    """Write new shards out of old ones: a list or a share of every class (the rest dropped, or kept without its label,
-    for semi-supervised training), or all with corrupted labels."""
+    """Write new shards out of old ones: a list, a share of every class, or all samples with corrupted labels.
+
+    Samples that a list or a share leaves out are dropped, or kept without a label for semi-supervised training.
+    """
     from data_prep import build
-    from data_prep import subset as parts
+    from data_prep.subset import SubsetOptions, choose_samples
     from hpcssl.data.shards import ShardSet
 
-    options = build.Options(samples_per_shard=samples_per_shard, workers=workers, seed=seed)
-    choice = parts.Choice(list=list_, fraction=fraction, corrupt=corrupt, rest=rest)
-    _refuse_inside(src, out)
-    found = ShardSet.open(src)
-    with build.claim(out) as work:
-        print(build.describe(build.write(work, parts.choose(found, choice, seed), options)))
+    options = build.WriteOptions(samples_per_shard=samples_per_shard, workers=workers, seed=seed)
+    choice = SubsetOptions(list=list_, fraction=fraction, corrupt=corrupt, rest=rest)
+    opt.refuse_nested(src, out)
+    shards = ShardSet.open(src)
+    with build.claim_folder(out) as work:
+        print(build.describe_summary(build.write_folder(work, choose_samples(shards, choice, seed), options)))
 
 
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Shard folder.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Names, sizes, labels, offsets; no byte is read.")] = False,
-    workers: Workers = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Names, sizes, labels, offsets; no image is read.")] = False,
+    workers: opt.Workers = None,
 ) -> None:
     """Compare a shard folder with its index; names each damaged shard and sample, and then exits with 1."""
-    from data_prep import verify as checks
+    from data_prep.catalog import format_examples
+    from data_prep.verify import describe_success, verify_folder
 
-    found, problems = checks.verify(folder, quick=quick, workers=workers)
+    shards, problems = verify_folder(folder, quick=quick, workers=workers)
     for problem in problems:
         print(problem)
     if problems:
-        shards = sorted({p.shard for p in problems})
-        raise DataError(f"shard folder {found.root}", got=f"{len(problems)} problems in {len(shards)} files "
-                        f"({', '.join(shards[:5])}{', …' if len(shards) > 5 else ''})",
-                        expected="what its index records",
-                        mend="run the command that wrote it again: what is damaged is written again, the rest is kept")
-    how = "sizes, labels and offsets agree" if quick else "every byte agrees and every image decodes"
-    print(f"{found.root}: {len(found)} samples of {len(found.classes)} classes in {len(found.shards)} shards; {how}")
+        names = sorted({p.shard for p in problems})
+        raise DataError(
+            f"shard folder {shards.root}",
+            got=f"{len(problems)} problems in {len(names)} files ({format_examples(names, 5)})",
+            expected="what its index records",
+            fix="run the command that wrote it again: damaged shards are written again, the others are kept",
+        )
+    print(describe_success(shards, quick=quick))
 
 
 @app.command()
 def show(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Shard folder.")]) -> None:
     """Counts, classes and sizes: tables on a terminal, one record per line on a pipe."""
-    from data_prep.show import records, tables
+    from data_prep.show import make_tables, read_records
 
     if not sys.stdout.isatty():
-        for record in records(folder):
+        for record in read_records(folder):
             print(*record, sep="\t")
         return
     from rich.console import Console
 
     console = Console()
-    for table in tables(records(folder), str(folder)):
+    for table in make_tables(read_records(folder), str(folder)):
         console.print(table)
 
 
-def _refuse_inside(src: Path, out: Path) -> None:
-    """OUT inside SRC would be read as a class next time; SRC inside OUT would be mixed with the shards."""
-    a, b = src.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ConfigError(f"OUT {out}", got=f"a folder that is, lies in or holds SRC {src}",
-                          expected="a folder beside the source", mend="choose another OUT")
-
-
 def main(argv: list[str] | None = None) -> None:
+    """Run ``hpcssl-shard`` and exit with its code.
+
+    Args:
+        argv: Arguments without the program's name; None for those of this process.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    sys.exit(door.run(app, argv or ["--help"], "hpcssl-shard"))
+    sys.exit(cli_runner.run(app, argv or ["--help"], "hpcssl-shard"))

@@ -1,103 +1,222 @@
-"""YAML plus ``key=value`` overrides into frozen dataclasses that refuse what they do not know.
+"""YAML files and ``key=value`` overrides, merged into frozen dataclasses.
 
-OmegaConf reads, merges and types; this file adds the two things it lacks: an unknown key names its nearest
-neighbour, and ``${oc.env:…}`` is refused, since the resolved recipe is written into the run folder and an
-environment variable may hold a secret. It knows no option class: ``load`` takes the schema.
+OmegaConf reads, merges and converts types. This module adds two checks: misspelled keys are rejected with a
+suggestion, and so are interpolations such as ``${oc.env:…}``, since the resolved recipe is written into the run folder
+and an environment variable may hold a secret. The module knows no option class: ``load`` takes the schema.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import json
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hpcssl.errors import ConfigError, nearest
+from hpcssl.errors import ConfigError, suggest
+from hpcssl.storage import records
+
+Values = dict[str, Any]
+"""Nested plain values, as in a YAML file."""
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Changes of values: items such as ``optim.lr=0.1``, or nested dicts of plain values."""
 
 
-def read_yaml(path: Path | str) -> dict:
-    """A YAML file as plain nested dicts. Raises ``ConfigError``."""
+def read_yaml(path: Path | str) -> Values:
+    """Read a YAML file as nested plain dicts.
+
+    Raises:
+        ConfigError: If it cannot be read, or is not a YAML mapping.
+    """
     path = Path(path)
     try:
         loaded = OmegaConf.load(path)
     except (OSError, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise ConfigError(f"recipe file {path}", got=_line(error), expected="a readable YAML file",
-                          mend="mend the line that the message names") from error
+        raise ConfigError(
+            f"recipe file {path}",
+            got=_one_line(error),
+            expected="a readable YAML file",
+            fix="correct the line that the message names",
+        ) from error
     except Exception as error:  # PyYAML's own errors share no base with OmegaConf's
         if type(error).__module__.split(".")[0] != "yaml":
             raise
-        raise ConfigError(f"recipe file {path}", got=_line(error), expected="valid YAML",
-                          mend="mend the line that the message names") from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"recipe file {path}", got="a list or nothing", expected="a mapping of sections",
-                          mend="start from `hpcssl show msf_r50_ep200_128k`")
-    return OmegaConf.to_container(loaded, resolve=False)
+        raise ConfigError(
+            f"recipe file {path}",
+            got=_one_line(error),
+            expected="valid YAML",
+            fix="correct the line that the message names",
+        ) from error
+    if not isinstance(loaded, DictConfig) or not loaded:
+        raise ConfigError(
+            f"recipe file {path}",
+            got="a list or a word" if loaded else "an empty file",
+            expected="a mapping of sections",
+            fix="start from `hpcssl show msf_r50_ep200_128k`",
+        )
+    return _plain(loaded)
 
 
-def read_overrides(overrides: list[str]) -> dict:
-    """``["optim.lr=0.1"]`` as nested dicts; values are parsed as YAML. Raises ``ConfigError``."""
+def read_overrides(overrides: Overrides) -> Values:
+    """Convert overrides such as ``["optim.lr=0.1"]`` to nested dicts. Values are parsed as YAML.
+
+    Nested dicts are returned as a copy.
+
+    Raises:
+        ConfigError: If an item is not ``key=value``, or a value is not valid YAML.
+    """
+    if isinstance(overrides, Mapping):
+        return merge(overrides)
     for item in overrides:
         head, sign, _ = item.partition("=")
         if not sign or not head.strip() or head != head.strip() or any(c.isspace() for c in head):
-            raise ConfigError(f"override {item!r}", got="no key=value", expected="a key, '=', a value, no spaces",
-                              mend=f"write it as {head.strip() or 'key'}=VALUE")
+            raise ConfigError(
+                f"override {item!r}",
+                got="no key=value",
+                expected="a key, '=' and a value, without spaces before the value",
+                fix=f"write it as {head.strip() or 'key'}=VALUE",
+            )
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+        return _plain(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:
-        raise ConfigError("overrides", got=_line(error), expected="values that YAML can read",
-                          mend="quote the value that the message names") from error
+        raise ConfigError(
+            "overrides",
+            got=_one_line(error),
+            expected="valid YAML values",
+            fix="quote the value that the message names",
+        ) from error
 
 
-def merge(*layers: dict) -> dict:
-    """Later layers win, key by key."""
-    return OmegaConf.to_container(OmegaConf.merge(*[OmegaConf.create(x) for x in layers]), resolve=False)
+def merge(*layers: Mapping[str, Any]) -> Values:
+    """Merge nested dicts key by key; later layers win."""
+    return _plain(OmegaConf.merge(*[OmegaConf.create(dict(layer)) for layer in layers]))
 
 
-def load(schema: type, *layers: dict, where: str = "recipe") -> Any:
-    """An instance of the dataclass ``schema`` from layers of nested dicts, the last one winning.
+@dataclass(frozen=True)
+class Renames:
+    """Former names of keys and of values.
 
-    Raises ``ConfigError`` for an unknown key (naming the nearest), a value of another type, and interpolations.
+    Attributes:
+        keys: Former dotted key (``section.name``) to its current dotted key.
+        values: Current dotted key to its former values, each with its current name.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def check(self, values: Mapping[str, Any], where: str, path: str = "") -> None:
+        """Refuse former names in nested values.
+
+        Args:
+            values: Nested values of a recipe or of overrides.
+            where: Where they come from, for the message.
+            path: Dotted path of ``values``, with a final dot.
+
+        Raises:
+            ConfigError: For the first former name, with the current one.
+        """
+        for name, value in values.items():
+            key = f"{path}{name}"
+            if key in self.keys:
+                current = self.keys[key]
+                shown = "VALUE" if isinstance(value, Mapping) else value
+                raise ConfigError(
+                    f"{where}, key {key}",
+                    got="a retired name",
+                    expected=current,
+                    fix=f"write {current}={self.values.get(current, {}).get(str(value), shown)}",
+                )
+            if isinstance(value, Mapping):
+                self.check(value, where, f"{key}.")
+            elif str(value) in self.values.get(key, {}):
+                current = self.values[key][str(value)]
+                raise ConfigError(
+                    f"{where}, key {key}",
+                    got=f"{value!r}, a retired name",
+                    expected=repr(current),
+                    fix=f"write {key}={current}",
+                )
+
+
+def load(schema: type, *layers: Mapping[str, Any], where: str = "recipe", renames: Renames | None = None) -> Any:
+    """Build an instance of a dataclass from layers of nested dicts.
+
+    Args:
+        schema: The dataclass; its fields may be dataclasses.
+        layers: Nested dicts; later ones win.
+        where: Where the values come from, for messages.
+        renames: Former names of keys and values, which are refused with the current name.
+
+    Raises:
+        ConfigError: For a misspelled or retired key, a value of the wrong type, or an interpolation.
     """
     merged = merge(*layers)
     _refuse_interpolation(merged, where)
+    if renames is not None:
+        renames.check(merged, where)
     _refuse_unknown(schema, merged, where)
     try:
         return OmegaConf.to_object(OmegaConf.merge(_writable(OmegaConf.structured(schema)), OmegaConf.create(merged)))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a value"
-        got = str(error).splitlines()[0]  # the lines after it speak of OmegaConf's own types
-        if "ListConfig" in got:
-            value = functools.reduce(lambda section, part: section[part], key.split("."), merged)
-            several = isinstance(value, list)
-            raise ConfigError(f"{where}, key {key}", got=repr(value), expected="one value" if several else "a list",
-                              mend=f"{key}={value[0] if value else 'VALUE'}" if several else f"{key}=[{value}]"
-                              ) from error
-        raise ConfigError(f"{where}, key {key}", got=got, expected=f"a value of the type of {key}",
-                          mend="`hpcssl show RECIPE` prints every key with a value of its type") from error
+        raise _type_error(error, merged, where) from error
 
 
-def as_dict(options: Any) -> dict:
-    """A dataclass instance as nested plain dicts, ready for YAML or JSON."""
+def _type_error(error: OmegaConfBaseException, values: Values, where: str) -> ConfigError:
+    """The error for a value of the wrong type."""
+    key = str(getattr(error, "full_key", None) or "a value")
+    message = str(error).splitlines()[0]  # later lines describe OmegaConf's own types
+    if "ListConfig" not in message:
+        return ConfigError(
+            f"{where}, key {key}",
+            got=message,
+            expected=f"a value of the type of {key}",
+            fix="`hpcssl show RECIPE` prints every key with a value of its type",
+        )
+    value = lookup(values, key)
+    if isinstance(value, list):
+        expected, fix = "one value", f"{key}={value[0] if value else 'VALUE'}"
+    else:
+        expected, fix = "a list", f"{key}=[{value}]"
+    return ConfigError(f"{where}, key {key}", got=repr(value), expected=expected, fix=fix)
+
+
+def lookup(values: Any, key: str) -> Any:
+    """The value of a dotted key in nested dicts or dataclass instances; None if it does not exist."""
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+    return values
+
+
+def nest(key: str, value: Any) -> Values:
+    """Nested dicts in which a dotted key has this value."""
+    nested: Any = value
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    return cast("Values", nested)
+
+
+def as_dict(options: Any) -> Values:
+    """Convert a dataclass instance to nested plain dicts, for YAML or JSON."""
     return dataclasses.asdict(options)
 
 
 def to_yaml(options: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(as_dict(options)))
+    """Convert a dataclass instance, or nested plain values, to YAML."""
+    values = dict(options) if isinstance(options, Mapping) else as_dict(options)
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
-def fingerprint(values: dict) -> str:
-    """sha256 of nested values, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def fingerprint(values: Mapping[str, Any]) -> str:
+    """The sha256 of nested values; independent of the order of keys."""
+    return records.sha256_of(values)
 
 
-def differing(ours: dict, theirs: dict, path: str = "") -> list[str]:
-    """Dotted names of the leaves in which two nested dicts differ."""
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
+    """Dotted keys in which two nested dicts differ."""
     names = []
     for key in sorted(ours.keys() | theirs.keys()):
         mine, other, name = ours.get(key), theirs.get(key), f"{path}{key}"
@@ -108,33 +227,40 @@ def differing(ours: dict, theirs: dict, path: str = "") -> list[str]:
     return names
 
 
-def _refuse_unknown(schema: type, values: dict, where: str, path: str = "") -> None:
-    hints = {f.name: f for f in dataclasses.fields(schema)}
+def _refuse_unknown(schema: type, values: Mapping[str, Any], where: str, path: str = "") -> None:
+    known = {f.name: f for f in dataclasses.fields(schema)}
+    types = typing.get_type_hints(schema)
     for key, value in values.items():
-        if key not in hints:
-            raise ConfigError(f"{where}, key {path}{key}", got=f"unknown key {key!r}",
-                              expected="a key of " + (f"section {path[:-1]!r}" if path else "the recipe"),
-                              mend=nearest(str(key), hints))
-        inner = _schema_of(schema, key)
-        if dataclasses.is_dataclass(inner):
+        if key not in known:
+            raise ConfigError(
+                f"{where}, key {path}{key}",
+                got=f"unknown key {key!r}",
+                expected="a key of " + (f"section {path[:-1]!r}" if path else "the recipe"),
+                fix=suggest(str(key), known),
+            )
+        section = types[key]
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
             if not isinstance(value, dict):
-                raise ConfigError(f"{where}, key {path}{key}", got=repr(value), expected="a section of keys",
-                                  mend=f"name a key of it, such as {path}{key}.{dataclasses.fields(inner)[0].name}=…")
-            _refuse_unknown(inner, value, where, f"{path}{key}.")
+                raise ConfigError(
+                    f"{where}, key {path}{key}",
+                    got=repr(value),
+                    expected="a section of keys",
+                    fix=f"set a key of the section, such as {path}{key}.{dataclasses.fields(section)[0].name}=…",
+                )
+            _refuse_unknown(section, value, where, f"{path}{key}.")
 
 
 def _writable(node: DictConfig) -> DictConfig:
-    """Frozen dataclasses make read-only nodes, which OmegaConf then refuses to merge into below the first level."""
+    """Make a node and its sections writable.
+
+    Frozen dataclasses become read-only nodes, and OmegaConf refuses to merge into those below the first level.
+    """
     OmegaConf.set_readonly(node, False)
     for name in node:
         inner = node._get_node(name)
         if isinstance(inner, DictConfig) and not inner._is_none():
             _writable(inner)
     return node
-
-
-def _schema_of(schema: type, name: str) -> Any:
-    return typing.get_type_hints(schema)[name]
 
 
 def _refuse_interpolation(values: Any, where: str, path: str = "") -> None:
@@ -145,10 +271,18 @@ def _refuse_interpolation(values: Any, where: str, path: str = "") -> None:
         for value in values:
             _refuse_interpolation(value, where, path)
     elif isinstance(values, str) and "${" in values:
-        raise ConfigError(f"{where}, key {path}", got=f"the interpolation {values!r}", expected="a plain value",
-                          mend="write the value itself: a resolved recipe is stored in the run folder, "
-                               "where an environment variable's secret must not land")
+        raise ConfigError(
+            f"{where}, key {path}",
+            got=f"the interpolation {values!r}",
+            expected="a plain value",
+            fix="write the value itself: the resolved recipe is stored in the run folder, where the secrets of "
+            "environment variables must not be",
+        )
 
 
-def _line(error: BaseException) -> str:
+def _plain(config: Any) -> Values:
+    return typing.cast(Values, OmegaConf.to_container(config, resolve=False))
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

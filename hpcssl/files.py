@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and every path of a run.
+"""Atomic and durable writes, JSON records, and file locks.
 
-Writers go to a temporary in the same directory, fsync, and rename: a reader, or a job that starts after a kill,
-sees the old file or the new one, never half of one.
+Writers create a temporary file in the same folder, sync it, and rename it. A reader, or a job that starts after a
+kill, therefore sees the old file or the new one, never a part of one.
 """
 
 from __future__ import annotations
@@ -11,41 +11,29 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from hpcssl.storage.folders import check_pinned, make_folder, sync_folder
+from hpcssl.storage.records import NO_FIELDS, Fields, RecordError, parse_record, seal
+from hpcssl.storage.tail import MAX_LINE_BYTES
+
+LOG = logging.getLogger("hpcssl")
+_MAX_RECORD_BYTES = 64 << 20
+_warned: set[str] = set()  # messages that this process has logged: some files are read every second
+NO_LOCK_ERRORS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""Errors of ``flock`` on file systems that have no locks."""
 
 
-def _sync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _private(path: str, flags: int) -> int:
-    """Files that others may read and not write, whatever the umask: some of them say what to run."""
+def _open_private(path: str, flags: int) -> int:
+    """Open a file that others may read but not write, whatever the umask: some files say what to execute."""
     return os.open(path, flags, 0o644)
-
-
-def make_folder(path: Path | str) -> None:
-    """Create a folder and what is missing above it, durably: a file that is safe in a folder that is not, is lost."""
-    path, missing = Path(path), []
-    while not path.is_dir():
-        missing.append(path)
-        path = path.parent
-    for folder in reversed(missing):
-        try:
-            folder.mkdir(exist_ok=True)
-        except FileExistsError as error:  # a file, or a link that leads nowhere
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(folder)) from error
-        with contextlib.suppress(PermissionError):  # a folder of others, in which we may write and not list
-            _sync_dir(folder.parent)
 
 
 def _temporary(path: Path) -> Path:
@@ -53,59 +41,69 @@ def _temporary(path: Path) -> Path:
 
 
 def temporaries(folder: Path, name: str = "*") -> list[Path]:
-    """What a killed writer of ``name`` left in ``folder``. For who knows that no other writer is at work there."""
+    """Temporary files of ``name`` that killed writers left in ``folder``, for a caller who is the only writer."""
     return sorted(folder.glob(f".{name}.{'[0-9a-f]' * 8}.tmp"))
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it can be. A folder vanishes at once: half of one must never be met."""
+    """Remove a file or a folder; errors are ignored. A folder is renamed first, so that it is never seen in part."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
-            gone = path if path.suffix == ".tmp" else _temporary(path)
-            if gone != path:
-                os.rename(path, gone)
-            shutil.rmtree(gone)
+            doomed = path if path.suffix == ".tmp" else _temporary(path)
+            if doomed != path:
+                os.rename(path, doomed)
+            shutil.rmtree(doomed)
         else:
             path.unlink()
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str) -> Iterator:
-    """Open ``path`` for writing bytes; it appears under its name only when the block ends without an error."""
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """Open ``path`` for writing bytes; it appears under its name only if the block ends without an error.
+
+    Yields:
+        The open file.
+
+    Raises:
+        OSError: Naming ``path``, not the temporary file.
+    """
     path = Path(path)
     make_folder(path.parent)
     part = _temporary(path)
     try:
-        with open(part, "wb", opener=_private) as file:
+        with open(part, "wb", opener=_open_private) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_dir(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        _name(error, part, path)
+        _set_path(error, part, path)
         raise
 
 
-def _name(error: BaseException, part: Path, path: Path) -> None:
-    """A write does not say where it failed, and nobody knows the temporary: the error shall name ``path``."""
+def _set_path(error: BaseException, part: Path, path: Path) -> None:
+    """Let an error name ``path``: a failed write names no file, and the user does not know the temporary."""
     if isinstance(error, OSError) and error.filename in (None, os.fspath(part)):
         error.filename = os.fspath(path)
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Write the whole of ``content`` to ``path``, or leave ``path`` as it was."""
+    """Write all of ``content`` to ``path``, or leave ``path`` as it was. Raises ``OSError``."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary directory that becomes ``path`` when the block ends without an error.
+    """Yield a temporary directory that becomes ``path`` if the block ends without an error.
 
-    ``path`` must not exist yet: directories cannot be swapped in one operation.
+    ``path`` must not exist yet, since directories cannot be swapped in one operation.
+
+    Yields:
+        The temporary directory.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -113,30 +111,36 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        _sync_dir(part)
+        sync_folder(part)
         os.rename(part, path)
-        _sync_dir(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
-        _name(error, part, path)
+        _set_path(error, part, path)
         raise
 
 
-def append_line(path: Path | str, record: dict) -> None:
-    """Append one JSON line, durably. One ``write`` call, so that lines of two writers never interleave; a torn line
-    that a kill or a full disk left behind is ended first."""
+def append_line(path: Path | str, record: Mapping[str, Any]) -> None:
+    """Append a record with its checksum to a JSON-lines file durably.
+
+    It is one call of ``write``, so that lines of two writers never interleave. If a kill or a full disk has left a torn
+    line at the end, that is terminated first.
+
+    Raises:
+        OSError: If the line cannot be written.
+    """
     path = Path(path)
     make_folder(path.parent)
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         end = os.fstat(fd).st_size
         torn = end > 0 and os.pread(fd, 1, end - 1) != b"\n"
-        line = b"\n" * torn + (json.dumps(record) + "\n").encode()
+        line = b"\n" * torn + (json.dumps(seal(record)) + "\n").encode()
         if os.write(fd, line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(fd)
         if end == 0:
-            _sync_dir(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
         raise
@@ -144,151 +148,121 @@ def append_line(path: Path | str, record: dict) -> None:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def alone(path: Path | str, patience_s: float = 10.0) -> Iterator[None]:
-    """One process at a time, for what must be read from ``path`` and then written. Who has waited too long goes on
-    without: a process that has crashed must leave."""
-    limit = time.monotonic() + patience_s
-    with open(path, "ab", opener=_private) as file:
-        while time.monotonic() < limit:
+def write_record(path: Path | str, record: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Write a JSON object with its checksum to a file of its own, atomically. Raises ``OSError``."""
+    atomic_write(path, json.dumps(seal(record), indent=indent) + "\n")
+
+
+def read_lines(
+    path: Path | str, required: Fields = NO_FIELDS, optional: Fields = NO_FIELDS, *, max_bytes: int = MAX_LINE_BYTES
+) -> list[dict[str, Any]]:
+    """Read the records of a JSON-lines file; an empty list if it does not exist.
+
+    Lines that ``parse_record`` refuses (torn by a kill, or damaged) are left out, with a warning in the log.
+
+    Args:
+        path: The file.
+        required: Fields that a record must have, with their types.
+        optional: Types of fields that it may have.
+        max_bytes: Longest line that is accepted; of a longer one no more than this is held in memory.
+    """
+    records: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    if not Path(path).exists():
+        return []
+    with open(path, "rb") as file:
+        for number, (line, is_whole) in enumerate(_split_lines(file, max_bytes), 1):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-            except OSError:  # a file system that has no locks
-                break
-        yield
+                if not is_whole:
+                    raise RecordError(f"more than {max_bytes} bytes")
+                records.append(parse_record(line, required, optional))
+            except RecordError as error:
+                if line.strip() and (line.endswith(b"\n") or not is_whole):  # the end of the file may be being written
+                    skipped.append(f"line {number} has {error}")
+    if skipped:
+        _warn_once(path, f"lines that cannot be used and are skipped: {len(skipped)}; {skipped[0]}")
+    return records
 
 
-class LineFile:
-    """A JSON-lines file of one writer, kept open. Lines that a full disk refuses wait, in order, for the next call:
-    no line is lost or torn for want of room while the process lives."""
+def _split_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, bool]]:
+    """Yield each line, and whether it is no longer than ``max_bytes``; of a longer one only the beginning."""
+    while line := file.readline(max_bytes + 1):
+        is_whole = len(line) <= max_bytes
+        rest = b"" if is_whole or line.endswith(b"\n") else b"..."
+        while rest and not rest.endswith(b"\n"):
+            rest = file.readline(max_bytes)
+        yield line, is_whole
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self._fd: int | None = self._open()
-        self._waiting: list[bytes] = []
 
-    def _open(self) -> int:
-        make_folder(self.path.parent)
-        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+def read_record(path: Path | str, required: Fields = NO_FIELDS, optional: Fields = NO_FIELDS) -> dict[str, Any] | None:
+    """Read a file that holds one JSON object.
 
-    def _follow(self) -> None:
-        """Whoever moved or removed the file gets a new one: lines to a file without a name are lost."""
-        if self.path.exists() and os.path.samestat(os.fstat(self._fd), self.path.stat()):
-            return
-        fresh = self._open()
-        os.close(self._fd)
-        self._fd = fresh
-
-    def add(self, *records: dict) -> str | None:
-        """Write the lines; if they have to wait, the reason."""
-        self._waiting += [(json.dumps(record) + "\n").encode() for record in records]
-        if not self._waiting:
-            return None
-        body, end = b"".join(self._waiting), None
-        try:
-            self._follow()
-            end = os.fstat(self._fd).st_size
-            if os.write(self._fd, body) < len(body):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                if end is not None:
-                    os.ftruncate(self._fd, end)
-            return error.strerror
-        self._waiting.clear()
+    Returns:
+        The object, without its checksum. None if the file does not exist; or if ``parse_record`` refuses it, with a
+        warning in the log that says why.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_RECORD_BYTES + 1)
+        if len(text) > _MAX_RECORD_BYTES:
+            raise RecordError(f"more than {_MAX_RECORD_BYTES} bytes")
+        return parse_record(text, required, optional)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    except RecordError as error:
+        _warn_once(path, f"the file is damaged and not used; it has {error}")
         return None
 
-    def sync(self) -> str | None:
-        """Write what waits, and everything is on the disk; else the reason."""
-        why = self.add()
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            return why or error.strerror
-        return why
 
-    def close(self) -> str | None:
-        if self._fd is None:
-            return None
-        why = self.sync()
-        os.close(self._fd)
-        self._fd = None
-        return why
+def _warn_once(path: Path | str, what: str) -> None:
+    message = f"{path}: {what}."
+    if message not in _warned:
+        _warned.add(message)
+        LOG.warning("%s", message)
 
 
-def read_lines(path: Path | str, *keys: str) -> list[dict]:
-    """The JSON objects of ``path``, one a line; none where it does not exist. A torn line (a kill mid-write) or a
-    rotten one, which has not all of ``keys``, is left out."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and record.keys() >= {*keys}]
-
-
-def read_record(path: Path | str, key: str) -> dict | None:
-    """The JSON object of a file, which has ``key``; None where there is no such file, and where it is damaged."""
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
-        record = json.loads(Path(path).read_text())
-        if isinstance(record, dict) and key in record:
-            return record
-    return None
-
-
-def digest(path: Path | str) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
+def sha256_of_file(path: Path | str) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@dataclass(frozen=True)
-class RunDir:
-    """Every path of one run. Nothing else in the three packages joins strings into a run's paths."""
+def lock_descriptor(descriptor: int, *, wait: bool = False) -> bool | None:
+    """Take the kernel's exclusive lock (``flock``) of an open file.
 
-    root: Path
+    The kernel releases it when the file is closed or the process ends, so a kill never leaves a lock behind. (The
+    package ``filelock`` does not serve here: it truncates the file that it locks, and we lock files that hold records;
+    and it cannot continue where the file system has no locks.)
 
-    def __init__(self, root: Path | str):
-        object.__setattr__(self, "root", Path(root).absolute())
+    Args:
+        descriptor: The open file.
+        wait: Wait until the lock is free.
 
-    config = property(lambda self: self.root / "config.yaml")
-    code = property(lambda self: self.root / "code")
-    data = property(lambda self: self.root / "data.json")
-    journal = property(lambda self: self.root / "journal.jsonl")
-    samples = property(lambda self: self.root / "samples.jsonl")
-    events = property(lambda self: self.root / "tensorboard")
-    damaged = property(lambda self: self.root / "damaged.jsonl")
-    attempts = property(lambda self: self.root / "attempts.jsonl")
-    jobs = property(lambda self: self.root / "jobs.jsonl")
-    chain = property(lambda self: self.root / "chain.json")
-    checkpoints = property(lambda self: self.root / "checkpoints")
-    weights = property(lambda self: self.root / "weights")
-    evals = property(lambda self: self.root / "evals")
-    features = property(lambda self: self.root / "evals" / "features")
-    logs = property(lambda self: self.root / "logs")
-    lock = property(lambda self: self.root / "lock")
-    done = property(lambda self: self.root / "done.json")
+    Returns:
+        True if it was taken, False if another process holds it, None if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):  # the latter where NFS emulates the lock by another one
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCK_ERRORS:
+            raise
+        return None
+    return True
 
-    @property
-    def finished(self) -> dict | None:
-        """What ``done`` says: the last ``step`` and its ``weights``. None before the end, and where it is damaged: the
-        training then goes on from its last checkpoint and writes it again."""
-        return read_record(self.done, "step")
 
-    def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step:08d}"
+@contextlib.contextmanager
+def exclusive_lock(path: Path | str, patience_s: float = 10.0) -> Iterator[None]:
+    """Hold the lock of ``path`` for a short read-modify-write. The file is created if it does not exist.
 
-    def weights_at(self, step: int) -> Path:
-        return self.weights / f"step-{step:08d}.safetensors"
-
-    def eval_rows(self, name: str) -> Path:
-        return self.evals / f"{name}.jsonl"
-
-    def eval_state(self, name: str, identity: str) -> Path:
-        """Where an unfinished evaluation keeps what a resume needs."""
-        return self.evals / "unfinished" / f"{name}-{identity[:16]}.safetensors"
+    After ``patience_s`` seconds, or where there are no locks, the block runs without: it records how a process ends,
+    and a process that fails must not hang here.
+    """
+    deadline = time.monotonic() + patience_s
+    check_pinned(path)
+    with open(path, "ab", opener=_open_private) as file:
+        with contextlib.suppress(OSError):
+            while lock_descriptor(file.fileno()) is False and time.monotonic() < deadline:
+                time.sleep(0.05)
+        yield

@@ -1,126 +1,164 @@
-"""What the doors and the jobs do with a run folder: here training and evaluations meet, which do not know each other.
+"""What commands and jobs do with a run folder: resolve its recipe, train, evaluate.
+
+Training and evaluations do not import each other; they are combined here.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hpcssl import config
-from hpcssl.data.stream import is_remote
-from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, Stopped
+from hpcssl.data.address import is_remote
+from hpcssl.data.shards import ShardSet
+from hpcssl.distributed.world import World
+from hpcssl.errors import ConfigError, Stopped
 from hpcssl.evals import run as evals
-from hpcssl.evals.watch import check, watch
-from hpcssl.files import RunDir
-from hpcssl.nets.importers import Source
+from hpcssl.evals.online_knn import build_online_knn, load_evals_section
+from hpcssl.evals.resolve import resolve_evaluation
+from hpcssl.evals.rows import Row
+from hpcssl.journal import set_up_logging
+from hpcssl.nets.importers import WeightsSource
+from hpcssl.run_dir import RunDir
 from hpcssl.signals import Requeue, StopFlag
 from hpcssl.train import main as training
 from hpcssl.train import recipe as recipes
-from hpcssl.train.data import open_shards
-from hpcssl.train.recipe import MachineOptions, Recipe
-from hpcssl.train.state import another_recipe, method_of
-from hpcssl.world import World
+from hpcssl.train.checks.data_set import check_method
+from hpcssl.train.options import MachineOptions
+from hpcssl.train.recipe import Recipe, RecipeSource
+from hpcssl.train.start.run_files import check_same_recipe
 
 
-def compose(name: str, overrides: list[str]) -> Recipe:
-    """``recipe.compose``, and the sections that other floors understand are checked too."""
-    recipe = recipes.compose(name, overrides)
-    method_of(recipe)
-    check(recipe)
+def compose(source: RecipeSource, overrides: config.Overrides, *, run_exists: bool = False) -> Recipe:
+    """Compose a recipe, and check the sections that other packages read too.
+
+    Args:
+        source: See ``hpcssl.train.recipe.compose``.
+        overrides: See there.
+        run_exists: See there.
+
+    Raises:
+        ConfigError: For an unknown recipe or key, or a value that cannot work.
+    """
+    recipe = recipes.compose(source, overrides, run_exists=run_exists)
+    if not run_exists:
+        check_method(recipe)
+    load_evals_section(recipe)
     return recipe
 
 
-def resolve(name: str, overrides: list[str], run: RunDir, *, write: bool = False, allow_pipe: bool = False) -> Recipe:
-    """Compose a recipe with absolute paths, and check it against the data and against what the run folder holds.
+def resolve_for_run(recipe: Recipe, shards: ShardSet, run: RunDir) -> Recipe:
+    """Return a recipe with absolute paths, after checking that the run folder can continue with it.
 
-    A run continues under other machinery (devices, threads, checkpoint period, evaluations, paths), and never under
-    other science: ``ResumeError`` names the fields. Shard folders are opened, so that a wrong path is refused here and
-    not in a job. ``write`` stores the recipe at once, for a caller who knows that nobody trains there; otherwise the
-    attempt does, once it holds the run's lock. ``allow_pipe``: whether ``data.train`` may be a shell command.
+    A run can be continued with other machinery (devices, threads, checkpoint period, evaluations, paths), but never
+    with another recipe.
+
+    Args:
+        recipe: The recipe, from ``compose``.
+        shards: Its training shards.
+        run: The run folder; it need not exist.
+
+    Raises:
+        ResumeError: If the run was started with another recipe; it names the keys that differ.
     """
-    recipe = compose(name, overrides)
-    shards = open_shards(recipe, allow_pipe=allow_pipe)
     values = config.as_dict(recipe)
-    for kind in ("train", "val", "stage"):
+    for kind in ("train", "val", "stage_dir"):
         if values["data"][kind] and not is_remote(values["data"][kind]):
             values["data"][kind] = str(Path(values["data"][kind]).absolute())
-    if run.config.exists():
-        theirs, ours = recipes.read(run.config).science(training.digest_of(run) or shards.digest, 1), \
-            recipe.science(shards.digest, 1)
-        for science in (theirs, ours):  # what a group is depends on the number of processes: the checkpoint will say
-            del science["model"]["norm_group"]
-        if ours != theirs:
-            raise another_recipe(f"run folder {run.root}", ours, theirs)
-    recipe = recipes.typed(values, "recipe")
-    if write:
-        training.store(run, recipe, shards)
-    return recipe
+    check_same_recipe(run, recipe, shards.digest)
+    return recipes.from_values(values, "recipe")
 
 
-def train(run: RunDir, recipe: Recipe | None = None, *, stop: StopFlag,
-          requeue: Callable[[list[str]], Requeue] | None = None, attempt: dict | None = None,
-          on_hang: Callable[[str], None] | None = None, allow_pipe: str = "") -> int:
-    """Train a run folder with k-NN on the way where ``evals.every_epochs`` asks for it. Returns the exit code."""
-    return training.train(run, recipe, stop=stop, requeue=requeue, attempt=attempt, watch=watch,
-                          on_hang=on_hang, allow_pipe=allow_pipe)
+def train(
+    run: RunDir,
+    recipe: Recipe | None = None,
+    *,
+    stop: StopFlag,
+    requeue: Callable[[list[str]], Requeue] | None = None,
+    attempt: dict[str, Any] | None = None,
+    on_hang: Callable[[str], None] | None = None,
+    failure: Callable[[], str] = lambda: "",
+    allow_pipe: str = "",
+    prepare: Callable[[], None] = lambda: None,
+) -> int:
+    """Train a run folder, with k-NN evaluations during training if ``evals.knn_every_epochs`` asks for them.
+
+    See ``hpcssl.train.main.train`` for the arguments.
+
+    Returns:
+        The exit code.
+    """
+    return training.train(
+        run,
+        recipe,
+        stop=stop,
+        requeue=requeue,
+        attempt=attempt,
+        build_online_evaluation=build_online_knn,
+        on_hang=on_hang,
+        failure=failure,
+        allow_pipe=allow_pipe,
+        prepare=prepare,
+    )
 
 
-def evaluate(name: str, overrides: list[str], *, run: Path | None, weights: Source | Path | None, train: Path | None,
-             val: Path | None, devices: str, step: str) -> int:
-    """The door's ``eval``: a run's encoder, or a weights file between two shard folders. Prints the scores."""
-    from hpcssl.journal import set_up_logging
+def evaluate(
+    name: str,
+    overrides: config.Overrides,
+    *,
+    run: RunDir | None,
+    weights: WeightsSource | Path | str | None,
+    train: str | None,
+    val: str | None,
+    stage_dir: str,
+    devices: str,
+    step: int | str,
+    stop: StopFlag,
+) -> list[Row]:
+    """Evaluate a run's encoder, or a weights file between two shard folders. All ranks call it.
 
+    Args:
+        name: Name of the evaluation.
+        overrides: Options of the evaluation, as ``key=value`` or as a dict.
+        run: Run folder; None with ``weights``.
+        weights: Weights file; None with ``run``.
+        train: Folder or address of the shards to learn from; by default those of the run.
+        val: Folder or address of the shards to score on; by default those of the run.
+        stage_dir: Folder for the shards of an address; empty for the one of the run.
+        devices: ``cpu``, ``gpu`` or ``auto``.
+        step: Which weights of the run: ``last``, ``first`` or a number of steps.
+        stop: Set from outside to stop the evaluation.
+
+    Returns:
+        The result rows, computed or stored.
+
+    Raises:
+        ConfigError: Not exactly one of ``run`` and ``weights``, or see ``hpcssl.evals.run.evaluate_run``.
+        HpcsslError: See ``hpcssl.evals.run.evaluate_run``. ``Stopped`` after a request to stop.
+    """
     if (run is None) == (weights is None):
-        raise ConfigError("hpcssl eval", got="both or neither of --run and --weights", expected="one of them",
-                          mend="--run DIR evaluates a run's encoder, --weights FILE any exported one")
-    stop = StopFlag().install(keyboard=True)
-    training.prepare(MachineOptions(devices=devices))
+        raise ConfigError(
+            "hpcssl eval",
+            got="both or neither of --run and --weights",
+            expected="one of them",
+            fix="--run DIR evaluates a run's encoder, --weights FILE any exported one",
+        )
     world = World.start(devices, stop=stop.is_set)
+    training.set_up_torch(MachineOptions(devices=devices), world.device)
     set_up_logging(world.rank)
+    given: dict[str, Any] = {"train": train, "val": val, "overrides": overrides}
     try:
         if run is not None:
-            rows = evals.evaluate_run(name, RunDir(run), world, train=train, val=val, overrides=overrides, step=step,
-                                      stop=stop.is_set)
+            rows = evals.evaluate_run(name, run, world, step=step, stage_dir=stage_dir, stop=stop.is_set, **given)
         else:
-            options, sets = evals.question(name, {}, train=train, val=val, overrides=overrides)
-            rows = evals.evaluate_sets(name, run=None, weights=weights, world=world, options=options, sets=sets,
-                                       stop=stop.is_set)
-    except Stopped as stopped:
-        if world.main:
-            sys.stderr.write(f"hpcssl: {stopped}\n")
-        return EXIT_STOPPED
+            assert weights is not None
+            options, sets = resolve_evaluation(name, {"data": {"stage_dir": stage_dir}}, **given)
+            rows = evals.evaluate_sets(
+                name, run=None, weights=weights, world=world, options=options, sets=sets, stop=stop.is_set
+            )
+    except Stopped:  # raised on all ranks; after another error they may still be in a collective
+        world.close()
+        raise
     world.close()
-    if world.main:
-        for row in rows:
-            scores = "\t".join(f"{k}={v:.2f}" for k, v in row["metrics"].items() if isinstance(v, float))
-            which = row["weights"] if row["step"] is None else f"step={row['step']}"
-            sys.stdout.write(f"{name}\t{which}\t{scores}\n")
-    return EXIT_DONE
-
-
-def list_recipes(gpus: int | None = None) -> None:
-    """One line per packaged recipe: a table on a terminal, plain records on a pipe. ``gpus``: the ranks that the memory
-    of one is estimated for; by default as many as hold 32 images each, up to 32, and one for small images."""
-    from hpcssl.train import memory
-
-    rows = []
-    for name in recipes.names():
-        r = recipes.compose(name)
-        ranks = gpus or (1 if r.model.stem == "small" else max(1, min(32, r.optim.batch // 32)))
-        size = f"{memory.estimate(r, ranks).total / 2**30:.1f} GiB x {ranks}"
-        length = f"{r.schedule.epochs:g} epochs" if not r.schedule.steps else f"{r.schedule.steps} steps"
-        scores = " ".join(f"{k} {v:g}" for k, v in r.about.published.items()) or "-"
-        bank = str(r.bank.size) if method_of(r).bank else "-"
-        rows.append((name, r.model.arch, str(r.optim.batch), length, bank, size, scores, r.about.title))
-    head = ("recipe", "backbone", "batch", "length", "bank", "memory per GPU", "published", "what")
-    if not sys.stdout.isatty():
-        sys.stdout.writelines("\t".join(row) + "\n" for row in [head, *rows])
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    return rows

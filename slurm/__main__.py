@@ -1,4 +1,4 @@
-"""``python -m slurm`` is ``hpcssl-submit``."""
+"""``python -m slurm`` runs ``hpcssl-submit``."""
 
 from slurm.cli import main
 

@@ -1,234 +1,274 @@
-"""``hpcssl-submit``: submit a run, and look after it."""
+"""The command ``hpcssl-submit``: submit a run, and look after it."""
 
 from __future__ import annotations
 
 import re
 import sys
-import time
 from pathlib import Path
-from typing import Annotated
+from time import sleep
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from hpcssl import door
+from hpcssl import cli_runner
+from hpcssl.cli_runner import print_message
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
-from hpcssl.files import RunDir
-from slurm import options
+from hpcssl.run_dir import RunDir
+from hpcssl.terminal.arguments import Parent, split_recipe
+from hpcssl.terminal.help_pages import CommandGroup
+from slurm import command_line
+from slurm.backend import sbatch_options
+from slurm.cli_options import EvalEvery, Evals, EvalSbatch, RecipeAndValues, RunFolder, RunFolders, SpareNodes
+from slurm.log import job_log
+from slurm.log.job_log import Job, SbatchOptions
 
-VERBS = ("submit", "status", "cancel", "logs", "preempt")
+if TYPE_CHECKING:
+    from slurm.api import SubmittedRun
+
+PROGRAM = "hpcssl-submit"
 
 
-class _Verbs(TyperGroup):
-    """A command line without a verb is a submission."""
+class _SubmitByDefault(CommandGroup):
+    """Takes a command line without a verb as a submission."""
 
-    def parse_args(self, ctx, args):
-        if args and args[0] not in (*VERBS, "--help"):
-            args = ["submit", *args]
-        return super().parse_args(ctx, args)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, command_line.add_default_verb(args))
 
 
-class _Submit(TyperCommand):
-    """sbatch's options are taken out by our table before the CLI library sees the rest."""
+class _SplitSbatchOptions(TyperCommand):
+    """Takes the options of sbatch out before the CLI library parses the rest."""
 
-    def parse_args(self, ctx, args):
-        parts = options.split(list(args))
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        parts = sbatch_options.split_command_line(list(args))
         ctx.obj = parts.sbatch
-        return super().parse_args(ctx, parts.ours)
+        return super().parse_args(ctx, parts.own)
 
 
-app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  context_settings={"help_option_names": ["--help", "-h"]},
-                  help="Run trainings on a SLURM cluster, or on this machine by the same rules (--local). Without a "
-                       "verb: submit.")
+app = typer.Typer(
+    cls=_SubmitByDefault,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    help="Run trainings on a SLURM cluster, or with --local on this machine by the same rules. The default command is "
+    "submit.",
+    epilog=cli_runner.EPILOG,
+)
 
-Runs = Annotated[list[Path] | None, typer.Argument(help="Run folders; by default those below this folder.")]
-Run = Annotated[Path, typer.Argument(help="The run folder.")]
 
+@app.command(
+    cls=_SplitSbatchOptions,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    epilog="All options of sbatch are allowed as well, in any position: --nodes 2 --gpus-per-node 8 "
+    "--time 2-0 -p gpu … (see `man sbatch`).",
+)
+def submit(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Option("--run", help="The run folder. A run that it contains is continued.")],
+    words: RecipeAndValues = None,
+    parent: Parent = None,
+    evals: Evals = "",
+    eval_every: EvalEvery = 0,
+    eval_sbatch: EvalSbatch = None,
+    cluster: Annotated[str | None, typer.Option(help="A cluster profile: its name, or a YAML file.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help='An option that only a newer SLURM has, such as "--name=value".'),
+    ] = None,
+    spare_nodes: SpareNodes = 0,
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine, without SLURM.")] = False,
+    allow_pipe: Annotated[
+        bool,
+        typer.Option("--allow-pipe", help="Allow data.train=pipe:COMMAND, a shell command that runs in the job."),
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-W", help="Follow the run, and exit with its exit code.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts, and submit nothing.")] = False,
+    parsable: Annotated[bool, typer.Option("--parsable", help="Print only the job id.")] = False,
+) -> int:
+    """Submit RECIPE as a job that survives preemptions, time limits and requeues, followed by evaluations."""
+    from slurm import api, submission
+    from slurm import submit as submitting
+    from slurm.backend import profiles, resources
 
-@app.command(cls=_Submit, context_settings={"help_option_names": ["--help", "-h"]},
-             epilog="Every option of sbatch is taken as well, in any position: --nodes 2 --gpus-per-node 8 "
-                    "--time 2-0 -p gpu … (see `man sbatch`).")
-def submit(ctx: typer.Context, words: Annotated[list[str], typer.Argument(metavar="RECIPE [KEY=VALUE]...")],
-           run: Annotated[str, typer.Option("--run", help="The run folder; what it holds is continued.")],
-           evals: Annotated[str, typer.Option(help="Evaluations to chain on success, with options after colons: "
-                                              "knn,linear:protocol=msf,transfer:sets=dtd+pets.")] = "",
-           eval_every: Annotated[int, typer.Option(min=0, help="Evaluate also beside the training, by small jobs, the "
-                                                   "weights of every so many epochs (by knn without --evals).")] = 0,
-           eval_sbatch: Annotated[list[str] | None, typer.Option(help="An option of sbatch for the evaluations only, "
-                                                                 'such as "--time=30", or for one of them: '
-                                                                 '"detect:--gpus-per-node=8".')] = None,
-           cluster: Annotated[str | None, typer.Option(help="A cluster profile: name or YAML file.")] = None,
-           sbatch: Annotated[list[str] | None, typer.Option(help='An option that only a newer SLURM knows, such as '
-                                                            '"--any=thing".')] = None,
-           local: Annotated[bool, typer.Option("--local", help="Run on this machine, without SLURM.")] = False,
-           allow_pipe: Annotated[bool, typer.Option("--allow-pipe", help="data.train may be pipe:COMMAND, a shell "
-                                                    "command of your own, which runs in the job.")] = False,
-           wait: Annotated[bool, typer.Option("--wait", "-W", help="Follow the run; exit with its code.")] = False,
-           dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts only.")] = False,
-           parsable: Annotated[bool, typer.Option("--parsable", help="Print the bare job id.")] = False) -> int:
-    """Submit RECIPE as a job that survives preemption, walltime and requeues, with evaluations chained on it."""
-    from slurm import cluster as profiles
-    from slurm import shape
-    from slurm import submit as submits
-
-    recipe, overrides = _recipe_of(words)
-    further = {name: value for text in sbatch or [] for name, value in options.one(text).items()}
-    request = submits.Request(
-        run=run, recipe=recipe, overrides=overrides, evals=evals or "knn" * bool(eval_every), eval_every=eval_every,
-        sbatch=(ctx.obj or {}) | further, local=local, profile=profiles.find(cluster),
+    recipe, overrides = split_recipe(words or [], parent)
+    newer = {name: value for text in sbatch or [] for name, value in sbatch_options.parse_option(text).items()}
+    request = submission.SubmissionRequest(
+        run=run,
+        recipe=recipe,
+        overrides=overrides,
+        evals=evals or "knn" * bool(eval_every),
+        eval_every=eval_every,
+        sbatch=(ctx.obj or {}) | newer | ({resources.SPARE_NODES: str(spare_nodes)} if spare_nodes else {}),
+        local=local,
+        profile=profiles.load_profile(cluster),
         allow_pipe=allow_pipe,
-        eval_sbatch=_by_evaluation(eval_sbatch or []))
+        parent=parent,
+        eval_sbatch=_group_by_evaluation(eval_sbatch or []),
+    )
     if local:
-        _say_left_out({k: v for k, v in request.sbatch.items() if k not in shape.LOCAL}, cluster)
+        _report_ignored(request.sbatch, cluster)
     if dry_run:
-        print(submits.texts(request))
+        print(submitting.render_scripts(request))
         return EXIT_DONE
-    jobs = submits.submit(request)
-    folder = RunDir(Path(run).expanduser())
-    if not jobs:
-        jobs = _nothing_to_submit(folder)
-        if parsable and jobs:
-            print(jobs[0].job, flush=True)
-        return _wait(folder, jobs) if wait else EXIT_DONE
-    for job in jobs[:1] if parsable else jobs:
-        print(job.job if parsable else f"Submitted batch job {job.job}{_chained(folder, job)}", flush=True)
-    return _wait(folder, jobs) if wait else EXIT_DONE
+    submitted = api.submit_request(request)
+    if submitted.is_new:
+        for job in submitted.jobs[:1] if parsable else submitted.jobs:
+            text = job.id if parsable else f"Submitted batch job {job.id}{_describe_job(submitted.folder, job)}"
+            print(text, flush=True)
+    else:
+        _report_nothing_to_submit(submitted)
+        if parsable and submitted.jobs:
+            print(submitted.ids[0], flush=True)
+    return _wait(submitted) if wait else EXIT_DONE
 
 
 @app.command()
-def status(runs: Runs = None) -> None:
-    """Show job, state, attempt, step, last end and evaluations of runs, with the mend where one is needed."""
-    from slurm import watch
+def status(
+    runs: RunFolders = None,
+    time: Annotated[bool, typer.Option("--time", help="Show where the allocated time went, one line per run.")] = False,
+) -> None:
+    """Show job, state, attempt, step, last end and evaluations of runs, and what to do where a run needs help."""
+    from slurm.manage import status
 
-    folders = [RunDir(p) for p in runs] if runs else _below(Path())
+    folders = [RunDir(path) for path in runs] if runs else _find_runs(Path())
     for folder in folders:
-        _existing(folder.root)
-    reports = [watch.report(folder) for folder in folders]
-    if not sys.stdout.isatty():
-        for report in reports:
-            print(report.line())
+        _require_run(folder.root)
+    rows = [status.query_run(folder) for folder in folders]
+    if time:
+        for row in rows:
+            print(f"{row.run.root}\t{row.uptime.describe() if row.uptime else 'no attempt yet'}")
         return
-    from rich.console import Console
-    from rich.table import Table
+    if not sys.stdout.isatty():
+        for row in rows:
+            print(row.line())
+        return
+    from hpcssl.terminal.tables import print_table
 
-    table = Table("run", "job", "state", "attempt", "step", "last end", "evaluations", "note", box=None)
-    for r in reports:
-        table.add_row(str(r.run.root), r.job, r.state, str(r.attempt), f"{r.step}/{r.steps or '?'}", r.last,
-                      "\n".join(f"{k} {v}" for k, v in r.evals.items()), r.note)
-    Console().print(table)
+    print_table(
+        ["run", "job", "state", "attempt", "step", "effective", "last end", "evaluations", "hint"],
+        [
+            [
+                str(row.run.root),
+                row.job,
+                row.state,
+                str(row.attempt),
+                f"{row.step}/{row.steps or '?'}",
+                f"{row.uptime.share:.1%}" if row.uptime else "",
+                row.last_end,
+                "\n".join(f"{name} {state}" for name, state in row.evals.items()),
+                row.hint,
+            ]
+            for row in rows
+        ],
+        wrapped={"state": 12, "last end": 20, "hint": 24},
+    )
 
 
 @app.command()
-def cancel(run: Run) -> None:
-    """End the run's job, and what is chained on it, for good. The training saves first; submitting again continues."""
-    from slurm import control
+def cancel(run: RunFolder) -> None:
+    """Cancel the run's jobs for good. The training saves first; submitting the run again continues it."""
+    from slurm.manage import control
 
-    for job in control.cancel(_existing(run)):
+    for job in control.cancel(_require_run(run)):
         print(f"Cancelled job {job}")
 
 
 @app.command()
-def preempt(run: Run) -> None:
-    """Send the running tasks the signals that a preemption brings (CONT, then TERM): they save, and go on later."""
-    from slurm import control
+def preempt(run: RunFolder) -> None:
+    """Send the running tasks the signals of a preemption (CONT, then TERM): the run saves, and continues later."""
+    from slurm.manage import control
 
-    print(control.preempt(_existing(run)))
+    print(control.preempt(_require_run(run)))
 
 
 @app.command()
-def logs(run: Run, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the log grows.")] = False,
-         rank: Annotated[int, typer.Option(help="Whose log.")] = 0,
-         job: Annotated[str, typer.Option(help="train, or the name of an evaluation.")] = "train",
-         lines: Annotated[int, typer.Option(help="How many of the last lines.")] = 40) -> None:
-    """Print the end of a rank's log (of the newest attempt)."""
-    from slurm import control
+def logs(
+    run: RunFolder,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing as the log grows.")] = False,
+    rank: Annotated[int, typer.Option(help="The rank whose log is printed.")] = 0,
+    job: Annotated[str, typer.Option(help="train, or an evaluation.")] = "train",
+    lines: Annotated[int, typer.Option(help="How many of the last lines to print.")] = 40,
+) -> None:
+    """Print the last lines of a rank's log, of the newest attempt."""
+    from slurm.manage import control
 
-    files = control.logs(_existing(run), job, rank)
-    places = {path: control.tail(path, lines, print) for path in files}
+    files = control.find_logs(_require_run(run), job, rank)
+    positions = {path: control.print_tail(path, lines, print) for path in files}
     while follow:
-        time.sleep(0.5)
-        for path in control.logs(RunDir(run), job, rank):
-            places[path] = control.since(path, places.get(path, 0), print)
+        sleep(0.5)
+        for path in control.find_logs(RunDir(run), job, rank):
+            positions[path] = control.print_new_lines(path, positions.get(path, 0), print)
 
 
-def _recipe_of(words: list[str]) -> tuple[str, list[str]]:
-    """The recipe and the overrides: an override begins with a dotted key and '='; a path to a recipe has a slash."""
-    overrides = [w for w in words if re.match(r"[A-Za-z_][\w.]*=", w)]
-    recipes = [w for w in words if w not in overrides]
-    if len(recipes) != 1:
-        raise ConfigError("RECIPE", got=" and ".join(recipes) or "none", expected="one recipe, then key=value",
-                          mend="name one, such as digits_msf: `hpcssl recipes` lists them")
-    return recipes[0], overrides
-
-
-def _by_evaluation(texts: list[str]) -> dict[str, dict]:
-    """Options of sbatch by the evaluation that they are for, under '' those for all."""
-    found: dict[str, dict] = {}
+def _group_by_evaluation(texts: list[str]) -> dict[str, SbatchOptions]:
+    """Options of ``--eval-sbatch`` by evaluation; those for all evaluations under an empty name."""
+    options: dict[str, SbatchOptions] = {}
     for text in texts:
-        name, option = re.fullmatch(r"(?:([a-z]\w*):(?=--))?(.*)", text.strip(), re.S).groups()
-        found.setdefault(name or "", {}).update(options.one(option))
-    return found
+        match = re.fullmatch(r"(?:([a-z]\w*):(?=--))?(.*)", text.strip(), re.S)
+        assert match is not None  # both groups may be empty
+        name, option = match.groups()
+        options.setdefault(name or "", {}).update(sbatch_options.parse_option(option, "--eval-sbatch"))
+    return options
 
 
-def _nothing_to_submit(folder: RunDir) -> list:
-    """Say why; the jobs that live."""
-    from slurm import control
-
-    living = control.living(folder)
-    if living:
-        _say(f"nothing to submit: run {folder.root} has " + ", ".join(f"job {job.job} ({job.what})" for job in living)
-             + " in the queue")
+def _report_nothing_to_submit(submitted: SubmittedRun) -> None:
+    """Say why there is nothing to submit."""
+    path = submitted.folder.root
+    if submitted.jobs:
+        queued = ", ".join(f"job {job.id} ({job.what})" for job in submitted.jobs)
+        print_message(f"nothing to submit: run {path} has {queued} in the queue", PROGRAM)
     else:
-        _say(f"run {folder.root} is finished: nothing to submit (--evals adds evaluations)")
-    return living
+        print_message(f"run {path} is finished: nothing to submit (--evals adds evaluations)", PROGRAM)
 
 
-def _chained(folder: RunDir, job) -> str:
-    from slurm import records
-
-    if job.what == records.TRAIN:
+def _describe_job(folder: RunDir, job: Job) -> str:
+    if job.what == job_log.TRAIN:
         return ""
-    train = records.submitted(folder).get(records.TRAIN)
-    waits = train is not None and not folder.finished and not job.beside
-    return f" ({job.what}, after {train.job})" if waits else f" ({job.what})"
+    train = job_log.latest_jobs(folder).get(job_log.TRAIN)
+    if train is None or folder.finished or job.is_concurrent:
+        return f" ({job.what})"
+    return f" ({job.what}, after {train.id})"
 
 
-def _say_left_out(sbatch: dict, cluster: str | None) -> None:
-    said = options.spelled(sbatch) + (f" --cluster={cluster}" if cluster else "")
-    if said.strip():
-        _say(f"{said.strip()} mean nothing without SLURM and are left out")
+def _report_ignored(sbatch: SbatchOptions, cluster: str | None) -> None:
+    """Say which options have no effect without SLURM."""
+    from slurm.backend import resources
+
+    ignored = sbatch_options.format_options({k: v for k, v in sbatch.items() if k not in resources.LOCAL_OPTIONS})
+    text = (ignored + (f" --cluster={cluster}" if cluster else "")).strip()
+    if text:
+        print_message(f"ignored, since they need SLURM: {text}", PROGRAM)
 
 
-def _wait(folder: RunDir, jobs: list) -> int:
-    from slurm import watch
-
+def _wait(submitted: SubmittedRun) -> int:
     try:
-        return watch.wait(folder, _say, jobs=jobs)
+        return submitted.wait(check=False, write=lambda text: print_message(text, PROGRAM))
     except KeyboardInterrupt:
-        _say(f"the job goes on; see hpcssl-submit status {folder.root}")
+        print_message(f"the job continues; see hpcssl-submit status {submitted.folder.root}", PROGRAM)
         return EXIT_STOPPED
 
 
-def _below(folder: Path) -> list[RunDir]:
-    found = [p.parent for pattern in ("jobs.jsonl", "*/jobs.jsonl", "*/*/jobs.jsonl") for p in folder.glob(pattern)]
-    return [RunDir(p) for p in sorted(found)]
+def _find_runs(folder: Path) -> list[RunDir]:
+    patterns = ("jobs.jsonl", "*/jobs.jsonl", "*/*/jobs.jsonl")
+    return [RunDir(path) for path in sorted(file.parent for pattern in patterns for file in folder.glob(pattern))]
 
 
-def _existing(path: Path) -> RunDir:
+def _require_run(path: Path) -> RunDir:
     run = RunDir(path)
     if not run.jobs.exists() and not run.config.exists():
-        raise ConfigError(f"run folder {path}", got="no run in it" if path.is_dir() else "no such folder",
-                          expected="a folder that hpcssl-submit or hpcssl train made", mend="check the path")
+        raise ConfigError(
+            f"run folder {path}",
+            got="a folder without a run" if path.is_dir() else "no such folder",
+            expected="a folder that hpcssl-submit or hpcssl train has created",
+            fix="check the path",
+        )
     return run
 
 
-def _say(sentence: str) -> None:
-    print(f"hpcssl-submit: {sentence}", file=sys.stderr, flush=True)
-
-
 def main(argv: list[str] | None = None) -> None:
-    sys.exit(door.run(app, argv, "hpcssl-submit"))
+    """Run the command line and exit. ``argv``: the words after the program's name, by default those of the process."""
+    sys.exit(cli_runner.run(app, argv, PROGRAM))
 
 
 if __name__ == "__main__":

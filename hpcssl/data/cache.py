@@ -1,261 +1,294 @@
-"""Shards of a remote set on this node's disk: fetched whole before they are asked for, and dropped when done with.
+"""Shards of a remote set on this node's disk: downloaded before they are needed, and removed when they were read.
 
-Which shards a step reads is known beforehand (``data/order.py``), so a thread fetches them in that order, up to a limit
-of bytes, and takes away those that the order has left behind. Training reads files, as of any other set: the same
-batches, and a start at any step. The processes of a node share the folder: each shard has a lock file, and while one
-process fetches a shard the others take the next ones. A lock dies with its holder, and a shard appears under its name
-when it is whole and its sha256 agrees: a kill leaves nothing behind but a temporary, which the next one removes.
+The order (``data/order.py``) determines which shards a step reads. A thread downloads them in that order, up to a
+limit of bytes, and removes those that training has passed. Training reads files as it does for any other set: the same
+batches, and a start at any step.
+
+The processes of a node share the folder. Each shard has a lock file, which the kernel frees when its holder ends: while
+one process downloads a shard, the others take the next ones. A shard appears under its name only when it is complete
+and its sha256 agrees. A kill leaves only a temporary file behind, which the next process removes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from hpcssl.data.address import check_stage_dir, is_remote
+from hpcssl.data.node_folder import copy_error, is_verified, make_private_folder, no_space_error, try_lock
 from hpcssl.data.order import Order
-from hpcssl.data.shards import INDEX, ShardSet, digest_of
-from hpcssl.data.stage import locked, no_room, own_folder, refused
-from hpcssl.data.stream import Remote, is_remote
+from hpcssl.data.shards import ShardSet, index_digest
+from hpcssl.data.stage import stage_index
+from hpcssl.data.stream import Remote
 from hpcssl.errors import ConfigError, DataError
-from hpcssl.files import atomic_write, digest
 
-log = logging.getLogger("hpcssl")
-_AGAIN_S = 10.0  # after a transfer that failed for good, the thread waits so long before the next
+LOG = logging.getLogger("hpcssl")
+_RETRY_S = 10.0  # seconds before the thread tries again after a download that failed for good
 _SLACK = 4  # steps that the loader and the other ranks may be apart from this rank's step
 
 
-def opened(address: str | Path, *, stage: str = "", key: str, stall_s: float = 60.0, tries: int = 5) -> ShardSet:
-    """A shard folder, or the index of one at an address whose ``near()`` fetches all of it to ``stage``.
+def open_shard_set(
+    address: str | Path, *, stage: str = "", key: str, stall_s: float = 60.0, tries: int = 5
+) -> ShardSet:
+    """Open a shard folder, or the index of one at an address.
 
-    ``key`` names it in errors. Raises ``ConfigError``, ``DataError``.
+    Args:
+        address: The folder or the address.
+        stage: Folder on this node's disk to which ``to_local`` of a remote set downloads the shards.
+        key: Recipe key or option to name in errors.
+        stall_s: Seconds without a byte after which a transfer is cut.
+        tries: Attempts per file before the error.
+
+    Returns:
+        The set. Of a remote set, only the index is here until its ``to_local`` is called.
+
+    Raises:
+        ConfigError: If the address may not be opened, or there is no folder for the shards.
+        DataError: If the set cannot be read.
     """
     if isinstance(address, Path) or not is_remote(address):
         return ShardSet.open(address)
     remote = Remote(address, stall_s=stall_s, tries=tries, key=key)
-    text = remote.text()
-    found = remote.open(text)
-    found.near = lambda: Cache(remote, text, stage).whole()
-    return found
+    check_stage_dir(stage, key)
+    text = remote.read_index()
+    shards = remote.open(text)
+    shards.to_local = lambda: Cache(remote, text, stage).fetch_all()
+    return shards
 
 
 class Cache:
-    """The set behind ``remote`` below ``folder``. ``shards`` is the set; ``path(n)`` waits until shard n is here.
+    """The files of a remote set below a folder of this node.
 
-    ``text``: its ``index.json``. ``limit``: bytes that are kept, 0 for all. A limited cache is ``owner``'s alone, since
-    others drop other shards; a whole one is shared by whoever uses this set on this node, and never shrinks.
-    ``progress`` is called, from any thread, for each shard that ``path`` gives.
-    Raises ``DataError``.
+    Args:
+        remote: The remote folder.
+        text: Its ``index.json``.
+        folder: A folder on this node's disk.
+        limit: Largest number of bytes to keep, 0 for all. A cache without a limit is shared by everybody who uses this
+            set on this node, and never shrinks.
+        owner: Name of the only user of a cache with a limit. It cannot be shared, because others would remove the
+            shards that this user needs.
+        progress: Called, from any thread, each time ``path`` returns.
+
+    Attributes:
+        shards: The set, with its files in ``folder``.
+
+    Raises:
+        DataError: If the index cannot be read or written.
     """
 
-    def __init__(self, remote: Remote, text: str, folder: Path | str, *, limit: int = 0, owner: str = "",
-                 progress: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        remote: Remote,
+        text: str,
+        folder: Path | str,
+        *,
+        limit: int = 0,
+        owner: str = "",
+        progress: Callable[[], None] = lambda: None,
+    ):
         self.remote, self.limit, self.progress = remote, limit, progress
-        whose = f"-{hashlib.sha256(owner.encode()).hexdigest()[:8]}" if limit else ""
+        owner_suffix = f"-{hashlib.sha256(owner.encode()).hexdigest()[:8]}" if limit else ""
         try:
-            name = digest_of(json.loads(text))
+            name = index_digest(json.loads(text))
         except (KeyError, TypeError):
-            name = remote.open(text).digest  # which says what is wrong with it
-        self.folder = own_folder(folder, f"{name[:16]}-remote{whose}")
+            name = remote.open(text).digest  # raises the error that says what is wrong with the index
+        self.folder = make_private_folder(folder, f"{name[:16]}-remote{owner_suffix}")
         self._locks = self.folder / "locks"
-        self.shards = self._index(text)
-        self._turn = threading.Condition()
-        self._done = self._opened = 0
+        self.shards = stage_index(remote, text, self.folder)
+        self._condition = threading.Condition()
+        self._passed_step = self._opened_step = 0  # earlier steps need no shard; the loader has begun with those before
         self._thread: threading.Thread | None = None
-        self._over = False
-        remote.over = lambda: self._over
-
-    def _index(self, text: str) -> ShardSet:
-        """The set, with its index in the folder. What lies beside the index comes over the network once per node."""
-        with locked(self.folder / "lock"):
-            found = ShardSet.described(f"the index of {self.remote.address}", self.folder, text, self._beside)
-            if not (self.folder / INDEX).exists() or (self.folder / INDEX).read_text() != text:
-                self._keep(INDEX, text)
-        return found
-
-    def _beside(self, name: str, sha256: str) -> bytes:
-        path = self.folder / name
-        if not path.exists() or digest(path) != sha256:
-            self._keep(name, self.remote.body(name, sha256))
-        return path.read_bytes()
-
-    def _keep(self, name: str, body: bytes | str) -> None:
-        try:
-            atomic_write(self.folder / name, body)
-        except OSError as error:
-            raise refused(self.folder, len(body), error) from error
-
-    # -- one shard ------------------------------------------------------------------------------------------
+        self._remove_passed: Callable[[], set[int]] = set  # nothing is passed before ``start_prefetch``
+        self._extra: list[int] = []  # a shard that is needed in this step, out of the order
+        self._downloading = threading.Lock()  # held by the thread while it downloads
+        self._closed = False
+        remote.stopped = lambda: self._closed
 
     def has(self, number: int) -> bool:
-        """Whether shard ``number`` is here, by its size."""
-        try:
-            return self.shards.path(number).stat().st_size == self.shards.shards[number].bytes
-        except OSError:
-            return False
+        """Whether shard ``number`` is here, unchanged since its download. Its content is not read."""
+        return is_verified(self.shards.path(number), self.shards.shards[number])
 
     def path(self, number: int) -> Path:
-        """Where shard ``number`` lies, fetched first if it is not here. Raises ``DataError``."""
+        """Path of shard ``number``, which is downloaded first if it is not here. Raises ``DataError``."""
+        # The limit holds for this download too. The shard of a replacement takes the place of those that come last.
+        if not self.has(number) and number not in self._remove_passed() and self._thread and self.limit:
+            with self._downloading:
+                self._extra = [number]
+                self._remove_passed()
+                self._fetch(number)
         while not self.has(number):
             if not self._fetch(number):
-                self._refuse_end()
-                time.sleep(0.05)  # another process is fetching it
+                self._check_open()
+                time.sleep(0.05)  # another process is downloading it
         self.progress()
         return self.shards.path(number)
 
-    def again(self, number: int) -> None:
-        """Fetch a shard anew that has changed on this disk. Raises ``DataError``."""
+    def refetch(self, number: int) -> None:
+        """Download a shard again after its file has changed on this disk. Raises ``DataError``."""
         self.shards.path(number).unlink(missing_ok=True)
         self.path(number)
 
     def _fetch(self, number: int) -> bool:
-        """Fetch a shard; False where somebody else is about to. Raises ``DataError``."""
+        """Download a shard; False where another process is doing so. Raises ``DataError``."""
         shard, target = self.shards.shards[number], self.shards.path(number)
         try:
-            self._locks.mkdir(exist_ok=True)  # where /tmp is swept, what lies long unused goes
-            with _tried(self._locks / shard.name) as mine:
-                if not mine:
+            self._locks.mkdir(exist_ok=True)  # a cleaner of /tmp may have removed the folder
+            with try_lock(self._locks / shard.name) as is_held:
+                if not is_held:
                     return False
                 if self.has(number):
                     return True
-                for left in self.folder.glob(f".{shard.name}.*.tmp"):  # of a process that was killed with the lock
-                    left.unlink(missing_ok=True)
+                for temporary in self.folder.glob(f".{shard.name}.*.tmp"):  # of a process that was killed
+                    temporary.unlink(missing_ok=True)
                 free = shutil.disk_usage(self.folder).free
                 if free < shard.bytes:
-                    raise no_room(self.folder, shard.bytes, free)
+                    raise no_space_error(self.folder, shard.bytes, free)
                 self.remote.fetch(shard, target)
                 return True
         except OSError as error:
-            raise refused(self.folder, shard.bytes, error) from error
+            raise copy_error(self.folder, shard.bytes, error) from error
 
-    def _refuse_end(self) -> None:
-        if self._over:
-            raise DataError(f"shards of {self.remote.address}", got="the end of the attempt", expected="a shard that "
-                            "another process is fetching", mend="run the same command again")
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DataError(
+                f"shards of {self.remote.address}",
+                got="the end of the attempt",
+                expected="a shard that another process is downloading",
+                fix="run the same command again",
+            )
 
-    # -- all of them ----------------------------------------------------------------------------------------
+    def fetch_all(self) -> ShardSet:
+        """Download every shard, and return the complete set. The processes of a node share the work.
 
-    def whole(self) -> ShardSet:
-        """The set with every shard here. The processes of a node share the work. Raises ``DataError``."""
-        self._refuse_small(range(len(self.shards.shards)))
-        for number in range(len(self.shards.shards)):
-            self.has(number) or self._fetch(number)
-        for number in range(len(self.shards.shards)):  # those that others were fetching
+        Raises:
+            DataError: If a shard cannot be downloaded, or the disk is too small.
+        """
+        numbers = range(len(self.shards.shards))
+        self._check_space(numbers)
+        for number in numbers:
+            if not self.has(number):
+                self._fetch(number)
+        for number in numbers:  # wait for those that other processes are downloading
             self.path(number)
         return self.shards
 
-    # -- in the order of the training -----------------------------------------------------------------------
+    def start_prefetch(
+        self, order: Order, start: int, stop: int, *, lookahead: int, release: Callable[[set[int]], None]
+    ) -> None:
+        """Start a thread that downloads what steps ``start`` .. ``stop`` - 1 will read, until ``close``.
 
-    def follow(self, order: Order, start: int, stop: int, *, ahead: int, forget: Callable[[set[int]], None]) -> None:
-        """Fetch in a thread what steps ``start`` .. ``stop`` - 1 will read, until ``close``.
+        Args:
+            order: The training order.
+            start: First step.
+            stop: One past the last step.
+            lookahead: Steps that the loader reads ahead.
+            release: Called as ``release(keep)`` before shards outside of ``keep`` are removed, so that the caller can
+                close their files.
 
-        ``ahead``: steps that the loader reads ahead. ``forget(keep)``: told before shards outside of ``keep`` are
-        taken away, so that no file of them stays open. Raises ``ConfigError`` for a limit that cannot hold what those
-        steps read, ``DataError`` for a disk that cannot.
+        Raises:
+            ConfigError: If the limit cannot hold what the lookahead reads.
+            DataError: If the disk is too small.
         """
-        sizes = sorted((s.bytes for s in self.shards.shards), reverse=True)
-        least = sum(sizes[:order.held(ahead + _SLACK)])
+        sizes = sorted((shard.bytes for shard in self.shards.shards), reverse=True)
+        least = sum(sizes[: order.max_shards_read(lookahead + _SLACK)])
         if self.limit and self.limit < least:
-            mend = "set data.window=16, which reads a few shards at a time" if order.window == "all" else \
-                "take a smaller data.window, or smaller shards"
-            raise ConfigError("data.stage_gb", got=f"{self.limit / 1e9:g}", expected=f"{least / 1e9:.3g} or more, for "
-                              f"the shards that data.window={order.window} reads at a time, or 0 for no limit",
-                              mend=f"raise it, or {mend}")
-        self._refuse_small(self._ahead(order, start, stop))
-        self._done = self._opened = start
-        self._thread = threading.Thread(target=self._work, args=(order, stop, forget), name="shards", daemon=True)
+            alternative = (
+                "set data.shuffle_window=16, which reads a few shards at a time"
+                if order.window == "all"
+                else "use a smaller data.shuffle_window, or smaller shards"
+            )
+            raise ConfigError(
+                "data.stage_limit_gb",
+                got=f"{self.limit / 1e9:g}",
+                expected=f"at least {least / 1e9:.3g} for the shards that data.shuffle_window={order.window} reads "
+                "at a time, or 0 for no limit",
+                fix=f"raise it, or {alternative}",
+            )
+        self._check_space(self._upcoming_shards(order, start, stop))
+        self._passed_step = self._opened_step = start
+        self._remove_passed = lambda: self._keep_upcoming(order, self._passed_step, stop, release)
+        self._thread = threading.Thread(target=self._work, args=(order, stop, release), name="shards", daemon=True)
         self._thread.start()
 
-    def at(self, step: int, opened: int) -> None:
-        """The consumer takes step ``step``; the loader reads ahead, before step ``opened``."""
-        with self._turn:
-            self._done, self._opened = max(0, step - _SLACK // 2), opened
-            self._turn.notify_all()
+    def set_position(self, step: int, opened: int) -> None:
+        """Tell the thread that training takes ``step``, and the loader has begun with all steps before ``opened``."""
+        with self._condition:
+            self._passed_step, self._opened_step, self._extra = max(0, step - _SLACK // 2), opened, []
+            self._condition.notify_all()
 
     def close(self) -> None:
-        """End the thread and every transfer. What is here stays, for the next attempt."""
-        with self._turn:
-            self._over = True
-            self._turn.notify_all()
+        """End the thread and every transfer. Downloaded shards stay for the next attempt."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
         if self._thread is not None:
             self._thread.join()
 
-    def _refuse_small(self, wanted) -> None:
-        missing = sum(self.shards.shards[n].bytes for n in wanted if not self.has(n))
-        kept = sum(s.bytes for n, s in enumerate(self.shards.shards) if self.has(n)) if self.limit else 0
-        needed, free = min(missing, self.limit - kept) if self.limit else missing, shutil.disk_usage(self.folder).free
+    def _check_space(self, numbers: Iterable[int]) -> None:
+        """Raise ``DataError`` where the disk cannot hold these shards, or as many of them as the limit allows."""
+        needed = sum(self.shards.shards[n].bytes for n in numbers if not self.has(n))
+        if self.limit:
+            kept = sum(shard.bytes for n, shard in enumerate(self.shards.shards) if self.has(n))
+            needed = min(needed, self.limit - kept)
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
-            raise no_room(self.folder, needed, free)
+            raise no_space_error(self.folder, needed, free)
 
-    def _ahead(self, order: Order, step: int, stop: int) -> list[int]:
+    def _upcoming_shards(self, order: Order, step: int, stop: int) -> list[int]:
         """The shards that will be read from ``step`` on, soonest first, as many as the limit holds."""
-        found: dict[int, None] = {}
-        room = self.limit
-        for window in order.ahead(step, stop):
+        numbers: dict[int, None] = {}
+        room = self.limit - sum(self.shards.shards[number].bytes for number in self._extra)
+        for window in order.upcoming_windows(step, stop):
             for number in window.tolist():
                 size = self.shards.shards[number].bytes
-                if number in found:
+                if number in numbers:
                     continue
                 if self.limit and room < size:
-                    return list(found)
-                found[number] = None
+                    return list(numbers)
+                numbers[number] = None
                 room -= size
-            if len(found) == len(self.shards.shards):
+            if len(numbers) == len(self.shards.shards):
                 break
-        return list(found)
+        return list(numbers)
 
-    def _work(self, order: Order, stop: int, forget: Callable[[set[int]], None]) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # signals are the main thread's business
-        while not self._over:
-            done, opened = self._done, self._opened
-            keep = set(self._ahead(order, done, stop))
-            if self.limit:
-                self._drop(keep, forget)
-            missing = [n for n in self._ahead(order, opened, stop) if n in keep and not self.has(n)]
-            if not missing and not self.limit:
-                return
-            pause = self._fetch_one(missing)
-            with self._turn:
-                if pause and not self._over and (self._done, self._opened) == (done, opened):
-                    self._turn.wait(pause)
+    def _work(self, order: Order, stop: int, release: Callable[[set[int]], None]) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread handles signals
+        while not self._closed:
+            passed, opened = self._passed_step, self._opened_step
+            with self._downloading:
+                keep = self._keep_upcoming(order, passed, stop, release)
+                missing = [n for n in self._upcoming_shards(order, opened, stop) if n in keep and not self.has(n)]
+                if not missing and not self.limit:
+                    return
+                pause = self._fetch_one(missing)
+            with self._condition:
+                if pause and not self._closed and (self._passed_step, self._opened_step) == (passed, opened):
+                    self._condition.wait(pause)
 
     def _fetch_one(self, missing: list[int]) -> float:
-        """Fetch the first of these that nobody else fetches; seconds to wait after that."""
+        """Download the first of these shards that no other process is downloading. Returns seconds to wait then."""
         try:
             if any(self._fetch(number) for number in missing):
                 return 0.0
             return 0.2 if missing else 5.0
         except DataError as error:
-            if not self._over:
-                log.warning("%s; it is tried again, and is an error when the training needs it", error)
-            return _AGAIN_S
+            if not self._closed:
+                LOG.warning("A download failed and is tried again; it is an error once training needs it: %s", error)
+            return _RETRY_S
 
-    def _drop(self, keep: set[int], forget: Callable[[set[int]], None]) -> None:
-        gone = [n for n in range(len(self.shards.shards)) if n not in keep and self.has(n)]
-        forget(keep)
-        for number in gone:
-            self.shards.path(number).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _tried(path: Path) -> Iterator[bool]:
-    """Hold the lock of this file, or say at once that another process does."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(fd)
+    def _keep_upcoming(self, order: Order, step: int, stop: int, release: Callable[[set[int]], None]) -> set[int]:
+        """Choose the shards to keep from ``step`` on; a cache with a limit removes the others."""
+        keep = {*self._upcoming_shards(order, step, stop), *self._extra}
+        if self.limit:
+            others = [n for n in range(len(self.shards.shards)) if n not in keep and self.shards.path(n).exists()]
+            release(keep)
+            for number in others:
+                self.shards.path(number).unlink(missing_ok=True)
+        return keep

@@ -1,17 +1,17 @@
-"""The contract between ``data_prep``, which writes shards, and everything that reads them.
+"""The shard folder format: written by ``data_prep``, read by everything else.
 
-A shard folder holds plain WebDataset tars, which any webdataset reader takes::
+A shard folder holds plain WebDataset tars, which any webdataset reader accepts::
 
-    shard-000000.tar   KEY.jpg | KEY.png | ...   the image, byte for byte as its source had it
-                       KEY.cls                   the class number in ASCII (absent where there is no label)
+    shard-000000.tar   KEY.jpg | KEY.png | ...   the image, byte for byte as in its source
+                       KEY.cls                   the class number in ASCII (absent without a label)
                        KEY.json                  {"source": path in the source tree}
                        KEY.b.jpg | KEY.b.png     optional: a second modality of the same sample
-    index.json         what the folder should hold: shards with bytes, samples and sha256; classes; totals
-    index.npy          one record per sample: where its bytes lie (the ROW type below)
+    index.json         the shards with bytes, samples and sha256; the classes; totals
+    index.npy          one record per sample: where its bytes lie (see ROW)
     targets.npy        optional, for images of several classes at once: int8 [samples, classes] (``ShardSet.targets``)
 
-KEY.json then holds the sample's row of it too, as "targets". A sample's *global index* is its row in ``index.npy``:
-stable for ever, since shards never change once written.
+With targets, KEY.json also holds the sample's row of them, as "targets". A sample's *global index* is its row in
+``index.npy``. It is stable, because shards never change once they are written.
 """
 
 from __future__ import annotations
@@ -22,24 +22,33 @@ import json
 import re
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hpcssl.errors import DataError
+from hpcssl.files import sha256_of_file
 
+ReadIndexFile = Callable[[str, str], "bytes | Path"]
+"""Gets an index file by its name and sha256."""
 FORMAT = 1
+"""Version of the format, in ``index.json``."""
 INDEX, ROWS, TARGETS = "index.json", "index.npy", "targets.npy"
+"""Names of the index files."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_AGAIN = "write the shards again with the same command: finished shards are kept"
+"""File suffixes that count as images."""
+_REWRITE = "write the shards again with the same command; finished shards are kept"
 _NAME = re.compile(r"\w[\w.-]*\.tar", re.ASCII)
 
 ROW = np.dtype(
     [
         ("shard", "<u4"),  # position in index.json's list of shards
-        ("header", "<u8"),  # offset of the image member's first header block: its name stands there
+        ("header", "<u8"),  # offset of the image member's first header block, which holds its name
         ("offset", "<u8"),  # offset of the image's first byte
         ("size", "<u4"),  # bytes of the image
         ("label", "<i4"),  # class number, -1 without a label
@@ -47,151 +56,245 @@ ROW = np.dtype(
         ("size_b", "<u4"),
     ]
 )
+"""The record of one sample in ``index.npy``. Offsets and sizes are in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar of the folder as the index describes it. ``DataError`` for a name that leads elsewhere, or to a shell."""
+    """One tar of a shard folder, as the index describes it.
+
+    Attributes:
+        name: File name.
+        bytes: Size of the file.
+        samples: Number of samples.
+        sha256: Digest of the file, in hexadecimal.
+
+    Raises:
+        DataError: If the name is not a plain file name, because it would lead out of the folder or into a shell.
+    """
 
     name: str
     bytes: int
     samples: int
     sha256: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
-            raise DataError(f"the {INDEX} of a shard folder", got=f"a shard named {self.name!r}",
-                            expected="plain names *.tar", mend="do not use this index: a name must not lead elsewhere")
+            raise DataError(
+                f"the {INDEX} of a shard folder",
+                got=f"a shard named {self.name!r}",
+                expected="plain names *.tar",
+                fix="do not use this index, because this name leads out of the folder",
+            )
         if not isinstance(self.bytes, int):
             raise TypeError(f"{self.bytes!r} bytes")
 
 
 class ShardSet:
-    """A shard folder, opened by its index. Holds no file handles; ``data/reader.py`` does."""
+    """A shard folder, opened by its index. It holds no open files (``data/reader.py`` does).
 
-    def __init__(self, root: Path | str, meta: dict, rows: np.ndarray, targets: np.ndarray | None = None):
+    Args:
+        root: The folder, or the address of a remote set of which only the index is here.
+        meta: Content of ``index.json``.
+        rows: Content of ``index.npy``, ``ROW`` [N].
+        targets: Content of ``targets.npy`` of a multi-label set.
+
+    Attributes:
+        targets: int8 [N, C] of a multi-label set: 1 present, -1 absent, 0 difficult or unknown. None for other sets.
+        shards: The shards, in the order of the index.
+        classes: Names of the classes; a label is a position in this list.
+        to_local: Gives the same set with its files on this machine. For a remote set, it downloads them.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        meta: dict[str, Any],
+        rows: npt.NDArray[np.void],
+        targets: npt.NDArray[np.int8] | None = None,
+    ):
         self.root = root
-        """Its folder; the address of a remote set of which only the index is here."""
-        self.near: Callable[[], ShardSet] = lambda: self
-        """The same set with its files on this machine: of a remote one, this fetches them (``data/cache.py``)."""
+        self.to_local: Callable[[], ShardSet] = lambda: self
         self.meta = meta
         self.rows = rows
         self.targets = targets
-        """Of a multi-label set: int8 [N, C], 1 present, -1 absent, 0 difficult or not known; None for other sets."""
         self.shards = [Shard(**shard) for shard in meta["shards"]]
         self.classes: list[str] = meta["classes"]
 
     @classmethod
-    def open(cls, root: Path | str, *, check_sizes: bool = True) -> ShardSet:
+    def open(cls, root: Path | str, *, check_sizes: bool = True, mapped: bool = False) -> ShardSet:
         """Open a folder that ``hpcssl-shard`` wrote.
 
-        ``check_sizes`` compares every tar's size with the index (one stat each), which finds missing and truncated
-        shards before training; ``hpcssl-shard verify`` compares contents. Raises ``DataError``.
+        Args:
+            root: The folder.
+            check_sizes: Whether to compare every tar's size with the index (one stat each). This finds missing and
+                truncated shards before training; ``hpcssl-shard verify`` compares contents.
+            mapped: Whether to map the index into memory; only for files that nobody else writes to.
+
+        Raises:
+            DataError: If there is no shard folder, its index cannot be read, or a shard is missing or truncated.
         """
-        given, root = str(root), Path(root).absolute()
-        what = f"shard folder {root}"
-        if re.match(r"[a-z]\w+:/", given):
-            raise DataError(what, got="an address", expected="a folder on this machine", mend="data.train and data.val "
-                            "of a recipe may be addresses, with data.stage=FOLDER for the copy; options take folders")
-        if not root.is_dir():
-            raise DataError(what, got="no such folder", expected="a folder written by hpcssl-shard",
-                            mend="check data.train and data.val, or write one with `hpcssl-shard images SRC OUT`")
-        if not (root / INDEX).exists():
-            inside = sorted(p.name for p in root.iterdir())[:3]
-            train = "; OUT/train and OUT/val are the folders to name" if "train" in inside else ""
-            raise DataError(what, got=f"no {INDEX} (it holds {', '.join(inside) or 'nothing'})",
-                            expected="a folder written by hpcssl-shard",
-                            mend=f"write one with `hpcssl-shard images SRC OUT`{train}")
-        found = cls.described(what, root, _text(what, root / INDEX), lambda name, _: (root / name).read_bytes())
+        name, root, what = str(root), Path(root).absolute(), f"shard folder {Path(root).absolute()}"
+        _check_is_shard_folder(what, name, root)
+        text = _read_index(what, root / INDEX)
+        shards = cls.from_index(what, root, text, lambda n, _: root / n if mapped else (root / n).read_bytes())
         if check_sizes:
-            for shard in found.shards:
-                path = root / shard.name
-                size = path.stat().st_size if path.exists() else None
-                if size != shard.bytes:
-                    raise DataError(f"shard {path}", got="no such file" if size is None else f"{size} bytes",
-                                    expected=f"{shard.bytes} bytes",
-                                    mend="copy it again, or write the shards again with the same command")
-        return found
+            for shard in shards.shards:
+                _check_size(root / shard.name, shard)
+        return shards
 
     @classmethod
-    def described(cls, what: str, root: Path | str, text: str, read: Callable[[str, str], bytes]) -> ShardSet:
-        """The set that ``text``, an ``index.json``, describes; ``read(name, sha256)`` gives the files beside it.
+    def from_index(cls, what: str, root: Path | str, text: str, read: ReadIndexFile) -> ShardSet:
+        """Build the set that an index describes.
 
-        ``what`` names the set in errors. Raises ``DataError`` for an index that cannot be read or does not agree.
+        Args:
+            what: Name of the set in errors.
+            root: Folder or address of the set.
+            text: Content of ``index.json``.
+            read: Called as ``read(name, sha256)`` to get the other index files: the content, or the path of a file that
+                nobody else writes to, which is mapped into memory and shared by the processes of a node.
+
+        Raises:
+            DataError: If the index cannot be read, has another format, or its files do not agree with each other.
         """
         try:
             meta = json.loads(text)
             if meta.get("format") != FORMAT:
-                raise DataError(what, got=f"index format {meta.get('format')}", expected=f"format {FORMAT}",
-                                mend="write the shards again with this version's hpcssl-shard")
-            bodies = {ROWS: (read(ROWS, meta["rows_sha256"]), meta["rows_sha256"])}
+                raise DataError(
+                    what,
+                    got=f"index format {meta.get('format')}",
+                    expected=f"format {FORMAT}",
+                    fix="write the shards again with this version of hpcssl-shard",
+                )
+            digests = {ROWS: meta["rows_sha256"]}
             if "targets_sha256" in meta:
-                bodies[TARGETS] = read(TARGETS, meta["targets_sha256"]), meta["targets_sha256"]
-            for name, (body, wanted) in bodies.items():
-                if hashlib.sha256(body).hexdigest() != wanted:
-                    raise DataError(what, got=f"{name} with another sha256 than {INDEX} records",
-                                    expected=wanted[:12] + "…", mend=_AGAIN)
-            arrays = [np.load(io.BytesIO(body), allow_pickle=False) for body, _ in bodies.values()]
-            return cls(root, meta, *arrays)
+                digests[TARGETS] = meta["targets_sha256"]
+            arrays = [_load_array(what, name, read(name, sha256), sha256) for name, sha256 in digests.items()]
+            shards = cls(root, meta, *arrays)
+            counts = np.bincount(shards.rows["shard"], minlength=len(shards.shards)).tolist()
+            if counts != [shard.samples for shard in shards.shards]:  # the order of the training depends on them
+                raise ValueError(f"other numbers of samples per shard than {ROWS}")
+            return shards
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(what, got=f"an index that cannot be read ({type(error).__name__}: {error})",
-                            expected=f"{INDEX} and the .npy files beside it as hpcssl-shard wrote them",
-                            mend=_AGAIN) from error
+            raise _unreadable(what, error) from error
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
-    def labels(self) -> np.ndarray:
+    def labels(self) -> npt.NDArray[np.int64]:
         """Class number of every sample, int64 [N]; -1 without a label."""
         return self.rows["label"].astype(np.int64)
 
     @property
     def has_second(self) -> bool:
-        """Whether every sample carries a second modality (``KEY.b.*``)."""
+        """Whether every sample has a second modality (``KEY.b.*``)."""
         return len(self.rows) > 0 and bool((self.rows["size_b"] > 0).all())
 
     @property
-    def made(self) -> dict:
-        """By what ``hpcssl-shard`` chose these samples: verb, seed and the like; empty where the index has none."""
-        return self.meta.get("plan", {}).get("made", {})
+    def provenance(self) -> dict[str, Any]:
+        """How ``hpcssl-shard`` chose these samples (verb, seed, …); empty where the index does not record it."""
+        return dict(self.meta.get("plan", {}).get("made", {}))
 
     @property
-    def second(self) -> str:
-        """What the second modality is, as reports must call it, such as ``edges (surrogate)``; '' where none said."""
-        return self.made.get("second", "")
+    def second_name(self) -> str:
+        """Name of the second modality for reports, such as ``edges (surrogate)``; empty where none is recorded."""
+        return str(self.provenance.get("second", ""))
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the set: the same for the same shards in the same order, wherever they lie."""
-        return digest_of(self.meta)
+        """The sha256 of the set. Equal for the same shards in the same order, wherever they lie."""
+        return index_digest(self.meta)
 
     def path(self, shard: int) -> Path:
-        return self.root / self.shards[shard].name
+        """Path of shard number ``shard``."""
+        return Path(self.root) / self.shards[shard].name
 
     def key(self, index: int) -> str:
-        """The sample's name inside its shard, for messages; read from the tar header."""
-        row = self.rows[index]
-        try:
-            with open(self.path(int(row["shard"])), "rb") as file:
-                file.seek(int(row["header"]))
-                with tarfile.open(fileobj=file, mode="r|") as tar:
-                    name = tar.next().name
-        except (OSError, tarfile.TarError, AttributeError):
-            return f"sample {index}"
-        folder, _, base = name.rpartition("/")
-        return f"{folder}/{base.split('.')[0]}".lstrip("/")
+        """The sample's name in the tar header, for messages; ``sample INDEX`` where the shard cannot be read."""
+        return self.find_key(index) or f"sample {index}"
+
+    def find_key(self, index: int) -> str | None:
+        """The sample's name in the tar header; None where the shard cannot be read."""
+        with suppress(OSError, tarfile.TarError), open(self.path(int(self.rows[index]["shard"])), "rb") as file:
+            file.seek(int(self.rows[index]["header"]))
+            with tarfile.open(fileobj=file, mode="r|") as tar:
+                if member := tar.next():
+                    folder, _, base = member.name.rpartition("/")
+                    return f"{folder}/{base.split('.')[0]}".lstrip("/")
+        return None
 
 
-def digest_of(meta: dict) -> str:
+def index_digest(meta: dict[str, Any]) -> str:
     """``ShardSet.digest`` of the set that ``meta``, the content of an ``index.json``, describes."""
     text = json.dumps([[shard["sha256"] for shard in meta["shards"]], meta["rows_sha256"], meta["classes"]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _text(what: str, path: Path) -> str:
+def _load_array(what: str, name: str, content: bytes | Path, sha256: str) -> npt.NDArray[Any]:
+    """The array of an index file, read-only. Raises ``DataError`` if the file has another sha256."""
+    digest = sha256_of_file(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise DataError(
+            what,
+            got=f"{name} with another sha256 than {INDEX} records",
+            expected=sha256[:12] + "…",
+            fix=_REWRITE,
+        )
+    if isinstance(content, Path):
+        return np.asarray(np.load(content, mmap_mode="r", allow_pickle=False))
+    array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
+    return array
+
+
+def _check_is_shard_folder(what: str, name: str, root: Path) -> None:
+    if re.match(r"[a-z]\w+:/", name):
+        raise DataError(
+            what,
+            got="an address",
+            expected="a folder on this machine",
+            fix="name a folder here; trainings and evaluations also take addresses",
+        )
+    if not root.is_dir():
+        raise DataError(
+            what,
+            got="no such folder",
+            expected="a folder written by hpcssl-shard",
+            fix="check data.train and data.val, or write one with `hpcssl-shard images SRC OUT`",
+        )
+    if not (root / INDEX).exists():
+        inside = sorted(path.name for path in root.iterdir())[:3]
+        hint = ", and name OUT/train or OUT/val" if "train" in inside else ""
+        raise DataError(
+            what,
+            got=f"no {INDEX} (it holds {', '.join(inside) or 'nothing'})",
+            expected="a folder written by hpcssl-shard",
+            fix=f"write one with `hpcssl-shard images SRC OUT`{hint}",
+        )
+
+
+def _check_size(path: Path, shard: Shard) -> None:
+    size = path.stat().st_size if path.exists() else None
+    if size != shard.bytes:
+        raise DataError(
+            f"shard {path}",
+            got="no such file" if size is None else f"{size} bytes",
+            expected=f"{shard.bytes} bytes",
+            fix="copy it again, or write the shards again with the same command",
+        )
+
+
+def _read_index(what: str, path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, ValueError) as error:
-        raise DataError(what, got=f"an {INDEX} that cannot be read ({type(error).__name__}: {error})",
-                        expected="a text file that hpcssl-shard wrote", mend=_AGAIN) from error
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> DataError:
+    return DataError(
+        what,
+        got=f"an unreadable index ({type(error).__name__}: {error})",
+        expected=f"{INDEX} and the .npy files beside it as hpcssl-shard wrote them",
+        fix=_REWRITE,
+    )

@@ -1,0 +1,1 @@
+"""Evaluations of encoders, by the published protocols of self-supervised learning."""

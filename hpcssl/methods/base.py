@@ -1,64 +1,89 @@
-"""What a method is: a plan, an aim and an agreement. ``train_step`` knows nothing else about it."""
+"""What a method is: a view plan, training targets and a loss. ``train_step`` knows nothing else about it.
+
+Letters in shapes: b rows of this rank, W ranks, D entries per embedding, C prototypes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hpcssl import rng
+from hpcssl.distributed.batch_layout import BatchLayout
+from hpcssl.distributed.devices import to_device
+from hpcssl.distributed.world import World
 from hpcssl.memory.bank import Bank
-from hpcssl.memory.ledger import Ledger
-from hpcssl.memory.rows import Memory
-from hpcssl.views.ops import sent
+from hpcssl.memory.checkpointed import CheckpointedMemory
+from hpcssl.memory.embedding_table import EmbeddingTable
 from hpcssl.views.plan import ViewPlan
-from hpcssl.world import World
 
 
 @dataclass(frozen=True)
-class Emb:
-    """Embeddings of one view, unit length, in the precision of the loss (float32, or float64 in proofs).
+class Embedding:
+    """Embeddings of one view, unit length, in the precision of the loss (float32, or float64 in tests).
 
-    ``z`` [b, D] is the projection, ``u`` [b, D] the prediction: None from a moving average, which has no predictor, and
-    for methods without one; with prototypes the scores z·c [b, C]. ``view`` is its position in the plan.
+    Attributes:
+        z: [b, D], projection.
+        u: [b, D], prediction. None if there is no predictor: a moving average never has one. With prototypes it holds
+            their scores z·c, [b, C].
+        view: position of the view in the plan.
     """
 
     z: Tensor
     u: Tensor | None = None
     view: int = 0
 
+    @property
+    def prediction(self) -> Tensor:
+        """``u`` of a method with a predictor. Raises ``ValueError`` if there is none."""
+        if self.u is None:
+            raise ValueError(f"view {self.view} has no prediction: the method's HeadSpec names no predictor")
+        return self.u
+
 
 @dataclass(frozen=True)
-class Heads:
-    """What stands behind the online projector. ``predictor``: nothing, a perceptron of its own (``mlp``), or a layer of
-    so many ``prototypes``, unit vectors whose inner products with z are the prediction (SwAV). ``constant_lr``: the
-    predictor does not follow the rate's schedule; for the first ``still_steps`` steps it is not updated."""
+class HeadSpec:
+    """What follows the online projector.
+
+    Attributes:
+        predictor: ``none``; ``mlp``, a multi-layer perceptron; or ``prototypes``, a layer of unit vectors whose inner
+            products with z are the prediction (SwAV).
+        prototypes: number of prototypes, C; 0 for the other kinds.
+        constant_lr: whether the predictor keeps the peak learning rate while the rest follows the schedule.
+        frozen_steps: number of steps at the start in which the predictor is not updated.
+    """
 
     predictor: Literal["none", "mlp", "prototypes"] = "none"
     prototypes: int = 0
     constant_lr: bool = False
-    still_steps: int = 0
+    frozen_steps: int = 0
 
 
 @dataclass(frozen=True)
 class BankSpec:
-    """What a method keeps of the past: which columns, and whether it looks before or after feeding the bank.
+    """What a method keeps in the memory bank.
 
-    The column ``key`` holds target projections; ``index`` the sample's number and ``label`` its class, or -1.
-    ``push``: ``before`` the lookup, so that an image finds itself (MSF), or ``after`` the step, so that it cannot
-    (NNCLR, MoCo); or ``anew``: before each step the whole bank is filled with random images of the data set, embedded
-    by the encoder as it is. ``views`` are the target views whose embeddings are kept (``anew``: how the random images
-    are augmented), one after the other; before the lookup only one can be. ``replace``: new rows take the place of the
-    ``oldest``, or of rows drawn at ``random``.
-    ``vectors``, ``numbers``: names of further columns, as wide as ``key`` or of one integer, which the method's
-    ``columns`` fills (``Remembering``); in rows that were never pushed the integer is -1.
+    Every bank has the columns ``key`` [D], the projections of the target encoder, ``index``, the number of the image,
+    and ``label``, its class or -1.
+
+    Attributes:
+        push: when the bank is fed. ``before`` the lookup, so that an image finds itself (MSF); ``after`` the step, so
+            that it cannot (NNCLR, MoCo); or ``refill``: before each step the whole bank is filled with random images
+            of the data set, embedded by the current encoder.
+        views: the target views whose embeddings are pushed, one after the other; with ``before`` only one. With
+            ``refill``: how the random images are augmented.
+        replace: new rows replace the ``oldest`` rows, or rows drawn at ``random``.
+        vectors: names of further columns as wide as ``key``, which ``StateHooks.bank_columns`` fills.
+        numbers: names of further columns of one integer. Rows that were never pushed hold -1.
     """
 
-    push: Literal["before", "after", "anew"]
+    push: Literal["before", "after", "refill"]
     views: tuple[int, ...]
     replace: Literal["oldest", "random"] = "oldest"
     vectors: tuple[str, ...] = ()
@@ -66,101 +91,193 @@ class BankSpec:
 
 
 @dataclass
-class Context:
-    """What ``aim`` and ``agree`` may look at beside embeddings. ``notes`` takes diagnostics (scalar tensors).
+class StepContext:
+    """What ``targets`` and ``loss`` may use besides embeddings.
 
-    ``step`` counts from 0, ``epoch_steps`` make an epoch. ``pos_B`` int64 [b]: which of the rank's rows these are: all
-    of them, or those of a micro-batch. ``kin``: for queries of two images, from rows of the global batch to those
-    whose queries show one of the same images (``views/mix.py``). ``predict``: the predictor on rows, no gradient.
-    ``watch_labels``: the data set has labels, so that diagnostics may use them. ``targets``: the embeddings of all
-    target views. ``memories``: what the method keeps beside the bank, by name (``Remembering``).
+    Attributes:
+        step: number of the step, from 0.
+        steps_per_epoch: number of steps in one epoch.
+        seed: the recipe's seed.
+        world: the ranks that train together. Methods use the functions below instead.
+        layout: how the global batch is split over micro-batches and ranks.
+        bank: the memory bank. Only for methods that have a ``BankSpec``; it is None for the others.
+        index_B: [b] int64, image numbers.
+        label_B: [b] int64, classes, or -1 where unknown.
+        rows_B: [b] int64, which of this rank's rows these are: all of them, or those of one micro-batch.
+        predict: applies the predictor to rows [n, D], without gradient.
+        same_image_rows: for queries that mix two images: maps rows [b] of the global batch to the rows [b, M] whose
+            queries show one of the same images (``views/mix.py``). None for queries of one image.
+        has_labels: whether the data set has labels, so that diagnostics may use them.
+        metrics: scalars that are logged with the step, by name.
+        target_embeddings: embeddings of all target views, by view.
+        memories: what the method keeps besides the bank, by name; see ``StateHooks``.
     """
 
     step: int
-    epoch_steps: int
+    steps_per_epoch: int
     seed: int
     world: World
-    bank: Bank | None
+    layout: BatchLayout
+    bank: Bank
     index_B: Tensor
     label_B: Tensor
-    pos_B: Tensor
+    rows_B: Tensor
     predict: Callable[[Tensor], Tensor]
-    kin: Callable[[Tensor], Tensor] | None = None
-    watch_labels: bool = False
-    notes: dict[str, Tensor] = field(default_factory=dict)
-    targets: dict[int, Emb] = field(default_factory=dict)
-    memories: dict[str, Memory] = field(default_factory=dict)
+    same_image_rows: Callable[[Tensor], Tensor] | None = None
+    has_labels: bool = False
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    target_embeddings: dict[int, Embedding] = field(default_factory=dict)
+    memories: dict[str, Any] = field(default_factory=dict)
 
-    def uniform(self, *address: int | str) -> Tensor:
-        """[b] float64 in [0, 1): one number for each image of this step, whichever rank it is on."""
-        whole = rng.uniform(rng.key(self.seed, *address, self.step), self.world.batch)
-        return self.world.part_of_batch(sent(whole, self.index_B.device))[self.pos_B]
+    @property
+    def global_batch_size(self) -> int:
+        """Number of rows of all ranks together."""
+        return len(self.rows_B) * self.world.size
 
-    def everyone(self, x: Tensor) -> Tensor:
-        """[b, …] of this rank as [W·b, …] of the global batch, with gradient to the rank that each row came from."""
-        return self.world.gather_grad(x)
+    def uniform(self, *key: int | str) -> Tensor:
+        """Draw one number per image of this step, the same for an image whichever rank it is on.
 
-    def rows(self) -> Tensor:
-        """Numbers in the global batch of this rank's rows, [b] int64; of methods whose batch is not cut."""
-        return self.pos_B + self.world.rank * len(self.pos_B)
+        Args:
+            *key: RNG key of the draw; the step is added.
+
+        Returns:
+            [b] float64 in [0, 1).
+        """
+        whole = rng.uniform(rng.key(self.seed, *key, self.step), self.layout.batch)
+        return self.world.local_batch_rows(to_device(whole, self.index_B.device), self.layout)[self.rows_B]
+
+    def all_gather_rows(self, x: Tensor) -> Tensor:
+        """Gather [b, …] of every rank into [W·b, …]. Gradients flow back to the rank that each row came from."""
+        return self.world.all_gather_with_grad(x)
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Add x over all ranks, without gradient."""
+        return self.world.all_reduce_sum(x)
+
+    def share_of(self, x: Tensor) -> Tensor:
+        """Return this rank's share of the rows of x, which is equal on all ranks: about 1/W of them."""
+        return x.tensor_split(self.world.size)[self.world.rank]
+
+    def global_rows(self) -> Tensor:
+        """Return the positions [b] int64 of this rank's rows in the result of ``all_gather_rows``.
+
+        Only for methods with ``needs_whole_batch``, whose batch is not split into micro-batches.
+        """
+        return self.rows_B + self.world.rank * len(self.rows_B)
 
 
 class Method(Protocol):
-    """A method of self-supervised learning.
+    """A method of self-supervised learning. Where the plan has views of a second modality, that has its own encoders.
 
-    ``target``: the encoder that is aimed at is a moving average of the online one (``ema``), the online one without
-    gradient (``stop``), or with it (``same``). ``heads``: what stands behind the online projector. ``in_batch``: the
-    loss of a row looks at other rows of its batch (in-batch negatives, codes), so that a batch cannot be cut into
-    micro-batches. Where the plan has views of a second modality, that one has encoders of its own.
+    A method that keeps state besides the bank also has some of the functions of ``StateHooks``.
+
+    Attributes:
+        plan: which views of an image exist, and which query is trained toward which target view.
+        target_encoder: the encoder that embeds target views. ``ema``: an exponential moving average of the online
+            encoder. ``stop_gradient``: the online encoder, without gradient. ``shared``: the online encoder, with
+            gradient.
+        heads: what follows the online projector.
+        needs_whole_batch: whether the loss of a row depends on other rows of its batch, as with negatives from the
+            batch or codes of the batch. Such a batch cannot be split into micro-batches.
+        bank: what the memory bank keeps; None for no bank.
     """
 
     plan: ViewPlan
-    target: Literal["ema", "stop", "same"]
-    heads: Heads
-    in_batch: bool
+    target_encoder: Literal["ema", "stop_gradient", "shared"]
+    heads: HeadSpec
+    needs_whole_batch: bool
     bank: BankSpec | None
 
-    def aim(self, target: Emb, ctx: Context) -> Any:
-        """What the queries of one target view should come near to. Called once per target view (and micro-batch, where
-        the target is no moving average)."""
+    def targets(self, target: Embedding, ctx: StepContext) -> Any:
+        """Compute what queries are trained toward, from the embeddings of one target view.
 
-    def agree(self, query: Emb, aim: Any, pos_B: Tensor, ctx: Context) -> Tensor:
-        """Loss of each query row, [b]. Row i belongs to the image of row ``pos_B[i]`` of the aim."""
+        Called once per target view and step; unless the target encoder is a moving average, once per micro-batch.
+
+        Args:
+            target: embeddings of the target view, b rows.
+            ctx: the step.
+
+        Returns:
+            Anything that ``loss`` can use for queries of the same b images, typically [b, D].
+        """
+
+    def loss(self, query: Embedding, targets: Any, rows_B: Tensor, ctx: StepContext) -> Tensor:
+        """Compute the loss of each query row. The mean over rows and ranks is taken by the training step.
+
+        Args:
+            query: embeddings of the query view, with gradient.
+            targets: the result of ``targets`` for the target view of this term.
+            rows_B: int64, one entry per query: row i shows the image of row ``rows_B[i]`` of the targets.
+            ctx: the step.
+
+        Returns:
+            One loss per query row.
+        """
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What memories are made from: a data set whose images have these ``labels`` (int64 [images], -1 for none),
-    embeddings of ``width`` entries of ``dtype``, the bank's ``placement`` (replicated or sharded)."""
+class MemoryContext:
+    """What a method's own memories are built from.
 
-    labels: np.ndarray
+    Attributes:
+        labels: [images] int64, the classes of the data set, or -1 where unknown.
+        seed: the recipe's seed.
+        width: entries per embedding, D.
+        dtype: dtype of embeddings.
+        placement: of the bank and the embedding tables, ``replicated`` or ``sharded``.
+        world: the ranks that train together.
+        layout: how the global batch is split over micro-batches and ranks.
+    """
+
+    labels: npt.NDArray[np.int64]
     seed: int
     width: int
     dtype: torch.dtype
     placement: str
     world: World
+    layout: BatchLayout
 
-    def ledger(self, images: int | None = None) -> Ledger:
-        """A ledger of all images, or of so many."""
-        return Ledger(len(self.labels) if images is None else images, self.width, self.world,
-                      placement=self.placement, dtype=self.dtype)
+    def embedding_table(self, images: int | None = None) -> EmbeddingTable:
+        """Create an embedding table for this number of images; None means all of the data set."""
+        return EmbeddingTable(
+            len(self.labels) if images is None else images,
+            self.width,
+            self.world,
+            layout=self.layout,
+            placement=self.placement,
+            dtype=self.dtype,
+        )
 
 
-@runtime_checkable
-class Remembering(Protocol):
-    """What a method has besides if it remembers more than the bank does. All ranks call each function at one step.
+@dataclass(frozen=True)
+class StateHooks:
+    """Functions that a method has if it keeps state besides the bank. All are optional.
 
-    A run's memories are saved, loaded and digested beside the bank. ``refresh`` and ``after`` alone change them.
+    A method defines those that it needs under the names below; ``StateHooks.of`` fills in the rest. All ranks call each
+    function at the same step. Only ``before_step`` and ``after_step`` may change the memories, which are saved, loaded
+    and compared between ranks together with the bank.
+
+    Attributes:
+        build_memories: returns the memories of a new run, by name. Called once. Default: none.
+        before_step: called at the start of every step, before anything is embedded, even if the step is discarded
+            later. Default: does nothing.
+        bank_columns: returns values [b, D] or [b] of the bank's further columns, for the rows that are about to be
+            pushed. Default: none.
+        after_step: called with the target embeddings, by view, after a step that was not discarded: a discarded step
+            leaves no trace. Default: does nothing.
     """
 
-    def memories(self, scene: Scene) -> dict[str, Memory]:
-        """The memories of a new run, by name. Called once."""
+    build_memories: Callable[[MemoryContext], dict[str, CheckpointedMemory]]
+    before_step: Callable[[StepContext], None]
+    bank_columns: Callable[[Embedding, StepContext], dict[str, Tensor]]
+    after_step: Callable[[dict[int, Embedding], StepContext], None]
 
-    def refresh(self, ctx: Context) -> None:
-        """Called at the start of every step, before anything is embedded: also if the step is refused later."""
-
-    def columns(self, target: Emb, ctx: Context) -> dict[str, Tensor]:
-        """Values [b, D] or [b] of the bank's further columns, for the rows that are about to be pushed."""
-
-    def after(self, target: dict[int, Emb], ctx: Context) -> None:
-        """Called after a step that was taken, with its targets by view; a refused step leaves no trace."""
+    @classmethod
+    def of(cls, owner: object) -> StateHooks:
+        """Return the hooks that ``owner`` defines, and the defaults for those that it does not."""
+        return cls(
+            build_memories=getattr(owner, "build_memories", lambda context: {}),
+            before_step=getattr(owner, "before_step", lambda ctx: None),
+            bank_columns=getattr(owner, "bank_columns", lambda target, ctx: {}),
+            after_step=getattr(owner, "after_step", lambda targets, ctx: None),
+        )

@@ -1,13 +1,13 @@
-"""NNSiam: SimSiam towards the nearest neighbour. Section 4.5 of NNCLR, Dwibedi et al. ICCV 2021.
+"""NNSiam: SimSiam toward the nearest neighbor. Section 4.5 of NNCLR, Dwibedi et al. ICCV 2021.
 
     L = − 1/2 · cos(p_1, NN(z_2, Q)) − 1/2 · cos(p_2, NN(z_1, Q))
 
-    paper     here        meaning
-    p_1       query.u     g(f(x_1)): prediction for one view, unit length
-    z_2       target.z    f(x_2): projection of the other view by the same network, unit length, without gradient
-    NN(·, Q)  aim         nearest row of the support set Q (``neighbours.py``): the last N z of the first view
+    paper     here              meaning
+    p_1       query.prediction  g(f(x_1)): prediction for one view, unit length
+    z_2       target.z          f(x_2): projection of the other view by the same network, unit length, without gradient
+    NN(·, Q)  targets           nearest row of the support set Q (``neighbors.py``): the last N z of the first view
 
-With the view itself in place of its neighbour (``neighbours.rule=self``) it is SimSiam.
+With the view itself in place of its neighbor (``neighbors.rule=self``) it is SimSiam.
 """
 
 from __future__ import annotations
@@ -17,34 +17,47 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hpcssl.methods import equations
-from hpcssl.methods.base import Context, Emb, Heads
-from hpcssl.methods.neighbours import NeighbourOptions, look_up
-from hpcssl.views.plan import ViewOptions, both_ways
+from hpcssl.methods.base import Embedding, HeadSpec, StepContext
+from hpcssl.methods.neighbors import NeighborOptions, find_positives
+from hpcssl.views.plan import ViewOptions, symmetric_plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class NnsiamOptions:
-    """``fix_predictor_lr``: the predictor keeps the peak rate, as in SimSiam (the paper does not say)."""
+    """Options of NNSiam.
+
+    Attributes:
+        name: ``nnsiam``, the name of the method.
+        fix_predictor_lr: true: the predictor keeps the peak learning rate, as in SimSiam (the paper does not say).
+        neighbors: which positives replace the view itself.
+    """
 
     name: str = "nnsiam"
     fix_predictor_lr: bool = True
-    neighbours: NeighbourOptions = field(default_factory=NeighbourOptions)
+    neighbors: NeighborOptions = field(default_factory=NeighborOptions)
 
 
 class Nnsiam:
-    """Plan: both ways, half each. Target: the online network itself, without gradient. Bank: fed after the step."""
+    """View plan: symmetric, half each. Target encoder: online, without gradient. Bank: fed after the step.
 
-    target = "stop"
-    in_batch = False
+    Args:
+        options: options of the method.
+        views: how the views are augmented.
+    """
+
+    target_encoder = "stop_gradient"
+    needs_whole_batch = False
 
     def __init__(self, options: NnsiamOptions, views: ViewOptions):
         self.options = options
-        self.plan = both_ways(*views.pair(), share=0.5)
-        self.heads = Heads(predictor="mlp", constant_lr=options.fix_predictor_lr)
-        self.bank = options.neighbours.bank(self.plan.targets)
+        self.plan = symmetric_plan(*views.make_views(), share=0.5)
+        self.heads = HeadSpec(predictor="mlp", constant_lr=options.fix_predictor_lr)
+        self.bank = options.neighbors.bank_spec(self.plan.targets)
 
-    def aim(self, target: Emb, ctx: Context) -> Tensor:
-        return look_up(target, ctx, self.options.neighbours)
+    def targets(self, target: Embedding, ctx: StepContext) -> Tensor:
+        """Return NN(z, Q), [b, D]."""
+        return find_positives(target, ctx, self.options.neighbors)
 
-    def agree(self, query: Emb, aim: Tensor, pos_B: Tensor, ctx: Context) -> Tensor:
-        return equations.negative_cosine(query.u, aim[pos_B])
+    def loss(self, query: Embedding, targets: Tensor, rows_B: Tensor, ctx: StepContext) -> Tensor:
+        """−cos(p, NN(z, Q))."""
+        return equations.negative_cosine(query.prediction, targets[rows_B])

@@ -1,0 +1,1 @@
+"""Networks: backbones, heads, encoder pairs and normalization; reading and writing of weights."""

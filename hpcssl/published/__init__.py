@@ -1,15 +1,15 @@
-"""The tables that the papers print, as data: every value as it stands there, with its table and row.
+"""The result tables of the papers as data: every value as printed, with its table and row.
 
-One YAML file per document. A table's ``rows`` are a block of text whose first line names the columns and whose cells
-are parted by ``|``; a cell holds what is printed: ``72.4``, ``82.01 ± 0.13``, ``62.3 (+0.7)`` where the difference to
-another row stands beside, ``-`` where nothing is printed. Columns of scores are named as the headers of the recipes
-name them (``linear_top1``), and the column ``recipe`` names the packaged recipe that is to reach this row. Further
-keys of a table:
+One YAML file per document. The ``rows`` of a table are a block of text: its first line names the columns, and ``|``
+separates the cells. A cell holds what is printed: ``72.4``, ``82.01 ± 0.13``, ``62.3 (+0.7)`` with the difference to
+another row, or ``-`` if nothing is printed. Columns of scores have the names that the headers of the recipes use
+(``linear_top1``), and the column ``recipe`` names the packaged recipe that is to reach the row. Further keys of a
+table:
 
-``means``      column -> the columns whose mean it prints
-``bases``      row -> the row that its printed differences are against
-``misprints``  row -> columns whose printed mean or difference does not re-add (the notes say by how much)
-``notes``      what a reader must know: inconsistencies, what was inferred
+- ``means``: for a column, the columns whose mean it prints.
+- ``bases``: for a row, the row to which its printed differences refer.
+- ``misprints``: for a row, the columns whose printed mean or difference is wrong (the notes say by how much).
+- ``notes``: inconsistencies of the table, and what was inferred.
 """
 
 from __future__ import annotations
@@ -26,22 +26,49 @@ from hpcssl import config
 DOCUMENTS = ("msf", "cmsf", "nnclr", "bsim", "peers")
 
 TITLES = {
-    "linear_top1": "linear", "linear_top5": "linear top-5", "knn1_top1": "1-NN", "knn20_top1": "20-NN",
-    "knn200_top1": "200-NN weighted", "svm_voc07": "SVM mAP",
-    **{f"{kind}_{share}pct_top{k}": f"{kind} {share} %" + ("" if k == 1 else f" top-{k}")
-       for kind in ("finetune", "linear") for share in (1, 10) for k in (1, 5)},
+    "linear_top1": "linear",
+    "linear_top5": "linear top-5",
+    "knn1_top1": "1-NN",
+    "knn20_top1": "20-NN",
+    "knn200_top1": "200-NN weighted",
+    "svm_voc07": "SVM mAP",
+    **{
+        f"{kind}_{share}pct_top{k}": f"{kind} {share} %" + ("" if k == 1 else f" top-{k}")
+        for kind in ("finetune", "linear")
+        for share in (1, 10)
+        for k in (1, 5)
+    },
     **{f"lowshot{k}": f"SVM {k}-shot" for k in (1, 2, 4, 8, 16, 32, 64, 96)},
-    **{name.lower().replace("-", ""): f"transfer {name}" for name in (
-        "Food101", "CIFAR10", "CIFAR100", "Birdsnap", "SUN397", "Cars", "Aircraft", "VOC07", "DTD", "Pets",
-        "Caltech-101", "Flowers")},
+    **{
+        name.lower().replace("-", ""): f"transfer {name}"
+        for name in (
+            "Food101",
+            "CIFAR10",
+            "CIFAR100",
+            "Birdsnap",
+            "SUN397",
+            "Cars",
+            "Aircraft",
+            "VOC07",
+            "DTD",
+            "Pets",
+            "Caltech-101",
+            "Flowers",
+        )
+    },
     "transfer_mean": "transfer mean of 10",
-    "voc_ap50": "detect AP50", "voc_ap": "detect AP", "voc_ap75": "detect AP75",
-    "flops_e17": "FLOPs ×1e17", "memory_mb": "memory (MB)", "steps_per_s": "steps/s", "memory_gb": "memory (GB)",
+    "voc_ap50": "detect AP50",
+    "voc_ap": "detect AP",
+    "voc_ap75": "detect AP75",
+    "flops_e17": "FLOPs ×1e17",
+    "memory_mb": "memory (MB)",
+    "steps_per_s": "steps/s",
+    "memory_gb": "memory (GB)",
 }
-"""What tables call a column; a measured column of the same title is the same quantity."""
+"""Title of every column of scores; a measured column of the same title is the same quantity."""
 
 IMAGES = {"cifar10": 50_000, "imagenette": 9_469}
-"""Training images of the sets that recipes are named after; the others' rows are of ImageNet."""
+"""Training images of the data sets that recipes are named after; all other recipes train on ImageNet."""
 IMAGENET = 1_281_167
 
 _NUMBER = r"\d+(?:\.\d+)?"
@@ -50,7 +77,15 @@ _VALUE = re.compile(rf"({_NUMBER})(?: ± ({_NUMBER}))?(?: \(([+-]{_NUMBER})\))?"
 
 @dataclass(frozen=True)
 class Value:
-    """A printed score. ``text``: as printed; ``decimals``: of the number; the others None where none is printed."""
+    """A printed score.
+
+    Attributes:
+        text: Number and deviation as printed.
+        number: The number.
+        decimals: Its printed decimals.
+        deviation: The printed deviation, or None.
+        difference: The printed difference to another row, or None.
+    """
 
     text: str
     number: float
@@ -59,20 +94,36 @@ class Value:
     difference: float | None = None
 
     @classmethod
-    def read(cls, text: str) -> Value | None:
-        """The number in a cell; None for ``-`` and for words."""
-        found = _VALUE.fullmatch(text)
-        if not found:
+    def parse(cls, text: str) -> Value | None:
+        """Parse a cell; None for ``-`` and for words."""
+        match = _VALUE.fullmatch(text)
+        if not match:
             return None
-        number, deviation, difference = found.groups()
-        return cls(f"{number} ± {deviation}" if deviation else number, float(number),
-                   len(number.partition(".")[2]), *(None if x is None else float(x) for x in (deviation, difference)))
+        number, deviation, difference = match.groups()
+        return cls(
+            f"{number} ± {deviation}" if deviation else number,
+            float(number),
+            len(number.partition(".")[2]),
+            *(None if x is None else float(x) for x in (deviation, difference)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One printed table. ``rows``: row key -> column -> cell; a key is the row's first cell, with epochs and batch
-    where the first cell alone stands twice."""
+    """One printed table.
+
+    Attributes:
+        document: The document, a key of ``read_titles``.
+        name: Key of the table in its file.
+        title: What the table shows.
+        source: Its number in the document.
+        columns: Names of the columns.
+        rows: Cells by row and column. A row is named by its first cell, with epochs and batch if that is ambiguous.
+        means: For a column, the columns whose mean it prints.
+        bases: For a row, the row to which its differences refer.
+        misprints: For a row, the columns whose printed mean or difference is wrong.
+        notes: Inconsistencies, and what was inferred.
+    """
 
     document: str
     name: str
@@ -86,18 +137,25 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def value(self, row: str, column: str) -> Value | None:
-        return Value.read(self.rows[row].get(column, "-"))
+        """Return the value of a cell; None if nothing is printed there."""
+        return Value.parse(self.rows[row].get(column, "-"))
 
     def recipes(self) -> Iterator[tuple[str, str]]:
-        """(recipe, row key) of each row that a packaged recipe is to reach."""
+        """Yield the recipe and the row, for each row that a packaged recipe is to reach."""
         for key, cells in self.rows.items():
             if cells.get("recipe"):
                 yield cells["recipe"], key
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """A published score of a recipe, and where it is printed."""
+class PublishedScore:
+    """A published score of a recipe, and where it is printed.
+
+    Attributes:
+        value: The score.
+        table: The table that prints it.
+        row: The row of the table.
+    """
 
     value: Value
     table: Table
@@ -108,47 +166,56 @@ class Anchor:
 
 
 @cache
-def tables() -> tuple[Table, ...]:
-    """All tables in the order of the documents."""
-    found = []
+def read_tables() -> tuple[Table, ...]:
+    """Read all tables, in the order of the documents."""
+    tables = []
     for name in DOCUMENTS:
         sheet = config.read_yaml(Path(__file__).with_name(f"{name}.yaml"))
         for key, about in sheet["tables"].items():
-            columns, rows = _rows(about.pop("rows"))
-            found.append(Table(document=sheet["document"], name=key, columns=columns, rows=rows, **about))
-    return tuple(found)
+            columns, rows = _parse_rows(about.pop("rows"))
+            tables.append(Table(document=sheet["document"], name=key, columns=columns, rows=rows, **about))
+    return tuple(tables)
 
 
-def titles() -> dict[str, str]:
-    """Document -> its full title."""
+def read_titles() -> dict[str, str]:
+    """Return the full title of every document."""
     sheets = (config.read_yaml(Path(__file__).with_name(f"{name}.yaml")) for name in DOCUMENTS)
     return {sheet["document"]: sheet["title"] for sheet in sheets}
 
 
-def of_recipe(recipe: str) -> dict[str, Anchor]:
-    """Column -> the score that the recipe is to reach; the first table that prints one is taken."""
-    found: dict[str, Anchor] = {}
-    for table in tables():
+def find_scores(recipe: str) -> dict[str, PublishedScore]:
+    """Find the scores that a recipe is to reach.
+
+    Args:
+        recipe: Name of a packaged recipe.
+
+    Returns:
+        The score of each column, from the first table that prints one.
+    """
+    scores: dict[str, PublishedScore] = {}
+    for table in read_tables():
         for name, row in table.recipes():
             if name == recipe:
                 for column in table.columns:
                     value = table.value(row, column)
                     if value is not None and column in TITLES:
-                        found.setdefault(column, Anchor(value, table, row))
-    return found
+                        scores.setdefault(column, PublishedScore(value, table, row))
+    return scores
 
 
-def images_of(recipe: str) -> int:
-    """Training images behind a recipe's published scores."""
+def count_training_images(recipe: str) -> int:
+    """Return the number of training images behind the published scores of a recipe."""
     return IMAGES.get(recipe.partition("_")[0], IMAGENET)
 
 
-def _rows(text: str) -> tuple[list[str], dict[str, dict[str, str]]]:
+def _parse_rows(text: str) -> tuple[list[str], dict[str, dict[str, str]]]:
     head, *lines = ([cell.strip() for cell in line.split("|")] for line in text.strip().splitlines())
     cells = [dict(zip(head, line, strict=False)) for line in lines]
     keys = [row[head[0]] for row in cells]
     for column, words in (("epochs", "{} epochs"), ("batch", "batch {}")):
-        times = Counter(keys)
-        keys = [f"{key}, {words.format(row[column])}" if times[key] > 1 and column in row else key
-                for key, row in zip(keys, cells, strict=True)]
+        counts = Counter(keys)
+        keys = [
+            f"{key}, {words.format(row[column])}" if counts[key] > 1 and column in row else key
+            for key, row in zip(keys, cells, strict=True)
+        ]
     return head, dict(zip(keys, cells, strict=True))

@@ -1,18 +1,18 @@
-"""What an encoder takes for alike: validation images, drawn by lot, beside their nearest training images.
+"""A picture of what an encoder finds similar: random validation images beside their nearest training images.
 
-The features are those of ``hpcssl eval knn`` (taken from the run folder where they are kept, else made and kept there),
-the neighbours those that vote there. A neighbour with the query's label has a solid blue frame, another one a dashed
-orange frame and its own label beneath.
+The features are those of ``hpcssl eval knn``, taken from the run folder or computed and stored there, and the neighbors
+are those that vote there. A neighbor with the label of the query has a solid blue frame; any other has a dashed orange
+frame and its own label beneath.
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,110 +20,155 @@ from PIL import Image
 from hpcssl import config, files, rng
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
+from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError
-from hpcssl.evals import knn
-from hpcssl.evals import run as evals
-from hpcssl.evals.features import Encoder, Features, extract
-from hpcssl.files import RunDir
+from hpcssl.evals.checks import check_labels
+from hpcssl.evals.common.encoder import FrozenEncoder
+from hpcssl.evals.common.extract import extract_features
+from hpcssl.evals.frozen import knn
+from hpcssl.evals.resolve import load_options, resolve_evaluation
+from hpcssl.nets.run_weights import find_weights
+from hpcssl.results.image_grid import MAX_SIDE, ImageGrid, center_square, shorten
 from hpcssl.results.records import open_run
+from hpcssl.run_dir import RunDir
 from hpcssl.train import main as training
-from hpcssl.train.recipe import MachineOptions
-from hpcssl.world import World
+from hpcssl.train.options import MachineOptions
 
-QUERIES, NEIGHBOURS = 10, 8
+QUERIES, NEIGHBORS = 10, 8
 RIGHT, WRONG = ("#0072B2", "-"), ("#D55E00", (0, (3, 2)))
-GAP, WORDS, HEAD = 0.08, 0.27, 0.75  # between images, beneath one, above all: in widths of an image
-_SIDE = 160  # pixels of a drawn image
-_LETTERS = 15
 
 
-def draw(run: Path | str, path: Path | str) -> Path:
-    """Write the gallery of a run's last weights, between the recipe's training and validation shards, as a PNG.
+@dataclass(frozen=True)
+class NeighborRows:
+    """Random validation images and their nearest training images.
 
-    Raises ``EvalError`` (no weights, no labels), ``ConfigError`` (no .png, no validation shards) and ``DataError``.
+    Attributes:
+        step: Training step of the encoder.
+        sets: The shards, ``train`` and ``val``.
+        queries: Indices of the validation images, int64 [Q].
+        neighbors: Indices of their nearest training images, the nearest first, int64 [Q, K].
+        similarity: Their cosine similarities, [Q, K].
     """
-    run, path = open_run(run), Path(path)
-    if path.suffix != ".png":
-        raise ConfigError(f"--gallery {path}", got=f"the ending {path.suffix!r}", expected=".png",
-                          mend=f"--gallery {path.with_suffix('.png')}")
-    training.prepare(MachineOptions(devices="auto"))
-    given, sets = evals.question("knn", config.read_yaml(run.config))
-    evals.check_labels(sets["train"], sets["val"])
+
+    step: int
+    sets: dict[str, ShardSet]
+    queries: npt.NDArray[np.int64]
+    neighbors: npt.NDArray[np.int64]
+    similarity: npt.NDArray[np.float32]
+
+    @property
+    def is_same_label(self) -> npt.NDArray[np.bool_]:
+        """Whether a neighbor has the query's label, bool [Q, K]."""
+        same: npt.NDArray[np.bool_] = (
+            self.sets["train"].labels[self.neighbors] == self.sets["val"].labels[self.queries][:, None]
+        )
+        return same
+
+
+def find_neighbors(run: RunDir, queries: int, neighbors: int) -> NeighborRows:
+    """Compare random validation images with the training images, by the last weights of a run.
+
+    Args:
+        run: The run folder.
+        queries: Number of validation images.
+        neighbors: Neighbors of each.
+
+    Raises:
+        EvalError: The run has no weights, or the shards have no labels.
+        DataError: The shards cannot be read.
+    """
+    overrides, sets = resolve_evaluation("knn", config.read_yaml(run.config))
+    check_labels(sets["train"], sets["val"])
     world = World.start("auto")
+    training.set_up_torch(MachineOptions(devices="auto"), world.device)
     try:
-        options = config.load(knn.KnnOptions, given, where="options of knn")
-        encoder = Encoder.open(evals.weights_of(run), world)
+        options = load_options("knn", overrides)
+        encoder = FrozenEncoder.open(find_weights(run), world)
         threads = len(os.sched_getaffinity(0))
-        bank, queries = (extract(encoder, sets[kind], options, world, root=run.features, threads=threads)
-                         for kind in ("train", "val"))
-        chosen = drawn(queries.labels.numpy(), QUERIES)
-        unit = F.normalize(queries.rows(torch.as_tensor(chosen)), dim=1).to(world.device)
-        similarity, index = knn.nearest(unit, bank, min(NEIGHBOURS, len(bank)))
+        bank, images = (
+            extract_features(encoder, sets[kind], options, world, root=run.features, threads=threads)
+            for kind in ("train", "val")
+        )
+        chosen = choose_queries(images.labels.numpy(), queries)
+        unit = F.normalize(images.rows(torch.as_tensor(chosen)), dim=1).to(world.device)
+        similarity, index = knn.nearest_neighbors(unit, bank, min(neighbors, len(bank)))
     finally:
         world.close()
-    files.atomic_write(path, _picture(run, encoder, sets, bank, chosen, similarity.cpu().numpy(), index.cpu().numpy()))
+    return NeighborRows(encoder.meta["step"], sets, chosen, index.cpu().numpy(), similarity.cpu().numpy())
+
+
+def draw_gallery(folder: Path | str, path: Path | str) -> Path:
+    """Draw the gallery of the last weights of a run, with the training and validation shards of its recipe.
+
+    Args:
+        folder: The run folder.
+        path: The .png file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        EvalError: The run has no weights, or the shards have no labels.
+        ConfigError: The path does not end with .png, or the recipe has no validation shards.
+        DataError: The shards cannot be read.
+    """
+    run, path = open_run(folder), Path(path)
+    if path.suffix != ".png":
+        raise ConfigError(
+            f"--gallery {path}",
+            got=f"the suffix {path.suffix!r}",
+            expected=".png",
+            fix=f"write --gallery {path.with_suffix('.png')}",
+        )
+    files.atomic_write(path, _draw_picture(run, find_neighbors(run, QUERIES, NEIGHBORS)))
     return path
 
 
-def drawn(labels: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Indices of ``count`` images in an order drawn at (seed, "gallery"), of another class each while there are any."""
+def choose_queries(labels: npt.NDArray[np.int64], count: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Draw images, first one of every class.
+
+    Args:
+        labels: Class numbers, [N].
+        count: Number of images.
+        seed: Seed of the order.
+
+    Returns:
+        Indices of the images.
+    """
     order = rng.permutation(rng.key(seed, "gallery"), len(labels))
     _, first = np.unique(labels[order], return_index=True)
     first = np.sort(first)
     rest = np.setdiff1d(np.arange(len(order)), first)
-    return order[np.concatenate([first, rest])[:count]]
+    chosen: npt.NDArray[np.int64] = order[np.concatenate([first, rest])[:count]]
+    return chosen
 
 
-def _picture(run: RunDir, encoder: Encoder, sets: dict[str, ShardSet], bank: Features, chosen: Sequence[int],
-             similarity: np.ndarray, index: np.ndarray) -> bytes:
-    from matplotlib.figure import Figure
-
-    rows, columns = index.shape
-    classes, wanted = sets["val"].classes, sets["val"].labels[chosen]
-    found = bank.labels.numpy()[index]
-    # one pair of axes whose unit is an image: a panel for each would take a minute to lay out
-    width, height = _left(columns) + 1 + GAP, rows * (1 + WORDS) + HEAD
-    figure = Figure(figsize=(1.2 * width, 1.2 * height), dpi=150)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.text(GAP, 0.25, f"{run.root.name}, step {encoder.meta['step']}: {int((found == wanted[:, None]).sum())} of "
-              f"{found.size} neighbours have the query's label (solid blue frame); beneath: cosine", va="center")
-    for column, words in enumerate(("query", "nearest first")):
-        axes.text(_left(column), HEAD - 0.08, words, fontsize="small", va="bottom")
+def _draw_picture(run: RunDir, found: NeighborRows) -> bytes:
+    sets, same_label = found.sets, found.is_same_label
+    classes = sets["val"].classes
+    grid = ImageGrid(*found.neighbors.shape)
+    grid.draw_titles(
+        f"{run.root.name}, step {found.step}: {int(same_label.sum())} of {same_label.size} "
+        f"neighbors have the query's label (solid blue frame); beneath: cosine",
+        "query",
+        "nearest first",
+    )
     with Reader(sets["val"]) as val, Reader(sets["train"]) as train:
-        for row, at in enumerate(chosen):
-            _image(axes, row, 0, val, int(at), _short(classes[wanted[row]]), None)
-            for column, near in enumerate(index[row]):
-                same = found[row, column] == wanted[row]
-                words = f"{similarity[row, column]:.3f}" + ("" if same else f" · {_short(classes[found[row, column]])}")
-                _image(axes, row, column + 1, train, int(near), words, RIGHT if same else WRONG)
-    axes.set(xlim=(0, width), ylim=(height, 0))  # each image has moved them
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        for row, query in enumerate(found.queries):
+            label = classes[sets["val"].labels[query]]
+            grid.draw_image(row, 0, read_square(val, int(query)), shorten(label))
+            for column, neighbor in enumerate(found.neighbors[row]):
+                same = same_label[row, column]
+                caption = f"{found.similarity[row, column]:.3f}" + (
+                    "" if same else f" · {shorten(classes[sets['train'].labels[neighbor]])}"
+                )
+                image = read_square(train, int(neighbor))
+                grid.draw_image(row, column + 1, image, caption, RIGHT if same else WRONG)
+    return grid.to_png()
 
 
-def _left(column: int) -> float:
-    return GAP + column * (1 + GAP) + (GAP if column else 0)
-
-
-def _image(axes, row: int, column: int, reader: Reader, index: int, words: str, frame: tuple | None) -> None:
-    from matplotlib.patches import Rectangle
-
-    _, pixels, _ = reader.images(index, 0)
-    image = Image.fromarray(pixels)
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side > _SIDE:
-        image = image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    x, y = _left(column), HEAD + row * (1 + WORDS)
-    axes.imshow(np.asarray(image), extent=(x, x + 1, y + 1, y), interpolation="nearest", aspect="auto")
-    axes.text(x + 0.5, y + 1.05, words, fontsize="x-small", ha="center", va="top")
-    if frame is not None:
-        axes.add_patch(Rectangle((x, y), 1, 1, fill=False, linewidth=3, capstyle="butt", edgecolor=frame[0],
-                                 linestyle=frame[1]))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LETTERS else name[:_LETTERS - 1] + "…"
+def read_square(reader: Reader, index: int, max_side: int = MAX_SIDE) -> Image.Image:
+    """The central square of an image, made smaller where it has more than ``max_side`` pixels a side."""
+    _, pixels, _ = reader.read_images(index, 0)
+    assert pixels is not None  # read_images was not asked to leave it out
+    return center_square(pixels, max_side)

@@ -1,240 +1,299 @@
-"""Run folders as records.
+"""Read run folders as records.
 
-A *record* is one encoder of one run (the weights of one step, or the untrained ones of step 0) with everything that
-was measured of it on one pair of data sets. Runs that differ in nothing but the seed give one more record, of means
-and deviations.
+A *record* is one encoder of one run (the weights of one step) with all of its scores
+on one pair of data sets. Runs that differ only in the seed give one more record, of means and deviations.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import statistics
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hpcssl import config, files, published
 from hpcssl.errors import ConfigError, EvalError
-from hpcssl.files import RunDir
+from hpcssl.evals.rows import ROW_FIELDS
 from hpcssl.results import columns
+from hpcssl.results.columns import Record
+from hpcssl.results.seeds import average_over_seeds
+from hpcssl.run_dir import RunDir
+from hpcssl.timing.uptime import last_written, measure_uptime
 
-log = logging.getLogger("hpcssl")
+LOG = logging.getLogger("hpcssl")
 
-_NO_SCIENCE = ("name", "about", "seed", "machine", "evals")
+_ATTEMPT_FIELDS = {"event": str, "attempt": int, "time": float | str}
+_IRRELEVANT_SECTIONS = ("name", "about", "seed", "machine", "evals")
 
 
-def collect(runs: Sequence[Path | str]) -> list[dict]:
-    """Records of the runs in the order given, untrained first, then by step; then the means over seeds.
+def collect_records(runs: Sequence[Path | str]) -> list[Record]:
+    """Read the records of runs.
 
-    A record holds plain values under the columns' names, ``step``, ``metrics`` (column -> percent), ``published``
-    (column -> value and source, where the run is its recipe's row), ``asked`` (column -> fingerprint of the
-    evaluation's options), and ``newest``: it is of the run's last step. A mean has ``deviation`` and ``n`` (column ->
-    seeds) besides. A run without results is named in the log and left out.
-    Raises ``EvalError`` for a path that is no run folder, and where no run has results.
+    A record holds plain values under the names of the columns, and besides:
+
+    - ``step``: optimizer step of the weights.
+    - ``metrics``: scores in percent, by column.
+    - ``published``: value and source by column, if the run reproduces the row of its recipe.
+    - ``options``: fingerprint of the options of the evaluation, by column.
+    - ``newest``: whether it is of the last step of the run.
+    - ``deviation`` and ``n``, only of a mean: deviation and number of seeds, by column.
+
+    A run without results is left out, with a warning in the log.
+
+    Args:
+        runs: Run folders.
+
+    Returns:
+        The records in the order of the runs, by step; then the means over seeds.
+
+    Raises:
+        EvalError: A path is not a run folder, or no run has results.
     """
     opened = open_runs(runs)
-    records = [record for run in opened for record in _of_run(run)]
+    records = [record for run in opened for record in _read_run(run)]
     if not records:
-        raise EvalError(f"run folder {opened[0].root}", got="no results yet", expected="rows in evals/NAME.jsonl",
-                        mend=f"`hpcssl eval knn --run {opened[0].root}` writes some")
-    return records + _over_seeds(records)
+        raise EvalError(
+            f"run folder {opened[0].root}",
+            got="no results yet",
+            expected="rows in evals/NAME.jsonl",
+            fix=f"`hpcssl eval knn --run {opened[0].root}` writes some",
+        )
+    return records + average_over_seeds(records)
 
 
-def shown(records: Sequence[dict], *, steps: bool = False) -> list[dict]:
-    """What a table shows: the untrained and the newest encoder of each run; with ``steps`` those between as well."""
+def select_shown(records: Sequence[Record], *, steps: bool = False) -> list[Record]:
+    """Select what a table shows: the encoder of step 0 and the newest one of each run.
+
+    Args:
+        records: The records.
+        steps: Also select the encoders between them.
+    """
     return [r for r in records if steps or r["newest"] or r["step"] == 0]
 
 
 def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
-    """Each once. Of several, a folder that is no run (``runs/*`` may hold shards) is named in the log and left out.
-    Raises ``EvalError`` for a path that is no folder, and where none is a run."""
+    """Open run folders, each once.
+
+    Of several, a folder that is not a run is skipped with a warning in the log, since ``runs/*`` may hold shards.
+
+    Args:
+        paths: The folders.
+
+    Raises:
+        EvalError: A path is not a folder, or none is a run.
+    """
     opened = []
     for path in dict.fromkeys(Path(path).resolve() for path in paths):
         if len(paths) > 1 and path.is_dir() and not RunDir(path).config.exists():
-            log.warning("%s is no run folder", path)
+            LOG.warning("%s is not a run folder and is skipped.", path)
         else:
             opened.append(open_run(path))
     return opened or [open_run(path) for path in paths]
 
 
 def open_run(path: Path | str) -> RunDir:
-    """Raises ``EvalError`` for a path that is no run folder."""
+    """Open a run folder. Raises EvalError for any other path."""
     run = RunDir(path)
     what = f"run folder {run.root}"
     if not run.root.is_dir():
-        raise EvalError(what, got="no such folder", expected="the folder of a run",
-                        mend="check the path: it is what --run named")
+        raise EvalError(
+            what, got="no such folder", expected="the folder of a run", fix="check the path: it is what --run named"
+        )
     if not run.config.exists():
-        raise EvalError(what, got="no config.yaml in it", expected="the folder of a run",
-                        mend="name the run folders themselves, such as runs/demo")
+        raise EvalError(
+            what,
+            got="no config.yaml in it",
+            expected="the folder of a run",
+            fix="name the run folders themselves, such as runs/demo",
+        )
     return run
 
 
-def science(recipe: dict) -> dict:
-    """What of a resolved recipe changes a run's result, but for the seed and the data's place."""
-    values = {key: value for key, value in recipe.items() if key not in _NO_SCIENCE}
-    values["data"] = {"window": (values.get("data") or {}).get("window")}
+def result_keys(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a resolved recipe that changes the result of a run, except the seed and the data folders."""
+    values = {key: value for key, value in recipe.items() if key not in _IRRELEVANT_SECTIONS}
+    values["data"] = {"shuffle_window": (values.get("data") or {}).get("shuffle_window")}
     values["bank"] = {key: value for key, value in (values.get("bank") or {}).items() if key != "placement"}
+    # runs that started from random weights, and those of versions without these keys, are alike
+    values["model"] = {
+        key: value
+        for key, value in (values.get("model") or {}).items()
+        if key != "weights" and (key != "weights_sha256" or value)
+    }
     return values
 
 
 # -- one run ------------------------------------------------------------------------------------------------
 
 
-def _of_run(run: RunDir) -> list[dict]:
-    rows = [row for path in sorted(run.evals.glob("*.jsonl"))
-            for row in files.read_lines(path, "eval", "step", "metrics", "options", "identity", "time")]
+def _read_run(run: RunDir) -> list[Record]:
+    rows = [row for path in sorted(run.evals.glob("*.jsonl")) for row in files.read_lines(path, ROW_FIELDS)]
+    rows = [row for row in rows if row["step"] is not None]  # those of other projects' encoders have none
     if not rows:
-        log.warning("%s has no results yet", run.root)
+        LOG.warning("%s has no results yet.", run.root)
     recipe = config.read_yaml(run.config)
-    records: list[dict] = []
-    seen, changed = set(), _changed(run, recipe) if rows else []
+    records: list[Record] = []
+    identities = set()
+    changed = _changed_keys(run, recipe) if rows else []
     for row in sorted(rows, key=lambda row: (row["step"], row["eval"] in columns.OWN_DATA, row["time"])):
-        if row["identity"] in seen:  # two jobs measured the same at the same time
+        if row["identity"] in identities:  # two jobs ran the same evaluation at the same time
             continue
-        seen.add(row["identity"])
-        _place(records, _about(run, recipe, changed, row), columns.of_row(row), config.fingerprint(row["options"]))
-    trained_on = (files.read_record(run.data, "train") or {}).get("train")
+        identities.add(row["identity"])
+        _merge_row(
+            records,
+            _describe_row(run, recipe, changed, row),
+            columns.scores_by_column(row),
+            config.fingerprint(row["options"]),
+        )
+    trained_on = (files.read_record(run.data, {"train": str}) or {}).get("train")
     newest = max((record["step"] for record in records), default=0)
     for record in records:
         record["newest"] = record["step"] == newest
         if 0 < record["step"] < newest:
-            record["rank·h"] = ""  # the cost is of the whole training
-        if record["encoder"] == "trained" and not record["changed"] and _of_that_size(record, recipe):
-            known = columns.anchors(record["recipe"], recipe.get("about"))
+            record["rank·h"] = record["effective"] = ""  # the cost is of the whole training
+        if record["encoder"] == "trained" and not record["changed"] and _has_published_size(record, recipe):
+            scores = columns.published_scores(record["recipe"], recipe.get("about"))
             record["published"] = {
-                column: known[title] for column in record["metrics"] if (title := columns.quantity(column)) in known
-                and (record["sets"][:1] == [trained_on] or not columns.of_training_set(title))}
+                column: scores[title]
+                for column in record["metrics"]
+                if (title := columns.strip_protocol(column)) in scores
+                and (record["sets"][:1] == [trained_on] or not columns.needs_training_set(title))
+            }
     return records
 
 
-def _place(records: list[dict], about: dict, metrics: dict[str, float], options: str) -> None:
-    """Into the record of the same encoder and data, unless other options have already given it another number there.
+def _merge_row(records: list[Record], about: Record, metrics: dict[str, float], options: str) -> None:
+    """Add scores to the record of the same encoder and data, or to a new one if its score there is another.
 
-    What has data sets of its own goes to the encoder's record, whatever that one's are.
+    Other options may have given that other score. An evaluation with data sets of its own goes to any record of the
+    encoder.
     """
     for record in records:
-        same = all(record[key] == about[key] for key in ("weights", "step")) \
-            and about["sets"] in ([], record["sets"])
+        same = all(record[key] == about[key] for key in ("weights", "step")) and about["sets"] in ([], record["sets"])
         if same and all(record["metrics"].get(column, score) == score for column, score in metrics.items()):
             break
     else:
-        records.append(record := about | {"metrics": {}, "asked": {}})
+        records.append(record := about | {"metrics": {}, "options": {}})
     for column, score in metrics.items():
         record["metrics"].setdefault(column, score)
-        record["asked"].setdefault(column, options)
+        record["options"].setdefault(column, options)
     record["data"] = record["data"] or about["data"]
     if about["commit"] not in record["commit"].split(", "):
         record["commit"] += ", " + about["commit"]
 
 
-def _about(run: RunDir, recipe: dict, changed: list[str], row: dict) -> dict:
+def _describe_row(run: RunDir, recipe: dict[str, Any], changed: list[str], row: dict[str, Any]) -> Record:
+    """Return a record for a result row, without its scores."""
     done = (run.finished or {}).get("step")
     schedule, step, name = recipe.get("schedule") or {}, row["step"], recipe.get("name", "")
-    trained = "trained" if step == done else f"step {step}"
+    later = "trained" if step == done else f"step {step}"
     length = schedule.get("epochs") or (f"{schedule['steps']} steps" if schedule.get("steps") else "")
-    world, hours = _cost(run)
-    own = row["eval"] in columns.OWN_DATA
-    return {"recipe": name, "encoder": "untrained" if step == 0 else trained, "step": step, "method": row["method"],
-            "arch": row["arch"], "data": "" if own else _data(row), "epochs": 0 if step == 0 else length,
-            "batch": (recipe.get("optim") or {}).get("batch", ""), "changed": changed,
-            "published": {}, "seed": recipe.get("seed", 0), "world": world, "rank·h": 0.0 if step == 0 else hours,
-            "run": run.root.name, "weights": row["weights_sha256"][:12], "commit": row["commit"],
-            "time": row["time"], "fingerprint": row["fingerprint"], "sets": [] if own else [row["train"], row["val"]],
-            "science": config.fingerprint(science(recipe) | {"name": name})}
+    world, hours = _rank_hours(run)
+    own_data = row["eval"] in columns.OWN_DATA
+    return {
+        "recipe": name,
+        "encoder": columns.name_first_encoder(recipe) if step == 0 else later,
+        "step": step,
+        "method": row["method"],
+        "arch": row["arch"],
+        "data": "" if own_data else _data_name(row),
+        "epochs": 0 if step == 0 else length,
+        "batch": (recipe.get("optim") or {}).get("batch", ""),
+        "changed": changed,
+        "published": {},
+        "seed": recipe.get("seed", 0),
+        "world": world,
+        "rank·h": 0.0 if step == 0 else hours,
+        "effective": "" if step == 0 else _effective_share(run),
+        "run": run.root.name,
+        "weights": row["weights_sha256"][:12],
+        "commit": row["commit"],
+        "time": row["time"],
+        "fingerprint": row["fingerprint"],
+        "sets": [] if own_data else [row["train"], row["val"]],
+        "result_fingerprint": config.fingerprint(result_keys(recipe) | {"name": name}),
+    }
 
 
-def _data(row: dict) -> str:
-    """``digits`` for digits/train and digits/val, both names where the parents differ; '' of rows that name none."""
+def _data_name(row: dict[str, Any]) -> str:
+    """Return ``digits`` for digits/train and digits/val, both names if the parents differ, '' if there are none."""
     train, val = (Path(row.get(f"{kind}_name", "")) for kind in ("train", "val"))
     return str(train.parent) if train.parent == val.parent and train.name else f"{train}, {val}".strip("., ")
 
 
-def _of_that_size(record: dict, recipe: dict) -> bool:
-    """Whether an epoch took as many whole batches as the published rows' training set has. Whoever trains a packaged
-    recipe on images of their own reproduces no row. A recipe of one's own has its own set."""
+def _has_published_size(record: Record, recipe: dict[str, Any]) -> bool:
+    """Return whether an epoch had as many batches as the training set of the published scores.
+
+    A packaged recipe that was trained on other images reproduces no published row. A user's own recipe has its own
+    training set, so this is not checked.
+    """
     from hpcssl.train import recipe as recipes
 
-    epochs, batch = (recipe.get("schedule") or {}).get("epochs"), (recipe.get("optim") or {}).get("batch")
+    schedule, batch = recipe.get("schedule") or {}, (recipe.get("optim") or {}).get("batch")
+    epochs = schedule.get("epochs")
     if record["recipe"] not in recipes.names():
         return True
-    return bool(epochs and batch) and record["step"] == round(epochs * (published.images_of(record["recipe"]) // batch))
+    if not epochs or not batch:
+        return False
+    images = published.count_training_images(record["recipe"])
+    steps = epochs * images // batch if schedule.get("fractional_epochs") else round(epochs * (images // batch))
+    return bool(record["step"] == steps)
 
 
-def _changed(run: RunDir, recipe: dict) -> list[str]:
-    """``key=value`` of what the run does otherwise than the packaged recipe of that name; none for one's own recipe."""
+def _changed_keys(run: RunDir, recipe: dict[str, Any]) -> list[str]:
+    """Return ``key=value`` for what differs from the packaged recipe of that name; none for a user's own recipe."""
     from hpcssl.train import recipe as recipes
 
-    name, ours = recipe.get("name", ""), science(recipe)
-    if name not in recipes.names() or ours == _packaged(name):
-        return []
-    try:  # keys that are younger than the run have their defaults, under which nothing changes
-        ours = science(config.as_dict(recipes.read(run.config)))
+    name, values = recipe.get("name", ""), result_keys(recipe)
+    origin = files.read_record(run.parent, {"path": str, "step": int, "changed": dict})
+    # a branch without changes is what its parent would have become
+    parent = [f"from {origin['path']}@{origin['step']}"] if origin and origin["changed"] else []
+    if name not in recipes.names() or values == _packaged(name):
+        return parent
+    try:  # keys that are newer than the run get their defaults, which change nothing
+        values = result_keys(config.as_dict(recipes.read(run.config)))
     except ConfigError as error:
         return [f"written by another version: {error.got}"]
-    return [f"{key}={_at(ours, key)}" for key in config.differing(ours, _packaged(name))]
+    return parent + [f"{key}={_lookup(values, key)}" for key in config.differing(values, _packaged(name))]
 
 
 @cache
-def _packaged(name: str) -> dict:
+def _packaged(name: str) -> dict[str, Any]:
     from hpcssl.train import recipe as recipes
 
-    return science(config.as_dict(recipes.compose(name)))
+    return result_keys(config.as_dict(recipes.compose(name)))
 
 
-def _at(values: dict, key: str) -> object:
+def _lookup(values: Any, key: str) -> object:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
 
 
-def _cost(run: RunDir) -> tuple[int | str, float | str]:
-    """Ranks of the last attempt, and hours times ranks over all attempts that wrote down their end."""
-    world, hours, begun = "", 0.0, {}
-    for line in files.read_lines(run.attempts, "event", "attempt", "time"):
+def _effective_share(run: RunDir) -> float | str:
+    """Return the share of the allocated time that was spent in steps that counted; empty if that was not recorded."""
+    uptime = measure_uptime(run, last_written(run))
+    return round(uptime.share, 4) if uptime is not None and uptime.step else ""
+
+
+def _rank_hours(run: RunDir) -> tuple[int | str, float | str]:
+    """Return the ranks of the last attempt, and hours times ranks over all attempts that recorded their end."""
+    world: int | str = ""
+    hours, unfinished = 0.0, {}
+    for line in files.read_lines(run.attempts, _ATTEMPT_FIELDS, {"world": int}):
         if line.get("event") == "start":
-            begun[line["attempt"]] = line
+            unfinished[line["attempt"]] = line
             world = line.get("world", world)
-        elif line.get("event") == "end" and line["attempt"] in begun:
-            start = begun.pop(line["attempt"])
-            hours += (_seconds(line["time"]) - _seconds(start["time"])) / 3600 * start.get("world", 1)
-    # an attempt that was killed wrote no end: the cost is at least the rest
-    return world, f"≥ {hours:.3g}" if begun else float(f"{hours:.3g}")
+        elif line.get("event") == "end" and line["attempt"] in unfinished:
+            start = unfinished.pop(line["attempt"])
+            with contextlib.suppress(ValueError):  # a text that is not a time
+                hours += (_seconds(line["time"]) - _seconds(start["time"])) / 3600 * start.get("world", 1)
+    # an attempt that was killed recorded no end: the sum is a lower bound
+    return world, f"≥ {hours:.3g}" if unfinished else float(f"{hours:.3g}")
 
 
 def _seconds(time: float | str) -> float:
     return datetime.fromisoformat(time).timestamp() if isinstance(time, str) else float(time)
-
-
-# -- several seeds ------------------------------------------------------------------------------------------
-
-
-def _over_seeds(records: list[dict]) -> list[dict]:
-    """Mean and sample deviation of the scores that two or more seeds of one recipe have: same data, same options."""
-    groups: dict[tuple, list[dict]] = {}
-    for record in records:
-        groups.setdefault((record["science"], record["step"], *record["sets"]), []).append(record)
-    return [mean for group in groups.values() for mean in _means(group)]
-
-
-def _means(group: list[dict]) -> list[dict]:
-    scores: dict[tuple, dict] = {}  # (column, options) -> seed -> score
-    for record in group:
-        for column, score in record["metrics"].items():
-            scores.setdefault((column, record["asked"][column]), {}).setdefault(record["seed"], score)
-    layers: list[dict] = []  # a column that was measured under two sets of options stands in two records
-    for (column, _), by_seed in scores.items():
-        if len(by_seed) > 1:
-            layer = next((layer for layer in layers if column not in layer), None)
-            if layer is None:
-                layers.append(layer := {})
-            layer[column] = list(by_seed.values())
-    names = list(dict.fromkeys(record["run"] for record in group))
-    kept = ("recipe", "encoder", "step", "method", "arch", "data", "epochs", "batch", "changed", "newest", "sets")
-    return [{key: group[0][key] for key in kept} | {
-        "published": {column: value for r in group for column, value in r["published"].items() if column in layer},
-        "seed": f"{len({r['seed'] for r in group})} seeds", "run": "mean of " + ", ".join(names),
-        "metrics": {column: statistics.fmean(values) for column, values in layer.items()},
-        "deviation": {column: statistics.stdev(values) for column, values in layer.items()},
-        "n": {column: len(values) for column, values in layer.items()}} for layer in layers]

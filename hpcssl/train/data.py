@@ -1,201 +1,300 @@
-"""The training shards of one attempt: found, brought near, checked, and the damaged samples in them counted."""
+"""The training shards of one attempt: opened, copied to the node or downloaded, verified, and read."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 
 from hpcssl import files
-from hpcssl.data import loader
-from hpcssl.data.cache import Cache, opened
-from hpcssl.data.loader import Batch
+from hpcssl.data.address import is_remote
+from hpcssl.data.batch import RING_SIZE
+from hpcssl.data.cache import Cache, open_shard_set
 from hpcssl.data.order import Order
-from hpcssl.data.reader import Loss, Reader, too_many
+from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
-from hpcssl.data.stage import again, stage
-from hpcssl.data.stream import Remote, is_remote
-from hpcssl.errors import ConfigError, DataError, ResumeError
-from hpcssl.files import RunDir
-from hpcssl.train.recipe import DataOptions, Recipe
-from hpcssl.train.state import method_of, plan_of
-from hpcssl.world import World
+from hpcssl.data.stage import restage_shard, stage
+from hpcssl.data.stream import Remote
+from hpcssl.distributed.world import World
+from hpcssl.errors import ConfigError, DataError, ResumeError, Stopped
+from hpcssl.run_dir import RunDir
+from hpcssl.train.attempt.shard_check import check_shards
+from hpcssl.train.builders import build_method, build_view_plan
+from hpcssl.train.options import DataOptions
+from hpcssl.train.recipe import Recipe
 
 LOG = logging.getLogger("hpcssl")
 
 
-def open_shards(recipe: Recipe, *, allow_pipe: bool = False) -> ShardSet:
-    """The training shards of a recipe; of a remote set, its index alone. ``ConfigError`` where none are named,
-    ``DataError`` where they are bad. ``allow_pipe``: whether ``data.train`` may be a shell command."""
+def open_train_shards(recipe: Recipe, *, allow_pipe: bool = False) -> ShardSet:
+    """Open the training shards of a recipe. Of shards at an address only the index is downloaded.
+
+    Args:
+        recipe: Its ``data.train`` is opened.
+        allow_pipe: Whether ``data.train`` may be a shell command.
+
+    Raises:
+        ConfigError: ``data.train`` is empty, or an address that is not allowed.
+        DataError: The shards are damaged, or lack the second modality that the method needs.
+    """
     if not recipe.data.train:
-        raise ConfigError("data.train", got="no folder", expected="a folder written by hpcssl-shard",
-                          mend="add data.train=FOLDER to the command")
+        raise ConfigError(
+            "data.train",
+            got="no folder",
+            expected="a folder written by hpcssl-shard",
+            fix="add data.train=FOLDER to the command",
+        )
     if is_remote(recipe.data.train):
-        return _usable(_remote(recipe.data, allow_pipe).open(), recipe)
-    return _usable(ShardSet.open(recipe.data.train), recipe)
-
-
-def open_val(recipe: Recipe) -> ShardSet:
-    """The shards of ``data.val``; ``near()`` fetches those of an address. ``DataError`` where they are bad."""
-    data = recipe.data
-    return opened(data.val, stage=data.stage, key="data.val", stall_s=data.stall_seconds, tries=data.tries)
-
-
-def _remote(data: DataOptions, allow_pipe: bool) -> Remote:
-    return Remote(data.train, allow_pipe=allow_pipe, stall_s=data.stall_seconds, tries=data.tries)
-
-
-def _usable(shards: ShardSet, recipe: Recipe) -> ShardSet:
-    if any(view.second for view in plan_of(recipe, method_of(recipe)).views) and not shards.has_second:
-        raise DataError(f"shard folder {shards.root}", got="images without a second modality", expected="a KEY.b.png "
-                        "beside each image, since the method's views show it",
-                        mend="write the shards with `hpcssl-shard images SRC OUT --second edges`")
+        shards = _remote(recipe.data, allow_pipe).open()
+    else:
+        shards = ShardSet.open(recipe.data.train)
+    _check_modalities(shards, recipe)
     return shards
 
 
-class Feed:
-    """What an attempt reads its batches from: ``shards``, where they lie for this node, and a ``reader`` of them.
+def open_val_shards(recipe: Recipe) -> ShardSet:
+    """Open the shards of ``data.val``; those at an address are downloaded by their ``to_local()``.
 
-    All ranks build it together: the index of a remote set is rank 0's on all of them, whatever the server gives the
-    next one who asks. ``allowed``: the one shell command that ``data.train`` may be. Raises ``DataError``, and
-    ``ResumeError`` where the run was started on other shards.
+    Raises:
+        DataError: The shards are damaged.
+    """
+    data = recipe.data
+    return open_shard_set(
+        data.val,
+        stage=data.stage_dir,
+        key="data.val",
+        stall_s=data.stall_timeout_seconds,
+        tries=data.download_attempts,
+    )
+
+
+def _remote(data: DataOptions, allow_pipe: bool) -> Remote:
+    return Remote(data.train, allow_pipe=allow_pipe, stall_s=data.stall_timeout_seconds, tries=data.download_attempts)
+
+
+def _check_modalities(shards: ShardSet, recipe: Recipe) -> None:
+    plan = build_view_plan(recipe, build_method(recipe))
+    if any(view.second for view in plan.views) and not shards.has_second:
+        raise DataError(
+            f"shard folder {shards.root}",
+            got="images without a second modality",
+            expected="a KEY.b.png for each image, since the method has views of two modalities",
+            fix="write the shards with `hpcssl-shard images SRC OUT --second-modality edges`",
+        )
+
+
+class DataPipeline:
+    """What one attempt reads its batches from: the shards where this node can read them, and a reader.
+
+    All ranks build it together. The index of shards at an address is the one that rank 0 downloaded, on all ranks,
+    even if the server changes it meanwhile.
+
+    Args:
+        recipe: Its ``data`` section.
+        run: The run folder; it names the shards that the run was started on.
+        world: The processes.
+        allowed_pipe: The only shell command that ``data.train`` may be; empty for none.
+        stop: Whether this process was asked to stop; polled while shards are staged.
+
+    Attributes:
+        shards: The training shards, with paths on this node.
+        reader: Reader of ``shards``. It counts damaged samples without a limit; see ``DamageLog``.
+        cache: Local copies of shards at an address, or None.
+
+    Raises:
+        ConfigError: ``data.train`` is not valid.
+        DataError: The shards are damaged, or there is no room to stage them.
+        ResumeError: The run was started on other shards, or on other images in them.
+        Stopped: On all ranks, if one of them was asked to stop.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDir, world: World, *, allowed: str = ""):
-        self.data, self.cache, self._order, self._last = recipe.data, None, None, 0
-        data, mend = recipe.data, None
-        world.mark("stage", patient=True)  # another process of this node may be copying
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        world: World,
+        *,
+        allowed_pipe: str = "",
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        data = recipe.data
+        self._data, self._last_step = data, 0
+        self._order: Order | None = None
+        self.cache: Cache | None = None
+        restore: Callable[[int], None] | None = None
+        world.set_phase("stage")
         if is_remote(data.train):
-            remote, text = _remote(data, data.train == allowed), []
-            world.on_main(lambda: text.append(remote.text()))
-            self.cache = Cache(remote, world.tell(text[0] if text else None), data.stage,
-                               limit=int(data.stage_gb * 1e9), owner=str(run.root),
-                               progress=partial(world.nearer, "data"))
-            self.shards, mend = _usable(self.cache.shards, recipe), self.cache.again
+            self.cache = _open_cache(recipe, run, world, allow_pipe=data.train == allowed_pipe)
+            self.shards, restore = self.cache.shards, self.cache.refetch
+            _check_modalities(self.shards, recipe)
         else:
-            self.shards = there = open_shards(recipe)
-            if data.stage:
-                self.shards = near = stage(there, data.stage, progress=lambda: world.mark("stage"))
-                mend = partial(again, there, near)
-        _refuse_other(run, self.shards)
+            self.shards = original = open_train_shards(recipe)
+            if data.stage_dir:
+                self.shards = staged = _stage(original, data.stage_dir, world, stop)
+                restore = partial(restage_shard, original, staged)
+        _check_same_shards(run, self.shards)
         if data.verify == "sha256":
-            verify(self.shards, world, mend)
-        # mapped only where nobody else writes: a mapped file that shrinks kills the process
-        self.reader = Reader(self.shards, limit=None, seed=recipe.seed, mapped=bool(data.stage),
-                             near=self.cache.path if self.cache else None)
+            verify(self.shards, world, restore)
+        if restore is None:  # copies on this node were compared with the index when they were made
+            check_shards(run, self.shards, world, refuse=data.changed == "refuse")
+        self.reader = Reader(
+            self.shards,
+            limit=None,
+            seed=recipe.seed,
+            # Only files that nobody else writes are mapped: a mapped file that shrinks kills the process.
+            mapped=bool(data.stage_dir),
+            locate=self.cache.path if self.cache else None,
+        )
 
-    def follow(self, order: Order, start: int, stop: int, *, whole: bool) -> None:
-        """Have the shards of steps ``start`` .. ``stop`` - 1 brought near before they are needed. ``whole``: any sample
-        may be asked for at any step. Raises ``ConfigError`` for a limit that cannot work."""
-        self._order, self._last = order, stop - 1
+    def start_prefetch(self, order: Order, first_step: int, end_step: int, *, random_access: bool) -> None:
+        """Start downloading the shards of the steps ``first_step`` to ``end_step - 1`` before they are needed.
+
+        Args:
+            order: The order of samples.
+            first_step: First step that is trained.
+            end_step: Step after the last one.
+            random_access: Whether any sample may be read at any step, as support sets do.
+
+        Raises:
+            ConfigError: ``data.stage_limit_gb`` is too small for the shards that are read at a time.
+        """
+        self._order, self._last_step = order, end_step - 1
         if self.cache is None:
             return
-        if whole and self.cache.limit:
-            raise ConfigError("data.stage_gb", got=f"{self.data.stage_gb:g}, with a support set that is drawn from all "
-                              "images at each step", expected="room for the whole set", mend="set data.stage_gb=0")
-        self.cache.follow(order, start, stop, ahead=loader.RING, forget=self.reader.keep_only)
+        if random_access and self.cache.limit:
+            raise ConfigError(
+                "data.stage_limit_gb",
+                got=f"{self._data.stage_limit_gb:g}, with a support set of random images of the whole data set",
+                expected="room for the whole data set",
+                fix="set data.stage_limit_gb=0",
+            )
+        self.cache.start_prefetch(order, first_step, end_step, lookahead=RING_SIZE, release=self.reader.keep_only)
 
     def progress(self, step: int, opened: int) -> None:
-        """As ``Loader`` calls it. At the end of each epoch and before the last step the files are compared with what
-        they were: ``DataError`` names one that was changed while the job runs."""
+        """Report to the downloads how far the loader is.
+
+        At the end of each epoch and before the last step the shard files are compared with what they were.
+
+        Args:
+            step: The step whose batch is taken.
+            opened: The loader has begun to read all steps before this one.
+
+        Raises:
+            DataError: A shard file was changed while the job runs.
+        """
         if self.cache is not None:
-            self.cache.at(step, opened)
-        if step == self._last or (step + 1) % self._order.steps_per_epoch == 0:
-            self.reader.check()
+            self.cache.set_position(step, opened)
+        assert self._order is not None, "start_prefetch comes first"
+        if step == self._last_step or (step + 1) % self._order.steps_per_epoch == 0:
+            self.reader.check_unchanged()
 
     def close(self) -> None:
+        """Stop downloading."""
         if self.cache is not None:
             self.cache.close()
 
 
-def _refuse_other(run: RunDir, shards: ShardSet) -> None:
-    was = (files.read_record(run.data, "train") or {}).get("train", shards.digest)
-    if was != shards.digest:
-        raise ResumeError(f"run folder {run.root}", got=f"data.train with other shards (digest {shards.digest[:12]}…)",
-                          expected=f"those that the run was started on ({was[:12]}…)",
-                          mend="put these back, or start a new run with another --run folder")
+def _stage(shards: ShardSet, folder: str, world: World, stop: Callable[[], bool]) -> ShardSet:
+    """Copy shards to this node, or wait for another process that does. A collective."""
+    stopped = Stopped(
+        f"staging to {folder}",
+        got="a request to stop",
+        expected="time to copy all shards",
+        fix="run the same command again; finished shards are kept",
+    )
+
+    def watch(progress: bool) -> None:
+        if progress:
+            world.report_progress("stage")
+        if stop():
+            raise stopped
+
+    staged = None
+    with contextlib.suppress(Stopped):
+        staged = stage(shards, folder, watch)
+    if world.any(staged is None):
+        raise stopped
+    assert staged is not None
+    return staged
 
 
-def verify(shards: ShardSet, world: World, mend: Callable[[int], None] | None = None) -> None:
-    """Read every shard that is here and compare its sha256 with the index; the ranks share the work, those of each node
-    where every node has a copy of its own (``mend``, which brings a shard anew). All ranks raise the same
-    ``DataError``, which names the changed shards."""
-    hosts = world.gather_text(socket.gethostname())
-    mates = [r for r, host in enumerate(hosts) if mend is None or host == hosts[world.rank]]
-    mine = [n for n in range(len(shards.shards)) if n % len(mates) == mates.index(world.rank)]
+def _open_cache(recipe: Recipe, run: RunDir, world: World, *, allow_pipe: bool) -> Cache:
+    """Open the local copies of shards at an address, with the index that rank 0 downloads."""
+    remote, index = _remote(recipe.data, allow_pipe), []
+    world.run_on_main(lambda: index.append(remote.read_index()))
+    return Cache(
+        remote,
+        world.broadcast_text(index[0] if index else None),
+        recipe.data.stage_dir,
+        limit=int(recipe.data.stage_limit_gb * 1e9),
+        owner=str(run.root),
+        progress=partial(world.report_progress, "data"),
+    )
 
-    def wrong(number: int) -> bool:
-        world.mark("verify")
+
+def _check_same_shards(run: RunDir, shards: ShardSet) -> None:
+    recorded = (files.read_record(run.data, {"train": str}) or {}).get("train", shards.digest)
+    if recorded != shards.digest:
+        raise ResumeError(
+            f"run folder {run.root}",
+            got=f"data.train with other shards (digest {shards.digest[:12]}…)",
+            expected=f"the shards that the run was started on (digest {recorded[:12]}…)",
+            fix="put those back, or start a new run with another --run folder",
+        )
+
+
+def verify(shards: ShardSet, world: World, restore: Callable[[int], None] | None = None) -> None:
+    """Read every shard and compare its sha256 with the index. A collective: the ranks share the work.
+
+    Args:
+        shards: The shards to read.
+        world: The processes.
+        restore: For nodes with copies of their own: brings one shard again, by its number. The ranks of each node
+            then share the work of that node, shards that are not there yet are left out, and damaged ones are
+            restored.
+
+    Raises:
+        DataError: On all ranks, naming the shards that differ and cannot be restored.
+    """
+    hosts = world.all_gather_text(socket.gethostname())
+    sharers = [rank for rank, host in enumerate(hosts) if restore is None or host == hosts[world.rank]]
+    numbers = [n for n in range(len(shards.shards)) if n % len(sharers) == sharers.index(world.rank)]
+
+    def is_damaged(number: int) -> bool:
+        world.set_phase("verify")
         try:
-            return files.digest(shards.path(number)) != shards.shards[number].sha256
+            return files.sha256_of_file(shards.path(number)) != shards.shards[number].sha256
         except FileNotFoundError:
-            return mend is None  # else it is fetched when it is needed
+            return restore is None  # else it is downloaded when it is needed
         except OSError:
             return True
 
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // len(mates))) as pool:
-        bad = [number for number, is_wrong in zip(mine, pool.map(wrong, mine), strict=True) if is_wrong]
-    if mend is not None:
-        bad = [number for number in bad if not _mended(shards, number, mend)]
-    told = world.gather_text(json.dumps([shards.shards[number].name for number in bad]))
-    found = sorted({name for text in told for name in json.loads(text)})
-    if found:
-        raise DataError(f"shards of {shards.root}", got=f"other bytes than {len(found)} of them had when their index "
-                        f"was written: {', '.join(found[:8])}{', …' if len(found) > 8 else ''}",
-                        expected="the sha256 that index.json records", mend="`hpcssl-shard verify` names each damaged "
-                        "sample; copy these shards again, or run the command that wrote them")
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // len(sharers))) as pool:
+        damaged = [n for n, is_bad in zip(numbers, pool.map(is_damaged, numbers), strict=True) if is_bad]
+    if restore is not None:
+        damaged = [number for number in damaged if not _is_restored(shards, number, restore)]
+    reports = world.all_gather_text(json.dumps([shards.shards[number].name for number in damaged]))
+    names = sorted({name for report in reports for name in json.loads(report)})
+    if names:
+        raise DataError(
+            f"shards of {shards.root}",
+            got=f"{len(names)} whose content differs from their index: "
+            f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}",
+            expected="the sha256 of each shard in index.json",
+            fix="copy or write these shards again; `hpcssl-shard verify` names each damaged sample",
+        )
 
 
-def _mended(shards: ShardSet, number: int, mend: Callable[[int], None]) -> bool:
-    LOG.warning("%s has changed on this disk; it is brought anew", shards.path(number))
+def _is_restored(shards: ShardSet, number: int, restore: Callable[[int], None]) -> bool:
+    LOG.warning("Shard %s has changed on this disk. It is copied again.", shards.path(number))
     try:
-        mend(number)
+        restore(number)
     except DataError as error:
         LOG.error("%s", error)
         return False
     return True
-
-
-class Damage:
-    """The damaged samples that the world has met since the run began, in ``damaged.jsonl`` of the run folder.
-
-    Each counts once, at the first step whose batch should have held it, whichever rank and attempt that was: how many
-    there are after a step depends on the data and the order alone. All ranks hold the same list. Raises ``DataError``
-    on all ranks where there are more than ``limit``, at once where an earlier attempt has met them.
-    """
-
-    def __init__(self, run: RunDir, world: World, shards: ShardSet, limit: int):
-        self.run, self.world, self.shards, self.limit = run, world, shards, limit
-        told = world.tell(json.dumps(files.read_lines(run.damaged)) if world.main else None)
-        self.known = {line["index"]: Loss(**{k: line[k] for k in Loss.__dataclass_fields__})
-                      for line in json.loads(told) if line.keys() >= Loss.__dataclass_fields__.keys()}
-        self._refuse_more()
-
-    def news(self, batch: Batch) -> bool:
-        """Whether this rank's rows hold a damaged sample that nobody has met before. No collective."""
-        return any(loss.index not in self.known for loss in batch.lost)
-
-    def note(self, step: int, batch: Batch) -> None:
-        """Write down what is new on any rank."""
-        told = self.world.gather_text(json.dumps([asdict(loss) for loss in batch.lost]))
-        losses = {loss["index"]: loss for text in told for loss in json.loads(text)}
-        for index in sorted(losses.keys() - self.known.keys()):
-            self.known[index] = Loss(**losses[index])
-            if self.world.main:
-                self._write({"step": step} | losses[index])
-        self._refuse_more()
-
-    def _write(self, line: dict) -> None:
-        try:
-            files.append_line(self.run.damaged, line)
-        except OSError as error:  # the count goes on without; the next attempt meets this sample again
-            LOG.warning("%s: %s; sample %s is not noted there", self.run.damaged, error.strerror, line["index"])
-
-    def _refuse_more(self) -> None:
-        if len(self.known) > self.limit:
-            raise too_many(self.shards, f"{len(self.known)} damaged", self.known.values(), self.limit)

@@ -1,226 +1,300 @@
-"""One step of any method: encode, aim, agree, backward, step, follow, push. It knows no method by name."""
+"""One training step of any method: embed, compute targets and loss, backward, update, feed the bank.
+
+The step knows no method by name. All ranks take it together or skip it together.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcssl import rng
-from hpcssl.data.loader import Batch
-from hpcssl.memory.bank import Ticket
-from hpcssl.methods.base import Context, Emb, Remembering
+from hpcssl.data.batch import Batch
+from hpcssl.memory.ring_buffer import PushUndo
+from hpcssl.methods.base import Embedding, StepContext
 from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
-from hpcssl.train.state import Training
+from hpcssl.train.train_state import TrainState
 from hpcssl.views import mix
-from hpcssl.views.mix import Mixture, Pairs
+from hpcssl.views.mix import MixPairing, Mixture
 from hpcssl.views.plan import Term
+
+Mixtures = dict[int, tuple[Mixture, MixPairing]]
+"""For each mixed view, by its number: how it was mixed, and with which images."""
+
+
+class StepFlags(NamedTuple):
+    """What ranks exchange with a step. A flag that one rank raises holds on all of them.
+
+    Attributes:
+        stop: A stop was requested.
+        save_due: The time for a checkpoint has come.
+        save_in_flight: A checkpoint is still being written.
+        damaged: The batch has a damaged sample that is not in the log yet.
+    """
+
+    stop: bool = False
+    save_due: bool = False
+    save_in_flight: bool = False
+    damaged: bool = False
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a step tells the loop: whether it was taken (else ``why`` not), the flags that some rank raised, scalars for
-    the journal. ``void``: some rank had given up waiting for its batch; the step was never there."""
+class StepReport:
+    """The result of a step, equal on all ranks except for ``scalars``.
+
+    Attributes:
+        taken: Whether the update was made.
+        flags: The flags that some rank raised.
+        scalars: This rank's metrics by name.
+        reason: Why the step was not taken; empty if it was.
+        abandoned: Whether some rank gave up waiting for its batch. The step then does not count at all.
+    """
 
     taken: bool
-    flags: tuple[bool, ...]
-    scalars: dict[str, Tensor | float]
-    why: str = ""
-    void: bool = False
+    flags: StepFlags
+    scalars: dict[str, Tensor | float] = field(default_factory=dict)
+    reason: str = ""
+    abandoned: bool = False
 
 
-def train_step(t: Training, batch: Batch, flags: Callable[[], tuple[bool, ...]] = tuple) -> Report:
-    """Take step ``t.step + 1`` on this rank's part of the global batch, or agree with all ranks not to.
+def train_step(t: TrainState, batch: Batch, flags: Callable[[], StepFlags] = StepFlags) -> StepReport:
+    """Take step ``t.step + 1`` with the global batch, or skip it on all ranks. A collective.
 
-    ``flags()`` are raised by any rank for all of them; they are asked for late and travel with the verdict on loss and
-    gradients, so that the world agrees once per step, on what is known by then. What is not finite on one rank leaves
-    parameters, target, optimiser, bank and statistics untouched on every rank; a batch that is not whole on one rank
-    leaves the step's number as well.
+    A step with a loss, target or gradient that is not finite on one rank changes neither parameters, target encoder,
+    optimizer, bank nor norm statistics on any rank; only the number of the step advances. A batch that is incomplete
+    on one rank does not even advance that.
+
+    Args:
+        t: The state to train.
+        batch: This rank's rows of the global batch.
+        flags: Returns this rank's flags. It is called late, after the backward pass: all that ranks must agree on
+            travels in one reduction per step.
     """
     images, ctx = t.images(batch), t.context(batch)
-    remembers = isinstance(t.method, Remembering)
-    if remembers:
-        t.method.refresh(ctx)
-    if t.bank is not None and t.method.bank.push == "anew":
-        _fill_anew(t)
-    mixtures = _mix(t, images)
+    t.hooks.before_step(ctx)
+    if t.bank is not None and t.method.bank is not None and t.method.bank.push == "refill":
+        _refill_bank(t)
+    mixtures = _append_mixed_views(t, images)
     lr, momentum = t.set_rates()
-    aims, ticket = _aim_at_average(t, images, ctx)
-    loss, finite = _learn(t, images, mixtures, aims, ctx)
+    targets, push_undo = _compute_ema_targets(t, images, ctx)
+    loss, finite = _forward_backward(t, images, mixtures, targets, ctx)
 
-    # after the backward pass: a finite loss may have gradients that are not
-    wrong = (~finite, ~_finite_gradients(t), not batch.whole, *flags())
-    poor, overflow, void, *raised = t.world.maximum(_raised(wrong, loss.device)).result().bool().tolist()
-    why = ""
-    if void:
-        _undo(t, ticket)
-        return Report(False, tuple(raised), {}, "some rank gave up waiting for its images", void=True)
-    if poor or overflow:
-        why = _leave_untouched(t, ticket, finite, poor)
+    # Gradients are checked as well: those of a finite loss may not be finite.
+    verdict = _pack([~finite, ~t.gradients_are_finite()], [not batch.complete, *flags()])
+    bad_value, bad_gradient, incomplete, *raised = t.world.all_reduce_max(verdict).result().bool().tolist()
+    agreed = StepFlags(*raised)
+    if incomplete:
+        _discard_step(t, push_undo)
+        reason = "some rank gave up waiting for its images"
+        return StepReport(taken=False, flags=agreed, reason=reason, abandoned=True)
+    reason = ""
+    if bad_value or bad_gradient:
+        reason = _skip_step(t, push_undo, finite, bad_value)
     else:
-        still = t.step < t.method.heads.still_steps
-        if still:
-            t.pair.online.predictor.zero_grad()
-        t.scaler.step(t.optimizer)
-        t.scaler.update()
-        t.optimizer.zero_grad()
-        norm.commit(t.norms, t.world)
-        if not still:
-            t.pair.settle()
-        t.pair.follow(momentum)
-        if t.bank is not None and t.method.bank.push == "after":
-            _push(t, ctx)
-        if remembers:
-            t.method.after(ctx.targets, ctx)
-        t.skipped_in_a_row = 0
+        _update(t, ctx, momentum)
     t.step += 1
     if t.scaler.is_enabled():
-        ctx.notes["scale"] = torch.tensor(t.scaler.get_scale())
-    scalars = {"loss": loss, "lr": lr, "ema": momentum, "spread": spread(ctx.targets[t.plan.targets[0]].z), **ctx.notes}
-    return Report(not why, tuple(raised), scalars, why)
+        ctx.metrics["scale"] = torch.tensor(t.scaler.get_scale())
+    target_spread = spread(ctx.target_embeddings[t.plan.targets[0]].z)
+    scalars: dict[str, Tensor | float] = {
+        "loss": loss,
+        "lr": lr,
+        "ema": momentum,
+        "spread": target_spread,
+        **ctx.metrics,
+    }
+    return StepReport(taken=not reason, flags=agreed, scalars=scalars, reason=reason)
 
 
-def _leave_untouched(t: Training, ticket: Ticket | None, finite: Tensor, poor: bool) -> str:
-    """Undo what the step has done so far; which ranks could not take it. ``poor``: the loss or a target of some rank is
-    not finite, and not only gradients. Gradients that overflow under a loss scale are part of how the scale is found:
-    they lower it, and count as a bad step only once there is none left to lower."""
-    lowered = not poor and t.scaler.is_enabled() and t.scaler.get_scale() > 1
-    if lowered:
-        t.scaler.unscale_(t.optimizer)  # what it finds there is what ``update`` goes by
+def _update(t: TrainState, ctx: StepContext, momentum: float) -> None:
+    """Make the update from the gradients, and everything that follows it."""
+    predictor_is_frozen = t.step < t.method.heads.frozen_steps
+    if predictor_is_frozen and t.pair.online.predictor is not None:
+        t.pair.online.predictor.zero_grad()
+    t.scaler.step(t.optimizer)
+    t.scaler.update()
+    t.optimizer.zero_grad()
+    norm.commit_pending(t.norms, t.world)
+    if not predictor_is_frozen:
+        t.pair.normalize_prototypes()
+    t.pair.update_ema(momentum)
+    if t.bank is not None and t.method.bank is not None and t.method.bank.push == "after":
+        _push(t, ctx)
+    t.hooks.after_step(ctx.target_embeddings, ctx)
+    t.skipped_in_a_row = 0
+
+
+def _skip_step(t: TrainState, push_undo: PushUndo | None, finite: Tensor, bad_value: bool) -> str:
+    """Discard the step and return why, in words.
+
+    ``finite`` says whether this rank's loss and targets are finite, ``bad_value`` whether those of some rank are not;
+    otherwise a gradient is not. Gradients that overflow under a loss scale belong to the search for the scale: they
+    lower it, and count as a bad step only when it cannot be lowered any further.
+    """
+    lower_scale = not bad_value and t.scaler.is_enabled() and t.scaler.get_scale() > 1
+    if lower_scale:
+        t.scaler.unscale_(t.optimizer)  # notes the overflow, by which ``update`` lowers the scale
         t.scaler.update()
-    _undo(t, ticket)
-    t.skipped_in_a_row += not lowered
-    if lowered:
+    _discard_step(t, push_undo)
+    if lower_scale:
         return f"the gradients overflowed; the loss scale is lowered to {t.scaler.get_scale():g}"
-    if not poor:
+    t.skipped_in_a_row += 1
+    if not bad_value:
         return "a gradient was not finite, with a finite loss"
-    ranks = t.world.gather((~finite)[None]).nonzero()[:, 0].tolist()
+    ranks = t.world.all_gather((~finite)[None]).nonzero()[:, 0].tolist()
     return f"the loss or a target was not finite on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-def _aim_at_average(t: Training, images: list[Tensor], ctx: Context) -> tuple[dict[int, object], Ticket | None]:
-    """What the moving average's embeddings point at, by view, and the ticket of a push before the lookup."""
-    if t.method.target != "ema":
-        return {}, None
-    views = t.plan.targets
-    found = t.pair.embed_target([images[v] for v in views], t.shuffles(t.step), t.second(views))
-    ctx.targets = {v: Emb(z, view=v) for v, z in zip(views, found, strict=True)}
-    ticket = _push(t, ctx) if t.bank is not None and t.method.bank.push == "before" else None
-    return {v: t.method.aim(emb, ctx) for v, emb in ctx.targets.items()}, ticket
-
-
-def _undo(t: Training, ticket: Ticket | None) -> None:
-    if ticket is not None:
-        t.bank.take_back(ticket)
-    norm.discard(t.norms)
+def _discard_step(t: TrainState, push_undo: PushUndo | None) -> None:
+    """Undo what the step has changed so far: bank, pending norm statistics and gradients."""
+    if push_undo is not None and t.bank is not None:
+        t.bank.undo(push_undo)
+    norm.discard_pending(t.norms)
     t.optimizer.zero_grad()
 
 
-def _learn(t: Training, images: list[Tensor], mixtures: dict[int, tuple[Mixture, Pairs]], aims: dict[int, object],
-           ctx: Context) -> tuple[Tensor, Tensor]:
-    """Forward and backward of the online network, one micro-batch after the other: this rank's loss, and whether it and
-    the targets are finite (bool [])."""
-    average = t.method.target == "ema"
-    views = t.plan.queries if average else tuple(sorted({*t.plan.queries, *t.plan.targets}))
+def _compute_ema_targets(
+    t: TrainState, images: list[Tensor], ctx: StepContext
+) -> tuple[dict[int, Any], PushUndo | None]:
+    """Compute targets by view from the moving average, after a push that comes before the lookup, and its undo."""
+    if t.method.target_encoder != "ema":
+        return {}, None
+    views = t.plan.targets
+    z = t.pair.embed_target([images[v] for v in views], t.shuffle_orders(t.step), t.second_modality(views))
+    ctx.target_embeddings = {v: Embedding(z_BD, view=v) for v, z_BD in zip(views, z, strict=True)}
+    push_undo = _push(t, ctx) if t.method.bank is not None and t.method.bank.push == "before" else None
+    return {v: t.method.targets(embedding, ctx) for v, embedding in ctx.target_embeddings.items()}, push_undo
+
+
+def _forward_backward(
+    t: TrainState, images: list[Tensor], mixtures: Mixtures, targets: dict[int, Any], ctx: StepContext
+) -> tuple[Tensor, Tensor]:
+    """Embed the queries and add up gradients, one micro-batch after the other.
+
+    Where targets come from the online encoder, they are computed here, too, and ``ctx.target_embeddings`` is set.
+
+    Returns:
+        This rank's loss, and whether the loss and the target embeddings are finite, bool [].
+    """
+    has_ema = t.method.target_encoder == "ema"
+    views = t.plan.queries if has_ema else tuple(sorted({*t.plan.queries, *t.plan.targets}))
     losses: list[Tensor] = []
-    passed: list[dict[int, Emb]] = []  # the targets of each micro-batch, where they come from the queries' own pass
-    micros = ctx.pos_B.chunk(t.recipe.machine.accumulate)
-    for pos_B in micros:
-        last = len(losses) == len(micros) - 1
-        with contextlib.nullcontext() if last else t.pair.no_sync():
-            found = t.pair.embed([images[v][pos_B] for v in views], t.second(views))
-            query = {v: Emb(*emb, view=v) for v, emb in zip(views, found, strict=True)}
-            here, where_B = ctx, pos_B
-            if not average:
-                passed.append({v: _pointed(query[v], t.method.target) for v in t.plan.targets})
-                here = replace(ctx, index_B=ctx.index_B[pos_B], label_B=ctx.label_B[pos_B], pos_B=pos_B,
-                               targets=passed[-1])
-                aims, where_B = {v: t.method.aim(emb, here) for v, emb in passed[-1].items()}, pos_B - pos_B[0]
-            loss_B = sum(_agree(t, term, query, aims, where_B, here, mixtures) for term in t.plan.terms)
-            loss = loss_B.mean() / len(micros)
+    online_targets: list[dict[int, Embedding]] = []  # of each micro-batch
+    micro_batches = ctx.rows_B.chunk(t.recipe.machine.accumulation_steps)
+    for rows_B in micro_batches:
+        is_last = len(losses) == len(micro_batches) - 1
+        with contextlib.nullcontext() if is_last else t.pair.no_sync():
+            embedded = t.pair.embed([images[v][rows_B] for v in views], t.second_modality(views))
+            query = {v: Embedding(z_BD, u_BD, view=v) for v, (z_BD, u_BD) in zip(views, embedded, strict=True)}
+            micro_ctx, target_rows_B = ctx, rows_B
+            if not has_ema:
+                online = {v: _as_target(query[v], t.method.target_encoder) for v in t.plan.targets}
+                online_targets.append(online)
+                index_B, label_B = ctx.index_B[rows_B], ctx.label_B[rows_B]
+                micro_ctx = replace(ctx, index_B=index_B, label_B=label_B, rows_B=rows_B, target_embeddings=online)
+                targets = {v: t.method.targets(embedding, micro_ctx) for v, embedding in online.items()}
+                target_rows_B = rows_B - rows_B[0]
+            terms = [_term_loss(t, term, query, targets, target_rows_B, micro_ctx, mixtures) for term in t.plan.terms]
+            loss_B = cast(Tensor, sum(terms))
+            loss = loss_B.mean() / len(micro_batches)
             losses.append(loss.detach())
-            if last:
-                t.world.mark("backward")  # where the ranks meet, in the reduction of the gradients
-            t.scaler.scale(loss).backward()
-    ctx.targets = ctx.targets or _joined(passed)
-    # a row of the target that is not finite has no neighbours and costs nothing: the loss alone would not tell of it
-    finite = torch.stack([sum(losses).isfinite(), *(emb.z.isfinite().all() for emb in ctx.targets.values())]).all()
-    return sum(losses), finite
+            if is_last:
+                t.world.set_phase("backward")  # where ranks wait for each other, in the reduction of gradients
+            t.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no annotation
+    ctx.target_embeddings = ctx.target_embeddings or _concatenate(online_targets)
+    total = cast(Tensor, sum(losses))
+    # Targets are checked as well: a target row that is not finite has no neighbors, and adds nothing to the loss.
+    checks = [total.isfinite(), *(embedding.z.isfinite().all() for embedding in ctx.target_embeddings.values())]
+    return total, torch.stack(checks).all()
 
 
-def _fill_anew(t: Training) -> None:
-    """Fill the whole bank with the present embeddings of random images; their statistics are not the batch's."""
-    for batch in t.support(t.step):
+def _refill_bank(t: TrainState) -> None:
+    """Fill the whole bank with embeddings of random images by the current encoder."""
+    assert t.bank is not None and t.method.bank is not None and t.support is not None
+    for batch in t.support.batches(t.step):
         ctx = t.context(batch)
         for image in t.images(batch, t.method.bank.views):
-            t.bank.push(key=t.pair.embed_now(image), index=ctx.index_B, label=ctx.label_B)
-    norm.discard(t.norms)
+            t.bank.push(key=t.pair.embed_without_grad(image), index=ctx.index_B, label=ctx.label_B)
+    norm.discard_pending(t.norms)  # the running statistics are those of training batches alone
 
 
-def _mix(t: Training, images: list[Tensor]) -> dict[int, tuple[Mixture, Pairs]]:
-    """Append the plan's mixed views to the images; what each was mixed with, by the number of the view."""
-    made = {}
-    pairs = Pairs.draw(t.recipe.mix, rng.key(t.recipe.seed, "pairs", t.step), t.recipe.optim.batch, t.world)
+def _append_mixed_views(t: TrainState, images: list[Tensor]) -> Mixtures:
+    """Append the mixed views of the plan to the images, and return how they were mixed."""
+    options, mixtures = t.recipe.mix, Mixtures()
+    pairing = MixPairing.draw(options, rng.key(t.recipe.seed, "pairs", t.step), t.recipe.optim.batch, t.world)
     for source in t.plan.mixed:
-        key = rng.key(t.recipe.seed, "mix", t.step, source)
-        mixture = mix.draw(t.recipe.mix, key, t.plan.views[source].size)
-        made[len(images)] = mixture, pairs
-        images.append(mix.apply(images[source], mixture, pairs.partners(images[source])))
-    return made
+        key = rng.key(t.recipe.seed, "mix", t.step, source if options.lambda_scope == "view" else t.plan.mixed[0])
+        mixture = mix.draw_mixture(options, key, t.plan.views[source].size)
+        mixtures[len(images)] = mixture, pairing
+        images.append(mix.mix_images(images[source], mixture, pairing.partner_images(images[source])))
+    return mixtures
 
 
-def _agree(t: Training, term: Term, query: dict[int, Emb], aims: dict[int, object], pos_B: Tensor, ctx: Context,
-           mixtures: dict[int, tuple[Mixture, Pairs]]) -> Tensor:
-    """One term's loss per row [b], with its share. A term of the partners stands in the partners' order."""
-    emb, weight = query[term.query], term.share
+def _term_loss(
+    t: TrainState,
+    term: Term,
+    query: dict[int, Embedding],
+    targets: dict[int, Any],
+    rows_B: Tensor,
+    ctx: StepContext,
+    mixtures: Mixtures,
+) -> Tensor:
+    """Compute one term of the plan, weighted, for each query row [b].
+
+    A ``partner`` term compares each mixed query with the target of the image that was mixed in; its rows are in the
+    order of those images.
+    """
+    embedding, weight = query[term.query], term.share
     if term.role != "plain":
-        mixture, pairs = mixtures[term.query]
-        ctx = replace(ctx, kin=pairs.kin)
+        mixture, pairing = mixtures[term.query]
+        ctx = replace(ctx, same_image_rows=pairing.same_image_rows)
         weight *= mixture.lam if term.role == "own" else 1 - mixture.lam
         if term.role == "partner":
-            emb = replace(emb, z=pairs.to_partner(emb.z), u=None if emb.u is None else pairs.to_partner(emb.u))
-    return weight * t.method.agree(emb, aims[term.target], pos_B, ctx)
+            u_BD = None if embedding.u is None else pairing.to_partner_order(embedding.u)
+            embedding = replace(embedding, z=pairing.to_partner_order(embedding.z), u=u_BD)
+    return weight * t.method.loss(embedding, targets[term.target], rows_B, ctx)
 
 
-def _push(t: Training, ctx: Context) -> Ticket:
-    """Feed the bank with the views that the method keeps; the ticket of the last one."""
+def _push(t: TrainState, ctx: StepContext) -> PushUndo | None:
+    """Push the target views that the method keeps into the bank, and return the undo of the last push."""
+    assert t.bank is not None and t.method.bank is not None
+    push_undo = None
     for view in t.method.bank.views:
-        slots, target = None, ctx.targets[view]
+        slots, target = None, ctx.target_embeddings[view]
         if t.method.bank.replace == "random":
-            slots = t.bank.slots_at(rng.key(ctx.seed, "replace", ctx.step, view), t.recipe.optim.batch)
-        more = t.method.columns(target, ctx) if isinstance(t.method, Remembering) else {}
-        ticket = t.bank.push(slots, key=target.z.detach(), index=ctx.index_B, label=ctx.label_B, **more)
-    return ticket
+            slots = t.bank.draw_slots(rng.key(ctx.seed, "replace", ctx.step, view), t.recipe.optim.batch)
+        columns = t.hooks.bank_columns(target, ctx)
+        push_undo = t.bank.push(slots, key=target.z.detach(), index=ctx.index_B, label=ctx.label_B, **columns)
+    return push_undo
 
 
-def _pointed(emb: Emb, mode: str) -> Emb:
-    """An online embedding as a target: ``stop`` without gradient, ``same`` with it."""
-    if mode == "same":
-        return emb
-    return replace(emb, z=emb.z.detach(), u=None if emb.u is None else emb.u.detach())
+def _as_target(embedding: Embedding, target_encoder: str) -> Embedding:
+    """Return an online embedding as a target: for ``stop_gradient`` without gradient, for ``shared`` with it."""
+    if target_encoder == "shared":
+        return embedding
+    return replace(embedding, z=embedding.z.detach(), u=None if embedding.u is None else embedding.u.detach())
 
 
-def _joined(parts: list[dict[int, Emb]]) -> dict[int, Emb]:
-    """The targets of all micro-batches, in the order of the rank's rows."""
+def _concatenate(parts: list[dict[int, Embedding]]) -> dict[int, Embedding]:
+    """Join the target embeddings of all micro-batches, in the order of the rank's rows."""
     if len(parts) == 1:
         return parts[0]
-    return {v: replace(emb, z=torch.cat([part[v].z for part in parts]),
-                       u=None if emb.u is None else torch.cat([part[v].u for part in parts]))
-            for v, emb in parts[0].items()}
+    joined = {}
+    for view, embedding in parts[0].items():
+        predictions = [part[view].u for part in parts]
+        u_BD = None if embedding.u is None else torch.cat(cast(list[Tensor], predictions))
+        joined[view] = replace(embedding, z=torch.cat([part[view].z for part in parts]), u=u_BD)
+    return joined
 
 
-def _finite_gradients(t: Training) -> Tensor:
-    """bool []: whether every averaged gradient is finite. Their bits are those of all ranks."""
-    gradients = [p.grad for p in t.pair.online.parameters() if p.grad is not None]
-    return nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite()
-
-
-def _raised(wrong: tuple[Tensor | bool, ...], device: torch.device) -> Tensor:
-    """[flags] float32, in one transfer: flags that lie on the device, before those of the host."""
-    there = [flag for flag in wrong if isinstance(flag, Tensor)]
-    raised = torch.tensor([float(flag) for flag in wrong if not isinstance(flag, Tensor)])
-    return torch.cat([torch.stack(there).float(), raised.to(device, non_blocking=True)])
+def _pack(on_device: list[Tensor], on_host: list[bool]) -> Tensor:
+    """Pack flags as float32 [flags], those on the device first, with one transfer of those on the host."""
+    host = torch.tensor([float(flag) for flag in on_host])
+    device = torch.stack(on_device).float()
+    return torch.cat([device, host.to(device.device, non_blocking=True)])

@@ -1,31 +1,37 @@
-"""Named augmentations. Each is a *draw* (numpy, by address, in the loader) and an *apply* (batched, on the device).
+"""Named augmentations, each in two parts: parameters drawn per view (NumPy), and their batched application (torch).
 
-The loader crops and resizes, since that shrinks the image; everything after it runs on whole batches. All randomness
-of a view is in one row of ``PARAMS``, drawn at ``rng.key(seed, "view", epoch, sample, view)``: it depends on no rank,
-thread or earlier draw. The order of operations is the one of all the papers: crop, jitter, gray, blur, solarize,
-normalise; a flip commutes with each of them.
+The loader crops and resizes, because that shrinks the image. Everything after it runs on whole batches on the training
+device. All randomness of a view is in one record of ``PARAMS``, drawn with the key
+``rng.key(seed, "view", epoch, sample, view)``. It does not depend on the rank, the thread or earlier draws.
 
-Shapes: B samples, S pixels a side.
+The order of operations is that of all the papers: crop, jitter, gray, blur, solarize, normalize. A flip commutes with
+each of them.
+
+Letters in shapes: B samples, S pixels per side.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from hpcssl import rng
 from hpcssl.errors import ConfigError
-from hpcssl.views import ops
+from hpcssl.views import boxes, ops
+from hpcssl.views.blur import KERNELS
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's red, green and blue channels on the scale 0-1."""
 
 PARAMS = np.dtype(
     [
-        ("box", "<i4", (4,)),  # top, left, height, width in the source's pixels; the whole image for a centre crop
+        ("box", "<i4", (4,)),  # top, left, height, width in pixels of the source; the whole image for a center crop
         ("flip", "?"),
         ("jitter", "?"),
         ("order", "u1", (4,)),  # place p applies operation order[p]: 0 brightness, 1 contrast, 2 saturation, 3 hue
@@ -35,18 +41,40 @@ PARAMS = np.dtype(
         ("solarize", "?"),
     ]
 )
+"""The augmentation parameters of one view."""
 _pack = struct.Struct("<4i??4B4f?f?").pack  # the same record: ten times faster to fill than through NumPy
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augment:
-    """One augmentation as numbers. Probabilities in [0, 1]; areas as shares of the image's.
+class Augmentation:
+    """The numbers that define an augmentation. Probabilities lie in [0, 1]; areas are fractions of the image's area.
 
-    ``crop``: ``random`` is torchvision's RandomResizedCrop; ``center`` resizes the short side to ``zoom`` times the
-    view's size and takes the centre; ``squash`` resizes to the same size, and from there the whole image into the
-    square, its aspect lost (with ``zoom`` 1 at once). ``jitter``: strengths of brightness, contrast, saturation, hue,
-    as ColorJitter takes them. ``blur_kernel``: ``pil`` for a Gaussian of this sigma with the edge pixels repeated,
-    ``tenth`` for a kernel of a tenth of the view's side, made odd, with the edges mirrored; see ``ops.blur_matrix``.
+    Attributes:
+        crop: Kind of crop. ``random`` is torchvision's RandomResizedCrop. ``center`` resizes the short side to ``zoom``
+            times the view's size and takes the center. ``squash`` resizes the short side likewise, and then the whole
+            image to a square, so that its aspect ratio is lost (in one resize with ``zoom`` 1).
+        scale: Smallest and largest area of a random crop.
+        ratio: Smallest and largest aspect ratio, width / height, of a random crop.
+        zoom: Size after the resize of ``center`` and ``squash`` crops, in units of the view's size; 1 or more.
+        interpolation: ``bilinear`` or ``bicubic``.
+        library: Whose operations are meant. ``torchvision``: its crop, antialiased resize and color operations.
+            ``deepmind``: those of BYOL's authors. A crop that does not fit is clipped (``boxes``), the resize, which
+            must be bicubic, is not antialiased, the brightness is a summand, and each channel has its own contrast
+            (``color``).
+        flip: Probability of a horizontal flip.
+        jitter: Strengths of brightness, contrast, saturation and hue, as torchvision's ColorJitter takes them.
+        jitter_p: Probability of the color jitter.
+        order: Order of the four jitter operations: ``random`` for each view, or ``fixed`` as listed above.
+        gray: Probability of a conversion to gray.
+        blur: Probability of a Gaussian blur.
+        blur_sigma: Smallest and largest standard deviation of the blur, in pixels of the view.
+        blur_kernel: ``pil`` is Pillow's GaussianBlur, three box blurs. ``tenth`` is a Gaussian, a tenth of the view's
+            side wide, made odd, with the edges mirrored; ``tenth_zeros`` the same with zeros beyond the edges. See
+            ``hpcssl.views.blur``.
+        solarize: Probability of inverting the pixels above one half.
+
+    Raises:
+        ConfigError: If a value is out of its range.
     """
 
     crop: str = "random"
@@ -54,6 +82,7 @@ class Augment:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     zoom: float = 256 / 224
     interpolation: str = "bilinear"
+    library: str = "torchvision"
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.0
@@ -64,135 +93,194 @@ class Augment:
     blur_kernel: str = "pil"
     solarize: float = 0.0
 
-    def __post_init__(self):
-        for field, allowed in (("crop", ("random", "center", "squash")), ("interpolation", ("bilinear", "bicubic")),
-                               ("order", ("random", "fixed")), ("blur_kernel", ("pil", "tenth"))):
-            if getattr(self, field) not in allowed:
-                raise ConfigError(f"augmentation {field}", got=repr(getattr(self, field)),
-                                  expected=" or ".join(allowed), mend=f"set {field}={allowed[0]}")
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("crop", ("random", "center", "squash")),
+            ("interpolation", ("bilinear", "bicubic")),
+            ("library", ("torchvision",) if self.interpolation == "bilinear" else ("torchvision", "deepmind")),
+            ("order", ("random", "fixed")),
+            ("blur_kernel", KERNELS),
+        ):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ConfigError(
+                    f"augmentation {field}",
+                    got=repr(value),
+                    expected=" or ".join(allowed),
+                    fix=f"set {field}={allowed[0]}",
+                )
         for field in ("flip", "jitter_p", "gray", "blur", "solarize"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ConfigError(f"augmentation {field}", got=getattr(self, field),
-                                  expected="a probability from 0 to 1", mend=f"set {field} to one")
+            value = getattr(self, field)
+            if not 0 <= value <= 1:
+                raise ConfigError(
+                    f"augmentation {field}",
+                    got=value,
+                    expected="a probability from 0 to 1",
+                    fix=f"set {field} to a number from 0 to 1",
+                )
         for field, low, high in (("scale", 0, 1), ("ratio", 0, math.inf), ("blur_sigma", 0, math.inf)):
             first, last = getattr(self, field)
             if not (low < first <= last <= high):
-                raise ConfigError(f"augmentation {field}", got=f"({first}, {last})",
-                                  expected=f"two numbers in rising order, above {low}, at most {high}",
-                                  mend=f"set {field} to such a pair")
+                raise ConfigError(
+                    f"augmentation {field}",
+                    got=f"({first}, {last})",
+                    expected=f"two numbers in rising order, above {low} and at most {high}",
+                    fix=f"set {field} to such a pair",
+                )
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ConfigError("augmentation jitter", got=self.jitter,
-                              expected="four strengths from 0, the last (hue) at most 0.5",
-                              mend="set jitter to brightness, contrast, saturation, hue")
+            raise ConfigError(
+                "augmentation jitter",
+                got=self.jitter,
+                expected="four strengths from 0, the last (hue) at most 0.5",
+                fix="set jitter to the strengths of brightness, contrast, saturation, hue",
+            )
         if self.zoom < 1:
-            raise ConfigError("augmentation zoom", got=self.zoom, expected="1 or more",
-                              mend="set zoom=1 for the largest centre crop")
+            raise ConfigError(
+                "augmentation zoom", got=self.zoom, expected="1 or more", fix="set zoom=1 for the largest center crop"
+            )
 
 
-_CROP = Augment(scale=(0.08, 1.0), interpolation="bicubic")
-_STRONG = Augment(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2, blur=0.5)
-_BYOL = replace(_CROP, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur_kernel="tenth")
+_CROP = Augmentation(scale=(0.08, 1.0), interpolation="bicubic")
+_STRONG = Augmentation(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2, blur=0.5)
+_BYOL = replace(_CROP, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2)
+_DEEPMIND = replace(_BYOL, library="deepmind", blur_kernel="tenth_zeros")
 
-NAMED: dict[str, Augment] = {
-    "weak": Augment(),  # MSF's target view: train_msf.py:265-270
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "weak": Augmentation(),  # MSF's target view: train_msf.py:265-270
     "strong": _STRONG,  # MSF's query view: train_msf.py:253-263
     "moco_v2": _STRONG,  # main_moco.py:226-236, the same numbers
     "simclr": replace(_CROP, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray=0.2, blur=0.5, blur_kernel="tenth"),
-    "byol_1": replace(_BYOL, blur=1.0),
-    "byol_2": replace(_BYOL, blur=0.1, solarize=0.2),
-    "crop_only": replace(_CROP, flip=0.0),
+    "byol_1": replace(_DEEPMIND, blur=1.0),
+    "byol_2": replace(_DEEPMIND, blur=0.1, solarize=0.2),
+    "crop_only": replace(_CROP, flip=0.0, library="deepmind"),
+    "byol_oss_1": replace(_BYOL, blur=1.0),  # the same numbers with OpenSelfSup's operations
+    "byol_oss_2": replace(_BYOL, blur=0.1, solarize=0.2),
     # CIFAR-size images: MoCo's demo and lightly's benchmark, which leave the blur out
-    "small": Augment(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),
-    "small_simsiam": Augment(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),  # the same with crops from 0.2
-    "simclr_oss": replace(_STRONG, scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)),  # OpenSelfSup's, the base of BSIM
+    "small": Augmentation(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),
+    "small_simsiam": Augmentation(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2),  # the same with crops from 0.2
+    "simclr_oss": replace(
+        _STRONG, scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)
+    ),  # OpenSelfSup's, which BSIM starts from
     "swav": replace(_STRONG, scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2)),  # the same numbers, main_swav's pipeline
-    # main_moco.py without --aug-plus; gray comes before the jitter there, which only clipping can tell
-    "moco_v1": Augment(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2),
+    # main_moco.py without --aug-plus. Gray comes before the jitter there, which differs only where values are clipped
+    "moco_v1": Augmentation(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2),
     "imagenette": replace(_STRONG, scale=(0.08, 1.0)),  # lightly's benchmark at 128 pixels
-    "digits": Augment(scale=(0.3, 1.0), flip=0.0, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0),
-    "eval": Augment(crop="center", flip=0.0),
-    "eval_whole": Augment(crop="center", zoom=1.0, flip=0.0),  # square images that already have the view's size
+    "digits": Augmentation(scale=(0.3, 1.0), flip=0.0, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0),
+    "eval": Augmentation(crop="center", flip=0.0),
+    "eval_whole": Augmentation(crop="center", zoom=1.0, flip=0.0),  # square images that already have the view's size
     # VISSL's and OpenSelfSup's SVMs: Resize(256), Resize((224, 224)); VISSL's low-shot SVMs: the latter alone
-    "eval_squash": Augment(crop="squash", flip=0.0),
-    "eval_squash_once": Augment(crop="squash", zoom=1.0, flip=0.0),
+    "eval_squash": Augmentation(crop="squash", flip=0.0),
+    "eval_squash_once": Augmentation(crop="squash", zoom=1.0, flip=0.0),
 }
+"""All augmentations by the names that recipes use, with the source of their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """One view that the loader cuts: its name, augmentation, side in pixels, and whether it shows ``KEY.b.*``."""
+    """One view that the loader cuts.
+
+    Attributes:
+        name: Name of the view.
+        augment: How the view is augmented.
+        size: Side in pixels.
+        second: Whether the view shows the second modality (``KEY.b.*``).
+    """
 
     name: str
-    augment: Augment
+    augment: Augmentation
     size: int
     second: bool = False
 
 
-# Places in the 36 uniform numbers of a view. A place is never re-used, so that a new operation moves no old one.
-_TRIES, _TOP, _LEFT, _FLIP, _JITTER, _ORDER, _FACTOR, _GRAY, _BLUR, _SIGMA, _SOLAR, _COUNT = (
-    10, 20, 21, 22, 23, 24, 28, 32, 33, 34, 35, 36)
+# Places in the 36 uniform numbers of a view. A new operation gets a new place, so that old draws do not change.
+# The first 22 are those of the crop, see ``boxes``.
+_FLIP, _JITTER, _ORDER, _FACTOR = 22, 23, 24, 28
+_GRAY, _BLUR, _SIGMA, _SOLARIZE, _COUNT = 32, 33, 34, 35, 36
 
 
-def draw(augment: Augment, key: int, height: int, width: int) -> np.ndarray:
-    """All parameters of one view of an image of ``height`` x ``width`` pixels at the address ``key``.
+def draw_params(augment: Augmentation, key: int, height: int, width: int) -> np.void:
+    """Draw all parameters of one view. A pure function of its arguments.
 
-    Returns one record of ``PARAMS``, read-only. A pure function of its arguments.
+    Args:
+        augment: The augmentation.
+        key: Random key of the view.
+        height: Height of the source image in pixels.
+        width: Width of the source image in pixels.
+
+    Returns:
+        One record of ``PARAMS``, read-only.
     """
     u = rng.uniform(key, _COUNT).tolist()
+    box = (0, 0, height, width)
     if augment.crop == "random":
-        box = random_box(u, height, width, augment.scale, augment.ratio)
-    else:
-        box = (0, 0, height, width)
+        rule = boxes.clipped_box if augment.library == "deepmind" else boxes.random_box
+        box = rule(u, height, width, augment.scale, augment.ratio)
     jitter = u[_JITTER] < augment.jitter_p
-    order, factors = (0, 1, 2, 3), (1.0, 1.0, 1.0, 0.0)
+    order: tuple[int, ...] = (0, 1, 2, 3)
+    factors: tuple[float, ...] = (1.0, 1.0, 1.0, 0.0)
     if jitter:
         if augment.order == "random":
             order = tuple(sorted(order, key=lambda op: u[_ORDER + op]))
-        factors = tuple(_factor(op, augment.jitter[op], u[_FACTOR + op]) for op in range(4))
+        factors = tuple(_jitter_factor(augment, op, u[_FACTOR + op]) for op in range(4))
     sigma = 0.0
     if u[_BLUR] < augment.blur:
         low, high = augment.blur_sigma
         sigma = low + (high - low) * u[_SIGMA]
-    record = _pack(*box, u[_FLIP] < augment.flip, jitter, *order, *factors, u[_GRAY] < augment.gray, sigma,
-                   u[_SOLAR] < augment.solarize)
-    return np.frombuffer(record, PARAMS)[0]
+    record = _pack(
+        *box,
+        u[_FLIP] < augment.flip,
+        jitter,
+        *order,
+        *factors,
+        u[_GRAY] < augment.gray,
+        sigma,
+        u[_SOLARIZE] < augment.solarize,
+    )
+    params: np.void = np.frombuffer(record, PARAMS)[0]
+    return params
 
 
-def random_box(u: list[float], height: int, width: int, scale: tuple, ratio: tuple) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop.get_params on given numbers: u[0:20] the ten tries, u[20:22] the corner.
+def _jitter_factor(augment: Augmentation, op: int, u: float) -> float:
+    """A factor from ColorJitter's ranges, max(0, 1 - s) .. 1 + s; or a summand from -s .. s.
 
-    Returns (top, left, height, width) in pixels.
+    The hue (operation 3) has a summand, and with DeepMind's operations also the brightness (operation 0).
     """
-    area, low, high = height * width, math.log(ratio[0]), math.log(ratio[1])
-    for attempt in range(_TRIES):
-        target = area * (scale[0] + (scale[1] - scale[0]) * u[2 * attempt])
-        aspect = math.exp(low + (high - low) * u[2 * attempt + 1])
-        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(u[_TOP] * (height - h + 1)), int(u[_LEFT] * (width - w + 1)), h, w
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = min(height, max(1, round(width / ratio[0])))
-    elif width / height > ratio[1]:
-        w = min(width, max(1, round(height * ratio[1])))
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _factor(op: int, strength: float, u: float) -> float:
-    """ColorJitter's ranges: max(0, 1 - s) .. 1 + s, and -s .. s for the hue (operation 3)."""
-    low, high = (-strength, strength) if op == 3 else (max(0.0, 1 - strength), 1 + strength)
+    strength, is_sum = augment.jitter[op], op == 3 or (op == 0 and augment.library == "deepmind")
+    low, high = (-strength, strength) if is_sum else (max(0.0, 1 - strength), 1 + strength)
     return low + (high - low) * u
 
 
-def apply(images: torch.Tensor, params: np.ndarray, augment: Augment, *, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-          dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Everything after the crop, on the device of ``images``.
+def augment_batch(
+    images: torch.Tensor,
+    params: npt.NDArray[np.void],
+    augment: Augmentation,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Apply everything after the crop, on the device of ``images``.
 
-    images: uint8 [B, S, S, 3], the loader's crops; params: ``PARAMS`` [B]; mean, std: of channels in [0, 1].
-    Returns ``dtype`` [B, 3, S, S] in channels_last memory. Each row depends on its own image and parameters alone,
-    and the values before normalisation are float, not rounded to 8 bits between operations as PIL does.
+    Each row depends on its own image and parameters alone. Values stay float until the end; PIL would round to 8 bits
+    between two operations.
+
+    Args:
+        images: uint8 [B, S, S, 3], crops as the loader gives them.
+        params: ``PARAMS`` [B], one record per image.
+        augment: The augmentation that the parameters were drawn for.
+        mean: Per channel, on the scale 0-1.
+        std: Per channel, on the scale 0-1.
+        dtype: Type of the result.
+
+    Returns:
+        ``dtype`` [B, 3, S, S] in channels_last memory.
+
+    Raises:
+        ValueError: If ``images`` or ``params`` have another shape or type.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(params) != len(images):
-        raise ValueError(f"apply wants uint8 [B, S, S, 3] and B rows of parameters, got {images.dtype} "
-                         f"{tuple(images.shape)} and {len(params)} rows")
-    return ops.pipeline(images, params, augment.blur_kernel, mean, std, dtype)
+        raise ValueError(
+            f"augment_batch expects uint8 [B, S, S, 3] and B rows of parameters, got {images.dtype} "
+            f"{tuple(images.shape)} and {len(params)} rows"
+        )
+    return ops.run_pipeline(images, params, augment.library, augment.blur_kernel, mean, std, dtype)

@@ -1,0 +1,1 @@
+"""Packaged cluster profiles (``slurm.backend.profiles``)."""

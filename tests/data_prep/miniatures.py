@@ -1,4 +1,4 @@
-"""Each transfer set's published layout in miniature: three classes, a few tiny images, the real files and lists."""
+"""Small copies of the transfer sets: three classes and a few tiny images, in the files and lists of the original."""
 
 import io
 import json
@@ -7,21 +7,25 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from data_prep import transfer
+from data_prep.sources.transfer import data_sets
 
-KINDS = ("ant bear", "cat", "dog/house")
+CLASSES = ("ant bear", "cat", "dog/house")
 SLUGS = ("ant_bear", "cat", "dog_house")
 
 
 class Maker:
-    """Writes images and lists below ``home`` and remembers what the shards must hold: (label or targets, bytes)."""
+    """Writes images and lists below ``home``, and records in ``truth`` what the shards must hold.
 
-    def __init__(self, home, picture):
-        self.home, self.picture, self.count = home, picture, 0
-        self.truth = {part: {} for part in transfer.PARTS}
+    Attributes:
+        truth: part -> name of the image -> (label or targets, bytes).
+    """
+
+    def __init__(self, home, encode_image):
+        self.home, self.encode_image, self.count = home, encode_image, 0
+        self.truth = {part: {} for part in data_sets.PARTS}
 
     def image(self, name, part, label):
-        body = self.picture(self.count, side=8)
+        body = self.encode_image(self.count, side=8)
         self.count += 1
         self.write(name, body)
         self.truth[part][name] = label, body
@@ -32,10 +36,14 @@ class Maker:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def each(self, train=6, val=0, test=3):
-        """(part, class number, running number), the parts as the lists have them."""
+        """(part, class number, running number) of each image, in the parts of the lists."""
         numbers = iter(range(1, 1000))
-        return [(part, label, next(numbers)) for part, n in (("train", train), ("val", val), ("test", test))
-                for label in range(3) for _ in range(n)]
+        return [
+            (part, label, next(numbers))
+            for part, n in (("train", train), ("val", val), ("test", test))
+            for label in range(3)
+            for _ in range(n)
+        ]
 
 
 def food101(m):
@@ -50,18 +58,20 @@ def food101(m):
 
 def cifar(m, labels, files, classes_file):
     records = {name: [] for name in files}
-    order = {part: [name for name in files if name.startswith(("data", "train")) == (part == "train")]
-             for part in ("train", "test")}
+    order = {
+        part: [name for name in files if name.startswith(("data", "train")) == (part == "train")]
+        for part in ("train", "test")
+    }
     for part, label, n in m.each():
-        pixels = np.asarray(Image.open(io.BytesIO(m.picture(n, "PNG"))))
+        pixels = np.asarray(Image.open(io.BytesIO(m.encode_image(n, "PNG"))))
         name = order[part][n % len(order[part])]
-        source = f"{part}/{KINDS[label]}/{name[:-4]}-{len(records[name]):05d}.png"
+        source = f"{part}/{CLASSES[label]}/{name[:-4]}-{len(records[name]):05d}.png"
         records[name].append(bytes([7] * (labels - 1) + [label]) + pixels.transpose(2, 0, 1).tobytes())
         m.truth[part][source] = label, pixels
     for name, rows in records.items():
         m.write(name, b"".join(rows))
-    m.write(classes_file, "\n".join(KINDS) + "\n\n")
-    return KINDS
+    m.write(classes_file, "\n".join(CLASSES) + "\n\n")
+    return CLASSES
 
 
 def cifar10(m):
@@ -80,10 +90,12 @@ def birdsnap(m):
         test += [path] * (part == "test")
         m.image(f"download/images/{path}", part, label)
     m.write("images.txt", "\n".join(["url\tmd5\tpath\tspecies_id\tbb_x1", *rows]))
-    m.write("species.txt", "id\tcommon\tscientific\tdir\n" + "".join(
-        f"{i + 1}\t{KINDS[i]}\tx\t{SLUGS[i]}\n" for i in range(3)))
+    m.write(
+        "species.txt",
+        "id\tcommon\tscientific\tdir\n" + "".join(f"{i + 1}\t{CLASSES[i]}\tx\t{SLUGS[i]}\n" for i in range(3)),
+    )
     m.write("test_images.txt", "\n".join(test))
-    return KINDS
+    return CLASSES
 
 
 def sun397(m):
@@ -109,68 +121,68 @@ def cars(m):
     for part, label, n in m.each():
         rows[part].append((f"{n:05d}.jpg", label + 1))
         m.image(f"cars_{part}/{n:05d}.jpg", part, label)
-    notes = {part: np.array(rows[part], [("fname", object), ("class", np.uint8)]) for part in rows}
-    m.write("devkit/cars_meta.mat", mat(class_names=np.array(KINDS, object)))
-    m.write("devkit/cars_train_annos.mat", mat(annotations=notes["train"]))
-    m.write("cars_test_annos_withlabels.mat", mat(annotations=notes["test"]))
-    return KINDS
+    annotations = {part: np.array(rows[part], [("fname", object), ("class", np.uint8)]) for part in rows}
+    m.write("devkit/cars_meta.mat", mat(class_names=np.array(CLASSES, object)))
+    m.write("devkit/cars_train_annos.mat", mat(annotations=annotations["train"]))
+    m.write("cars_test_annos_withlabels.mat", mat(annotations=annotations["test"]))
+    return CLASSES
 
 
 def aircraft(m):
-    lists = {part: [] for part in transfer.PARTS}
+    lists = {part: [] for part in data_sets.PARTS}
     for part, label, n in m.each(4, 3, 2):
-        lists[part].append(f"{n:07d} {KINDS[label]}")
+        lists[part].append(f"{n:07d} {CLASSES[label]}")
         m.image(f"images/{n:07d}.jpg", part, label)
     for part, lines in lists.items():
         m.write(f"images_variant_{part}.txt", "\n".join(lines))
-    m.write("variants.txt", "\n".join(KINDS))
-    return KINDS
+    m.write("variants.txt", "\n".join(CLASSES))
+    return CLASSES
 
 
 def voc07(m):
-    kinds, lists = ("aeroplane", "bicycle", "bird"), {part: {} for part in transfer.PARTS}
+    classes, lists = ("aeroplane", "bicycle", "bird"), {part: {} for part in data_sets.PARTS}
     for part, label, n in m.each(4, 3, 2):
         targets = [(1, -1, 0)[(label + c * n) % 3] for c in range(3)]
         lists[part][f"{n:06d}"] = targets
         m.image(f"JPEGImages/{n:06d}.jpg", part, targets)
     for part, rows in lists.items():
         m.write(f"ImageSets/Main/{part}.txt", "\n".join(rows))
-        for c, kind in enumerate(kinds):
-            m.write(f"ImageSets/Main/{kind}_{part}.txt", "\n".join(f"{n} {t[c]:2d}" for n, t in rows.items()))
-    return kinds
+        for c, name in enumerate(classes):
+            m.write(f"ImageSets/Main/{name}_{part}.txt", "\n".join(f"{n} {t[c]:2d}" for n, t in rows.items()))
+    return classes
 
 
 def dtd(m):
-    kinds, lists = ("banded", "dotted", "woven"), {part: [] for part in transfer.PARTS}
+    classes, lists = ("banded", "dotted", "woven"), {part: [] for part in data_sets.PARTS}
     for part, label, n in m.each(4, 3, 2):
-        lists[part].append(f"{kinds[label]}/{kinds[label]}_{n:04d}.jpg")
+        lists[part].append(f"{classes[label]}/{classes[label]}_{n:04d}.jpg")
         m.image(f"images/{lists[part][-1]}", part, label)
     for part, lines in lists.items():
         m.write(f"labels/{part}1.txt", "\n".join(lines))
-    return kinds
+    return classes
 
 
 def pets(m):
-    kinds, lists = ("Abyssinian", "Bombay", "great_pyrenees"), {"train": [], "test": []}
+    classes, lists = ("Abyssinian", "Bombay", "great_pyrenees"), {"train": [], "test": []}
     for part, label, n in m.each():
-        lists[part].append(f"{kinds[label]}_{n} {label + 1} 1 1")
-        m.image(f"images/{kinds[label]}_{n}.jpg", part, label)
+        lists[part].append(f"{classes[label]}_{n} {label + 1} 1 1")
+        m.image(f"images/{classes[label]}_{n}.jpg", part, label)
     m.write("annotations/trainval.txt", "\n".join(lists["train"]))
     m.write("annotations/test.txt", "#Image CLASS-ID SPECIES BREED\n" + "\n".join(lists["test"]))
-    return kinds
+    return classes
 
 
 def caltech101(m):
-    kinds = ("BACKGROUND_Google", "Faces_easy", "accordion")
+    classes = ("BACKGROUND_Google", "Faces_easy", "accordion")
     for label, count in enumerate((33, 31, 8)):
         for n in range(count):
-            m.image(f"{kinds[label]}/image_{n:04d}.jpg", "test", label)
+            m.image(f"{classes[label]}/image_{n:04d}.jpg", "test", label)
     m.write("BACKGROUND_Google/tmp", "a stray file of the archive")
-    return kinds
+    return classes
 
 
 def flowers(m):
-    labels, ids = np.zeros(27, int), {part: [] for part in transfer.PARTS}
+    labels, ids = np.zeros(27, int), {part: [] for part in data_sets.PARTS}
     for part, label, n in m.each(4, 3, 2):
         labels[n - 1] = label + 1
         ids[part].append(n)

@@ -1,4 +1,4 @@
-"""New shards out of old ones, and the digits."""
+"""``hpcssl-shard subset`` and ``hpcssl-shard digits``."""
 
 import io
 import json
@@ -9,73 +9,75 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data_prep import digits
+from data_prep.sources import digits
 from hpcssl.data.shards import ShardSet
+from tests.printed import numbers_in
 
 
 @pytest.fixture
-def out(tmp_path, picture, shard):
+def out(tmp_path, encode_image, run_shard):
     """Three classes of 40, 20 and 10 samples."""
     src = tmp_path / "src"
     for name, count in (("ant", 40), ("bee", 20), ("cow", 10)):
         (src / name).mkdir(parents=True)
         for i in range(count):
-            (src / name / f"{name}_{i}.JPEG").write_bytes(picture(i, side=16))
-    assert shard("images", src, tmp_path / "all", "--samples-per-shard", 32, "--workers", 1) == 0
+            (src / name / f"{name}_{i}.JPEG").write_bytes(encode_image(i, side=16))
+    assert run_shard("images", src, tmp_path / "all", "--samples-per-shard", 32, "--workers", 1) == 0
     return tmp_path / "all"
 
 
 def samples(folder):
-    """key -> (label, image bytes, note), read with Python's tarfile."""
-    found = {}
+    """key -> (label, image bytes, content of KEY.json), read with Python's tarfile."""
+    members = {}
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 key, _, suffix = member.name.rpartition(".")
-                found.setdefault(key, {})[suffix] = tar.extractfile(member).read()
-    return {key: (int(s["cls"]), s["jpg"], json.loads(s["json"])) for key, s in found.items()}
+                members.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+    return {key: (int(s["cls"]), s["jpg"], json.loads(s["json"])) for key, s in members.items()}
 
 
 @pytest.mark.parametrize("style", ["{0}_{1}.JPEG", "{0}/{0}_{1}.JPEG", "{0}/{0}_{1}", "{0}_{1}"])
-def test_list_takes_file_names_sources_and_keys(out, tmp_path, shard, style):
+def test_a_list_may_hold_file_names_sources_or_keys(out, tmp_path, run_shard, style):
     wanted = [("cow", 3), ("ant", 7), ("bee", 0), ("ant", 39)]
     (tmp_path / "list.txt").write_text("".join(style.format(*w) + "\n" for w in wanted))
-    assert shard("subset", out, tmp_path / "some", "--list", tmp_path / "list.txt", "--workers", 1) == 0
+    assert run_shard("subset", out, tmp_path / "some", "--list", tmp_path / "list.txt", "--workers", 1) == 0
     every, some = samples(out), samples(tmp_path / "some")
     assert some == {f"{a}/{a}_{i}": every[f"{a}/{a}_{i}"] for a, i in wanted}
     assert ShardSet.open(tmp_path / "some").classes == ["ant", "bee", "cow"]
 
 
-def test_list_names_what_it_cannot_find(out, tmp_path, refused, shard, picture):
+def test_unknown_and_ambiguous_names_of_a_list_are_refused(out, tmp_path, error_of, run_shard, encode_image):
     (tmp_path / "list.txt").write_text("ant_1.JPEG\nelk_1.JPEG\n")
-    assert "1 names that are not in the shards (elk_1.JPEG)" in refused(
-        "subset", out, tmp_path / "some", "--list", tmp_path / "list.txt")
+    error = error_of("subset", out, tmp_path / "some", "--list", tmp_path / "list.txt")
+    assert error.what == f"--list {tmp_path / 'list.txt'}"
+    assert numbers_in(error.got) == [1] and error.got.endswith("(elk_1.JPEG)")
     for name in ("a", "b"):
-        (tmp_path / "twins" / name).mkdir(parents=True)
-        (tmp_path / "twins" / name / "same.jpg").write_bytes(picture(1))
-    shard("images", tmp_path / "twins", tmp_path / "twin-shards", "--workers", 1)
+        (tmp_path / "repeated" / name).mkdir(parents=True)
+        (tmp_path / "repeated" / name / "same.jpg").write_bytes(encode_image(1))
+    run_shard("images", tmp_path / "repeated", tmp_path / "shards", "--workers", 1)
     (tmp_path / "list.txt").write_text("same.jpg\n")
-    assert "several samples have (same.jpg)" in refused(
-        "subset", tmp_path / "twin-shards", tmp_path / "some", "--list", tmp_path / "list.txt")
+    error = error_of("subset", tmp_path / "shards", tmp_path / "some", "--list", tmp_path / "list.txt")
+    assert numbers_in(error.got) == [1] and error.got.endswith("(same.jpg)")
     assert not (tmp_path / "some").exists()
 
 
-def test_fraction_takes_its_share_of_every_class(out, tmp_path, shard):
+def test_a_fraction_is_taken_of_every_class(out, tmp_path, run_shard):
     every = samples(out)
     for share, counts in ((0.1, [4, 2, 1]), (0.01, [1, 1, 1]), (1.0, [40, 20, 10])):
         part = tmp_path / f"part-{share}"
-        assert shard("subset", out, part, "--fraction", share, "--workers", 1) == 0
+        assert run_shard("subset", out, part, "--fraction", share, "--workers", 1) == 0
         some = samples(part)
         assert np.bincount([label for label, _, _ in some.values()], minlength=3).tolist() == counts
         assert all(every[key] == value for key, value in some.items())
-    shard("subset", out, tmp_path / "seed1", "--fraction", 0.1, "--seed", 1, "--workers", 1)
+    run_shard("subset", out, tmp_path / "seed1", "--fraction", 0.1, "--seed", 1, "--workers", 1)
     assert set(samples(tmp_path / "seed1")) != set(samples(tmp_path / "part-0.1"))
 
 
-def test_corrupt_flips_exactly_its_share_and_keeps_the_truth(out, tmp_path, shard, content):
+def test_corrupt_changes_a_share_of_the_labels_and_records_the_original_ones(out, tmp_path, run_shard, content):
     every = samples(out)
     for run in ("a", "b"):
-        assert shard("subset", out, tmp_path / run, "--corrupt", 0.5, "--seed", 4, "--workers", 1) == 0
+        assert run_shard("subset", out, tmp_path / run, "--corrupt", 0.5, "--seed", 4, "--workers", 1) == 0
     assert content(tmp_path / "a") == content(tmp_path / "b")
     noisy = samples(tmp_path / "a")
     changed = {key for key in every if noisy[key][0] != every[key][0]}
@@ -85,110 +87,121 @@ def test_corrupt_flips_exactly_its_share_and_keeps_the_truth(out, tmp_path, shar
         truth = {"original_label": every[key][0]} if key in changed else {}
         assert note == {"source": every[key][2]["source"], **truth} and 0 <= label < 3
     moved = np.array([(every[key][0], noisy[key][0]) for key in changed])
-    assert len({tuple(pair) for pair in moved.tolist()}) == 6  # every class goes to both others
+    assert len({tuple(pair) for pair in moved.tolist()}) == 6  # labels of each class change to both others
     assert ShardSet.open(tmp_path / "a").labels.tolist() != ShardSet.open(out).labels.tolist()
 
 
-def test_a_corrupted_label_survives_a_second_subset(out, tmp_path, shard):
-    shard("subset", out, tmp_path / "noisy", "--corrupt", 1.0, "--workers", 1)
-    shard("subset", tmp_path / "noisy", tmp_path / "less", "--fraction", 0.5, "--workers", 1)
+def test_a_second_subset_keeps_corrupted_and_original_labels(out, tmp_path, run_shard):
+    run_shard("subset", out, tmp_path / "noisy", "--corrupt", 1.0, "--workers", 1)
+    run_shard("subset", tmp_path / "noisy", tmp_path / "less", "--fraction", 0.5, "--workers", 1)
     noisy, less = samples(tmp_path / "noisy"), samples(tmp_path / "less")
     assert len(less) == 35 and all(noisy[key] == value for key, value in less.items())
-    shard("subset", tmp_path / "noisy", tmp_path / "again", "--corrupt", 1.0, "--seed", 1, "--workers", 1)
-    assert all(value[2]["original_label"] == noisy[key][2]["original_label"]
-               for key, value in samples(tmp_path / "again").items())
+    run_shard("subset", tmp_path / "noisy", tmp_path / "again", "--corrupt", 1.0, "--seed", 1, "--workers", 1)
+    assert all(
+        value[2]["original_label"] == noisy[key][2]["original_label"]
+        for key, value in samples(tmp_path / "again").items()
+    )
 
 
-def test_subset_keeps_a_second_modality(tmp_path, tar_of, picture, shard):
-    """Shards with KEY.b.png keep it in every subset."""
+def test_a_subset_keeps_the_second_modality(tmp_path, tar_of, encode_image, run_shard):
+    """Every sample with KEY.b.png keeps it."""
     from data_prep import build, subset
-    from data_prep.catalogue import Catalogue, Sample
+    from data_prep.catalog import Catalog, Sample
 
-    body = picture(1) + picture(2, "PNG")
+    body = encode_image(1) + encode_image(2, "PNG")
     (tmp_path / "pieces").write_bytes(body)
-    cut = len(picture(1))
+    cut = len(encode_image(1))
     rows = [Sample(f"x/{i}.jpg", 0, str(tmp_path / "pieces"), 0, cut, 0, (cut, len(body) - cut)) for i in range(4)]
-    with build.claim(tmp_path / "two") as work:
-        build.write(work, Catalogue(["x"], rows), build.Options(workers=1))
-    found = ShardSet.open(tmp_path / "two")
-    assert found.has_second and shard("verify", tmp_path / "two", "--workers", 1) == 0
-    with build.claim(tmp_path / "half") as work:
-        chosen = subset.choose(found, subset.Choice(fraction=0.5), 0)
-        build.write(work, chosen, build.Options(workers=1))
+    with build.claim_folder(tmp_path / "two") as work:
+        build.write_folder(work, Catalog(["x"], rows), build.WriteOptions(workers=1))
+    shards = ShardSet.open(tmp_path / "two")
+    assert shards.has_second and run_shard("verify", tmp_path / "two", "--workers", 1) == 0
+    with build.claim_folder(tmp_path / "half") as work:
+        chosen = subset.choose_samples(shards, subset.SubsetOptions(fraction=0.5), 0)
+        build.write_folder(work, chosen, build.WriteOptions(workers=1))
     half = ShardSet.open(tmp_path / "half")
     assert len(half) == 2 and half.has_second
     for row in half.rows:
         whole = half.path(0).read_bytes()
-        assert whole[row["offset_b"] :][: row["size_b"]] == picture(2, "PNG")
-        assert whole[row["offset"] :][: row["size"]] == picture(1)
+        assert whole[row["offset_b"] :][: row["size_b"]] == encode_image(2, "PNG")
+        assert whole[row["offset"] :][: row["size"]] == encode_image(1)
 
 
-def test_digits_hold_every_scan_once(tmp_path, shard, content):
-    assert shard("digits", tmp_path / "a") == 0
-    assert shard("digits", tmp_path / "b", "--workers", 2) == 0
+def test_the_digits_hold_every_scan_once(tmp_path, run_shard, content):
+    assert run_shard("digits", tmp_path / "a") == 0
+    assert run_shard("digits", tmp_path / "b", "--workers", 2) == 0
     assert content(tmp_path / "a") == content(tmp_path / "b")
-    scans, seen = load_digits(), {}
+    scans, images = load_digits(), {}
     for part in ("train", "val"):
-        found = ShardSet.open(tmp_path / "a" / part)
-        assert found.classes == [str(n) for n in range(10)] and len(found.shards) > 1
-        share = np.bincount(found.labels) / np.bincount(scans.target)
-        assert np.allclose(share, 0.2 if part == "val" else 0.8, atol=0.003)
-        for i, row in enumerate(found.rows):
-            body = found.path(row["shard"]).read_bytes()[row["offset"] :][: row["size"]]
-            number = int(found.key(i).rpartition("-")[2])
-            assert scans.target[number] == row["label"] and number not in seen
+        shards = ShardSet.open(tmp_path / "a" / part)
+        assert shards.classes == [str(n) for n in range(10)] and len(shards.shards) > 1
+        wanted = (0.2 if part == "val" else 0.8) * np.bincount(scans.target)
+        assert (np.abs(np.bincount(shards.labels) - wanted) <= 0.5).all()  # rounded to whole images
+        for i, row in enumerate(shards.rows):
+            body = shards.path(row["shard"]).read_bytes()[row["offset"] :][: row["size"]]
+            number = int(shards.key(i).rpartition("-")[2])
+            assert scans.target[number] == row["label"] and number not in images
             image = Image.open(io.BytesIO(body))
             assert image.mode == "L" and image.size == (digits.SIDE, digits.SIDE)
-            seen[number] = np.asarray(image, float)
-    assert len(seen) == 1797
+            images[number] = np.asarray(image, float)
+    assert len(images) == 1797
     # averaged back over 2x2 pixels, a smooth enlargement is close to its scan
-    small = np.stack([seen[n] for n in range(1797)]).reshape(-1, 8, 2, 8, 2).mean((2, 4)) / 255 * 16
+    small = np.stack([images[n] for n in range(1797)]).reshape(-1, 8, 2, 8, 2).mean((2, 4)) / 255 * 16
     assert np.corrcoef(small.ravel(), scans.images.ravel())[0, 1] > 0.97
 
 
-def test_digits_split_does_not_depend_on_the_seed(tmp_path, shard):
-    shard("digits", tmp_path / "a")
-    shard("digits", tmp_path / "b", "--seed", 5)
+def test_the_split_of_the_digits_does_not_depend_on_the_seed(tmp_path, run_shard):
+    run_shard("digits", tmp_path / "a")
+    run_shard("digits", tmp_path / "b", "--seed", 5)
     a, b = (ShardSet.open(tmp_path / run / "val") for run in "ab")
     keys = [[s.key(i) for i in range(len(s))] for s in (a, b)]
     assert keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1])
 
 
-def test_the_rest_stays_without_its_label(out, tmp_path, shard, content):
-    """Listed by file name, in the form of the SimCLR lists: every image stays, and only the listed keep a class."""
+def test_rest_unlabeled_keeps_all_images_and_the_labels_of_the_subset(out, tmp_path, run_shard, content):
+    """The list holds file names, as those of SimCLR do. Only the listed images keep their class."""
     listed = {"ant/ant_3", "cow/cow_0", "cow/cow_9"}
     (tmp_path / "list.txt").write_text("".join(f"{key.partition('/')[2]}.JPEG\n" for key in sorted(listed)))
     for run in ("a", "b"):
-        assert shard("subset", out, tmp_path / run, "--list", tmp_path / "list.txt", "--rest", "unlabelled",
-                     "--workers", 1) == 0
-    assert content(tmp_path / "a") == content(tmp_path / "b") and shard("verify", tmp_path / "a", "--workers", 1) == 0
-    found, before = ShardSet.open(tmp_path / "a"), ShardSet.open(out)
+        assert (
+            run_shard(
+                "subset", out, tmp_path / run, "--list", tmp_path / "list.txt", "--rest", "unlabeled", "--workers", 1
+            )
+            == 0
+        )
+    assert (
+        content(tmp_path / "a") == content(tmp_path / "b") and run_shard("verify", tmp_path / "a", "--workers", 1) == 0
+    )
+    shards, before = ShardSet.open(tmp_path / "a"), ShardSet.open(out)
     truth = {before.key(i): int(before.labels[i]) for i in range(len(before))}
-    assert {found.key(i): int(found.labels[i]) for i in range(len(found))} == {
-        key: label if key in listed else -1 for key, label in truth.items()}
-    assert found.classes == before.classes
+    assert {shards.key(i): int(shards.labels[i]) for i in range(len(shards))} == {
+        key: label if key in listed else -1 for key, label in truth.items()
+    }
+    assert shards.classes == before.classes
     with tarfile.open(tmp_path / "a" / "shard-000000.tar") as tar:
         names = tar.getnames()
     assert {name.removesuffix(".cls") for name in names if name.endswith(".cls")} == listed
     assert sum(name.endswith(".jpg") for name in names) == 70
 
-    # a share keeps the labels of the samples that it would have kept alone
-    assert shard("subset", out, tmp_path / "share", "--fraction", 0.1, "--workers", 1) == 0
-    assert shard("subset", out, tmp_path / "semi", "--fraction", 0.1, "--rest", "unlabelled", "--workers", 1) == 0
+    # --fraction keeps the labels of the samples that it selects without --rest
+    assert run_shard("subset", out, tmp_path / "share", "--fraction", 0.1, "--workers", 1) == 0
+    assert run_shard("subset", out, tmp_path / "semi", "--fraction", 0.1, "--rest", "unlabeled", "--workers", 1) == 0
     semi = ShardSet.open(tmp_path / "semi")
-    assert len(semi) == 70 and {semi.key(i) for i in np.flatnonzero(semi.labels >= 0)} == set(samples(
-        tmp_path / "share"))
+    assert len(semi) == 70 and {semi.key(i) for i in np.flatnonzero(semi.labels >= 0)} == set(
+        samples(tmp_path / "share")
+    )
 
 
-def test_a_label_that_is_dropped_leaves_no_trace(out, tmp_path, shard):
-    shard("subset", out, tmp_path / "noisy", "--corrupt", 1.0, "--workers", 1)
-    shard("subset", tmp_path / "noisy", tmp_path / "semi", "--fraction", 0.1, "--rest", "unlabelled", "--workers", 1)
+def test_an_unlabeled_sample_has_no_original_label_either(out, tmp_path, run_shard):
+    run_shard("subset", out, tmp_path / "noisy", "--corrupt", 1.0, "--workers", 1)
+    run_shard("subset", tmp_path / "noisy", tmp_path / "semi", "--fraction", 0.1, "--rest", "unlabeled", "--workers", 1)
     notes = {}
     for path in (tmp_path / "semi").glob("*.tar"):
         with tarfile.open(path) as tar:
-            labelled = {name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")}
-            notes |= {m.name.removesuffix(".json"): json.load(tar.extractfile(m)) for m in tar
-                      if m.name.endswith(".json")}
-            for key in [k for k in notes if k not in labelled]:
+            labeled = {name.removesuffix(".cls") for name in tar.getnames() if name.endswith(".cls")}
+            notes |= {
+                m.name.removesuffix(".json"): json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")
+            }
+            for key in [k for k in notes if k not in labeled]:
                 assert "original_label" not in notes.pop(key)
     assert len(notes) == 7 and all("original_label" in note for note in notes.values())

@@ -1,10 +1,9 @@
-"""Fixtures of the evaluations: a tiny shard folder, weights, and ranks started by fork."""
+"""Fixtures of the evaluations: small shard sets, a weights file, and processes that run a function as ranks."""
 
 import io
 import json
 import multiprocessing
 import os
-import socket
 import tarfile
 import traceback
 
@@ -14,17 +13,20 @@ import torch
 from PIL import Image
 
 from hpcssl.data import shards
-from hpcssl.files import digest
+from hpcssl.distributed.world import World
+from hpcssl.files import sha256_of_file
 from hpcssl.nets import resnet, weights
 from hpcssl.nets.resnet import Arch
-from hpcssl.world import World
+from tests.forked import free_port
 
 TINY = Arch(arch="resnet_tiny", stem="small")
 CLASSES = ["a", "b", "c", "d"]
+ANSWER_S = 120.0
+"""Seconds after which a rank without a result fails the test; no working machine needs them."""
 
 
-def pictures(count, seed):
-    """uint8 [count, 16, 16, 3] and labels: a class is a direction of stripes, under noise."""
+def _striped_images(count, seed):
+    """Noisy images whose class is the direction of their stripes: uint8 [count, 16, 16, 3], and labels [count]."""
     draw = np.random.default_rng(seed)
     y, x = np.mgrid[:16, :16]
     labels = draw.integers(0, 4, count)
@@ -34,8 +36,8 @@ def pictures(count, seed):
     return noisy.clip(0, 255).astype(np.uint8), labels
 
 
-def write_shards(root, images, labels, classes=CLASSES):
-    """One shard with an index, after the contract of ``hpcssl/data/shards.py``."""
+def _write_shards(root, images, labels, classes=CLASSES):
+    """Write one shard with its index, in the format of ``hpcssl/data/shards.py``."""
     root.mkdir(parents=True)
     rows = np.zeros(len(images), shards.ROW)
     with tarfile.open(root / "shard-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -51,43 +53,60 @@ def write_shards(root, images, labels, classes=CLASSES):
                 tar.addfile(member, io.BytesIO(content))
     np.save(root / shards.ROWS, rows)
     tar = root / "shard-000000.tar"
-    (root / shards.INDEX).write_text(json.dumps({
-        "format": shards.FORMAT, "classes": list(classes), "rows_sha256": digest(root / shards.ROWS),
-        "shards": [{"name": tar.name, "bytes": tar.stat().st_size, "samples": len(images), "sha256": digest(tar)}]}))
+    index = {
+        "format": shards.FORMAT,
+        "classes": list(classes),
+        "rows_sha256": sha256_of_file(root / shards.ROWS),
+        "shards": [
+            {"name": tar.name, "bytes": tar.stat().st_size, "samples": len(images), "sha256": sha256_of_file(tar)}
+        ],
+    }
+    (root / shards.INDEX).write_text(json.dumps(index))
     return shards.ShardSet.open(root)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """(train of 90 images, val of 60) as shard sets."""
+    """Two shard sets: 90 training images and 60 validation images."""
     root = tmp_path_factory.mktemp("shards")
-    return write_shards(root / "train", *pictures(90, 0)), write_shards(root / "val", *pictures(60, 1))
+    return _write_shards(root / "train", *_striped_images(90, 0)), _write_shards(root / "val", *_striped_images(60, 1))
 
 
 @pytest.fixture(scope="session")
-def shards_of():
-    return write_shards
+def write_shards():
+    """``write_shards(folder, images, labels, classes=[...])`` writes a shard set and opens it."""
+    return _write_shards
 
 
 @pytest.fixture(scope="session")
-def pictures_of():
-    return pictures
+def striped_images():
+    """``striped_images(count, seed)`` returns images and their labels."""
+    return _striped_images
 
 
 @pytest.fixture(scope="session")
 def weights_file(tmp_path_factory):
-    """Weights of a tiny network with random values; MSF's normalisation, 16 pixels."""
+    """Weights of a tiny network with random values; ImageNet's normalization, 16 pixels."""
     backbone = resnet.build(TINY)
-    resnet.initialise(backbone, 3)
+    resnet.initialize(backbone, 3)
     path = tmp_path_factory.mktemp("weights") / "step-00000005.safetensors"
-    weights.save(path, backbone, TINY, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=16,
-                 fingerprint="f" * 64, step=5, method="msf")
+    weights.save(
+        path,
+        backbone,
+        TINY,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        size=16,
+        fingerprint="f" * 64,
+        step=5,
+        method="msf",
+    )
     return path
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums in one order; and a process that is forked holds no pool of threads that the child would miss."""
+    """Compute with one thread: sums have one order, and a forked process needs no thread pool of its parent."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -95,45 +114,48 @@ def one_thread():
 
 
 @pytest.fixture
-def ranks(monkeypatch):
-    """``ranks(size, function, *arguments)`` -> what function(world, *arguments) returned on each rank."""
-    return _ranks
+def run_ranks():
+    """``run_ranks(size, function, *arguments)`` returns what ``function(world, *arguments)`` returned on each rank."""
+    return _run_ranks
 
 
-def _ranks(size, function, *arguments):
-    fork = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes, tasks = [], []
+def _run_ranks(size, function, *arguments):
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    pipes, processes = [], []
     for rank in range(size):
-        ours, theirs = fork.Pipe()
-        tasks.append(fork.Process(target=_rank, args=(rank, size, port, theirs, function, arguments), daemon=True))
-        tasks[-1].start()
-        theirs.close()
-        pipes.append(ours)
+        parent_end, child_end = fork.Pipe()
+        process = fork.Process(target=_rank, args=(rank, size, port, child_end, function, arguments), daemon=True)
+        process.start()
+        child_end.close()
+        processes.append(process)
+        pipes.append(parent_end)
     try:
-        answers = []
+        results = []
         for rank, pipe in enumerate(pipes):
-            assert pipe.poll(120), f"rank {rank} of {size} does not answer"
-            answers.append(pipe.recv())
+            assert pipe.poll(ANSWER_S), f"rank {rank} of {size} returned nothing within {ANSWER_S:g} s"
+            results.append(pipe.recv())
     finally:
-        for task in tasks:
-            task.kill()
-            task.join()
-    failed = [text for kind, text in answers if kind == "failed"]
-    assert not failed, failed[0]
-    return [value for _, value in answers]
+        for process in processes:
+            process.kill()
+            process.join()
+    errors = [value for outcome, value in results if outcome == "failed"]
+    assert not errors, errors[0]
+    return [value for _, value in results]
 
 
 def _rank(rank, size, port, pipe, function, arguments):
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     try:
         world = World.start("cpu", timeout_s=60)
-        answer = ("done", function(world, *arguments))
+        result = ("done", function(world, *arguments))
     except BaseException:
-        answer = ("failed", traceback.format_exc())
-    pipe.send(answer)
-    pipe.recv() if pipe.poll(100) else None  # rank 0 holds the store that the others still use
+        result = ("failed", traceback.format_exc())
+    pipe.send(result)
+    pipe.recv() if pipe.poll(ANSWER_S) else None  # rank 0 holds the store that the others still use

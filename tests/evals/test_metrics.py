@@ -1,13 +1,15 @@
+"""Average precision of one class, compared with literal loops of VISSL and of VOC 2007."""
+
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from hpcssl.evals.metrics import average_precision
+from hpcssl.evals.common.metrics import average_precision
 
 
-def drawn(seed, samples=200, levels=None):
+def draw_scores(seed, samples=200, levels=None):
     draw = np.random.default_rng(seed)
     present = draw.random(samples) < draw.uniform(0.05, 0.6)
     present[draw.integers(samples)] = True
@@ -37,24 +39,24 @@ def literal_eleven_points(present, score):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_area_is_the_official_codes(seed):
-    present, score = drawn(seed)
+def test_area_equals_the_official_code(seed):
+    present, score = draw_scores(seed)
     assert average_precision(present, score, "area") == pytest.approx(literal_area(present, score), abs=1e-12)
     assert average_precision(present, score, "area") >= average_precision_score(present, score)
 
 
 @pytest.mark.parametrize("levels", [None, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_eleven_points_are_the_definition(seed, levels):
-    present, score = drawn(seed, levels=levels)
-    found = average_precision(present, score, "voc11")
-    assert found == pytest.approx(literal_eleven_points(present, score), abs=1e-12)
+def test_eleven_points_equal_the_definition_and_ssl_transfer(seed, levels):
+    present, score = draw_scores(seed, levels=levels)
+    precision_11 = average_precision(present, score, "voc11")
+    assert precision_11 == pytest.approx(literal_eleven_points(present, score), abs=1e-12)
     precision, recall = (x[:-1] for x in precision_recall_curve(present, score)[:2])  # ssl-transfer's linear.py
-    assert found == pytest.approx(np.mean([precision[recall >= t - 1e-9].max() for t in np.linspace(0, 1, 11)]))
+    assert precision_11 == pytest.approx(np.mean([precision[recall >= t - 1e-9].max() for t in np.linspace(0, 1, 11)]))
 
 
 def test_equal_scores_count_together_in_any_order():
-    present, score = drawn(3, levels=2)
+    present, score = draw_scores(3, levels=2)
     order = np.random.default_rng(0).permutation(len(score))
     for kind in ("area", "voc11"):
         assert average_precision(present, score, kind) == average_precision(present[order], score[order], kind)

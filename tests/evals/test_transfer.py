@@ -1,3 +1,5 @@
+"""Transfer to other data sets: scores compared with scikit-learn, means over sets, and resuming."""
+
 import json
 import shutil
 
@@ -11,84 +13,99 @@ from sklearn.metrics import balanced_accuracy_score
 from hpcssl import files
 from hpcssl.config import load
 from hpcssl.data import shards
+from hpcssl.data.order import Order
 from hpcssl.data.shards import ShardSet
-from hpcssl.errors import ConfigError, DataError, EvalError
-from hpcssl.evals import linear, logistic, transfer
-from hpcssl.evals.features import Encoder, FeatureOptions, extract
-from hpcssl.evals.metrics import average_precision
-from hpcssl.evals.run import evaluate_run, evaluate_sets, missing, question
-from hpcssl.evals.together import Stopped
-from hpcssl.evals.transfer import TransferOptions
-from hpcssl.files import RunDir
-from hpcssl.world import World
+from hpcssl.distributed.world import World
+from hpcssl.errors import ConfigError, DataError, EvalError, Stopped
+from hpcssl.evals.common.encoder import FrozenEncoder
+from hpcssl.evals.common.extract import extract_features
+from hpcssl.evals.common.metrics import average_precision
+from hpcssl.evals.common.options import FeatureOptions
+from hpcssl.evals.frozen import logistic, transfer, transfer_sets
+from hpcssl.evals.frozen.transfer import TransferOptions
+from hpcssl.evals.linear.heads import LinearHeads
+from hpcssl.evals.linear.protocols import PROTOCOLS, LinearProtocol
+from hpcssl.evals.resolve import resolve_evaluation
+from hpcssl.evals.run import evaluate_run, evaluate_sets, missing_weights
+from hpcssl.run_dir import RunDir
 
-ALONE = World.alone()
+SINGLE = World.single_process()
 PENALTIES = np.logspace(-3, 0, 4)
 
 
 @pytest.fixture(autouse=True)
 def few_penalties(monkeypatch):
     monkeypatch.setattr(transfer, "PENALTIES", PENALTIES)
-    monkeypatch.setattr(transfer, "CHAIN", 2)
+    monkeypatch.setattr(transfer, "CHAIN_LENGTH", 2)
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, shards_of, pictures_of):
-    """dtd and pets, of one class per image, and voc07, of several."""
+def root(tmp_path_factory, write_shards, striped_images):
+    """A folder of three data sets: dtd and pets with one class per image, voc07 with several."""
     root = tmp_path_factory.mktemp("transfer")
     for seed, name in enumerate(("dtd", "pets", "voc07")):
         for part, count in (("train", 60), ("val", 40), ("test", 50)):
-            images, labels = pictures_of(count, 10 * seed + count)
+            images, labels = striped_images(count, 10 * seed + count)
             if name == "pets":
-                labels[:10] = 0  # classes of other sizes
-            data = shards_of(root / name / part, images, labels)
+                labels[:10] = 0  # classes of unequal sizes
+            data = write_shards(root / name / part, images, labels)
             index = json.loads((data.root / shards.INDEX).read_text()) | {"dataset": name}
             if name == "voc07":
                 draw = np.random.default_rng(count)
                 others = draw.choice([-1, 0, 1], (count, 4), p=[0.8, 0.1, 0.1])
                 targets = np.where(labels[:, None] == np.arange(4), 1, others)
                 np.save(data.root / shards.TARGETS, targets.astype(np.int8))
-                index["targets_sha256"] = files.digest(data.root / shards.TARGETS)
+                index["targets_sha256"] = files.sha256_of_file(data.root / shards.TARGETS)
             (data.root / shards.INDEX).write_text(json.dumps(index))
     return root
 
 
 def rows_of(world, path, options, run=None, stop=None):
-    values, sets = question("transfer", {}, overrides=[f"{k}={v}" for k, v in options.items()])
-    return evaluate_sets("transfer", run=run, weights=path, world=world, options=values, sets=sets, stop=stop,
-                         threads=1)
+    values, sets = resolve_evaluation("transfer", {}, overrides=[f"{k}={v}" for k, v in options.items()])
+    return evaluate_sets(
+        "transfer", run=run, weights=path, world=world, options=values, sets=sets, stop=stop, threads=1
+    )
 
 
 def metrics_on(world, *arguments):
     return [row["metrics"] for row in rows_of(world, *arguments)]
 
 
-def features(path, folder):
+def extract(path, folder):
     data = ShardSet.open(folder)
-    found = extract(Encoder.open(path, ALONE), data, FeatureOptions(batch=32), ALONE)
-    return torch.cat(found.parts).double().numpy(), data
+    features = extract_features(FrozenEncoder.open(path, SINGLE), data, FeatureOptions(forward_batch=32), SINGLE)
+    return torch.cat(features.parts).double().numpy(), data
 
 
-def test_the_protocol_is_the_published_one(monkeypatch):
+def test_penalties_sets_and_metrics_are_the_published_ones(monkeypatch):
     monkeypatch.undo()
     assert len(transfer.PENALTIES) == 45 and transfer.PENALTIES[[0, -1]] == pytest.approx([1e-6, 1e5])
-    assert len(transfer.PENALTIES) % transfer.CHAIN == 0
-    assert len(transfer.METRICS) == 12 and len(transfer.TEN) == 10
+    assert len(transfer.PENALTIES) % transfer.CHAIN_LENGTH == 0
+    assert len(transfer.METRICS) == 12 and len(transfer.MSF_SETS) == 10
     assert {n for n, m in transfer.METRICS.items() if m == "per_class"} == {"aircraft", "caltech101", "pets", "flowers"}
     assert [n for n, m in transfer.METRICS.items() if m == "voc11"] == ["voc07"]
 
 
 @pytest.mark.parametrize("name", ["dtd", "pets", "voc07"])
-def test_the_score_is_scikit_learns(name, root, weights_file, monkeypatch):
-    """Chosen on the validation part, fitted on both, tested once: with scikit-learn alone, to its own tolerance."""
+def test_the_score_equals_one_computed_with_scikit_learn(name, root, weights_file, monkeypatch):
+    """The penalty is chosen on the validation part, the classifier fitted on both parts and tested once."""
     monkeypatch.setattr(logistic.fit, "__kwdefaults__", {"tolerance": 1e-7})
-    (x, train), (x_val, val), (x_test, test) = (features(weights_file, root / name / p) for p in transfer.PARTS)
+    (x, train), (x_val, val), (x_test, test) = (extract(weights_file, root / name / p) for p in transfer_sets.PARTS)
 
     def score(x, data, x_scored, scored, l2):
-        if name == "voc07":  # difficult: a negative everywhere
-            return np.mean([average_precision(
-                scored.targets[:, c] == 1, LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000).fit(x, data[:, c] == 1)
-                .decision_function(x_scored), "voc11") for c in range(4)])
+        if name == "voc07":  # difficult objects are negatives
+            return np.mean(
+                [
+                    average_precision(
+                        scored.targets[:, c] == 1,
+                        LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000)
+                        .fit(x, data[:, c] == 1)
+                        .decision_function(x_scored),
+                        "voc11",
+                    )
+                    for c in range(4)
+                ]
+            )
         guess = LogisticRegression(C=1 / l2, tol=1e-8, max_iter=5000).fit(x, data).predict(x_scored)
         return balanced_accuracy_score(scored.labels, guess) if name == "pets" else (guess == scored.labels).mean()
 
@@ -96,117 +113,151 @@ def test_the_score_is_scikit_learns(name, root, weights_file, monkeypatch):
     scores = [score(x, truth[0], x_val, val, l2) for l2 in PENALTIES]
     l2 = PENALTIES[int(np.argmax(scores))]
     expected = score(np.concatenate((x, x_val)), np.concatenate(truth), x_test, test, l2)
-    [row] = rows_of(ALONE, weights_file, {"root": root, "sets": name, "batch": 32})
+    [row] = rows_of(SINGLE, weights_file, {"root": root, "sets": name, "forward_batch": 32})
     assert row["metrics"] == {name: pytest.approx(100 * expected)} and len(set(scores)) > 2
-    assert row["details"] == {"metric": transfer.METRICS[name], "l2": pytest.approx(l2),
-                              "validation": pytest.approx(100 * max(scores))}
+    assert row["details"] == {
+        "metric": transfer.METRICS[name],
+        "l2": pytest.approx(l2),
+        "validation": pytest.approx(100 * max(scores)),
+    }
     assert row["options"]["sets"] == name and row["options"]["root"] == "" and row["test"] == test.digest
 
 
 def test_images_are_resized_with_bicubic_to_their_short_side(monkeypatch, root, weights_file):
-    seen = []
-    monkeypatch.setattr(transfer, "_logistic", lambda context, metric: seen.append(
-        context.encoder.view(context.options)) or 1.0)
-    rows_of(ALONE, weights_file, {"root": root, "sets": "dtd"})
-    [view] = seen
+    views = []
+    monkeypatch.setattr(
+        transfer, "_score_logistic", lambda context, metric: views.append(context.encoder.view(context.options)) or 1.0
+    )
+    rows_of(SINGLE, weights_file, {"root": root, "sets": "dtd"})
+    [view] = views
     assert (view.augment.crop, view.augment.zoom, view.augment.interpolation) == ("center", 1.0, "bicubic")
 
 
-def test_worlds_of_1_2_and_4_give_the_same_numbers(root, weights_file, ranks):
-    options = {"root": root, "sets": "voc07", "batch": 32}
-    alone = metrics_on(ALONE, weights_file, options)
-    assert [list(m) for m in alone] == [["voc07"]]
+def test_scores_of_1_2_and_4_ranks_are_equal(root, weights_file, run_ranks):
+    options = {"root": root, "sets": "voc07", "forward_batch": 32}
+    reference = metrics_on(SINGLE, weights_file, options)
+    assert [list(m) for m in reference] == [["voc07"]]
     for size in (2, 4):
-        assert ranks(size, metrics_on, weights_file, options) == [alone] * size
+        assert run_ranks(size, metrics_on, weights_file, options) == [reference] * size
 
 
-def test_stopped_at_any_moment_the_numbers_are_the_same(root, weights_file, tmp_path, monkeypatch):
-    options, run = {"root": root, "sets": "dtd", "batch": 32}, RunDir(tmp_path)
-    alone, fits, stops = metrics_on(ALONE, weights_file, options), [], 0
-    before = logistic.fit
-    monkeypatch.setattr(logistic, "fit", lambda *a, **k: fits.append(a[3]) or before(*a, **k))
-    while True:  # after each job
+def test_an_evaluation_that_is_stopped_after_each_fit_resumes_with_equal_scores(
+    root, weights_file, tmp_path, monkeypatch
+):
+    options, run = {"root": root, "sets": "dtd", "forward_batch": 32}, RunDir(tmp_path)
+    reference, fits, stops = metrics_on(SINGLE, weights_file, options), [], 0
+    fit = logistic.fit
+    monkeypatch.setattr(logistic, "fit", lambda *a, **k: fits.append(a[3]) or fit(*a, **k))
+    while True:  # stopped after each round of fits
         try:
-            found = metrics_on(ALONE, weights_file, options, run, lambda done=len(fits): len(fits) > done)
+            scores = metrics_on(SINGLE, weights_file, options, run, lambda done=len(fits): len(fits) > done)
             break
         except Stopped:
             stops += 1
-    assert found == alone and stops == 3 and len(fits) == len(PENALTIES) + 1  # none twice
+    assert scores == reference and stops == 3 and len(fits) == len(PENALTIES) + 1  # no fit is repeated
     assert not list((run.evals / "unfinished").iterdir())
 
 
-def test_each_set_is_measured_once_and_the_mean_when_all_are_there(root, weights_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "METRICS", {"dtd": "top1", "pets": "per_class", "voc07": "voc11"})
-    monkeypatch.setattr(transfer, "TEN", ("dtd", "pets"))
+def test_each_set_is_scored_once_and_the_mean_once_all_sets_are_scored(root, weights_file, tmp_path, monkeypatch):
+    for module in (transfer, transfer_sets):
+        monkeypatch.setattr(module, "METRICS", {"dtd": "top1", "pets": "per_class", "voc07": "voc11"})
+    monkeypatch.setattr(transfer, "MSF_SETS", ("dtd", "pets"))
     run = RunDir(tmp_path / "run")
     run.weights.mkdir(parents=True)
     shutil.copy(weights_file, run.weights_at(5))
-    files.atomic_write(run.config, json.dumps({"evals": {"transfer": {"root": str(root), "batch": 32}}}))
-    assert missing("transfer", run) == [run.weights_at(5)]
-    first = evaluate_run("transfer", run, ALONE, overrides=["sets=dtd"])
+    files.atomic_write(run.config, json.dumps({"evals": {"transfer": {"root": str(root), "forward_batch": 32}}}))
+    assert missing_weights("transfer", run) == [run.weights_at(5)]
+    first = evaluate_run("transfer", run, SINGLE, overrides=["sets=dtd"])
     assert [row["metrics"].keys() for row in first] == [{"dtd"}]
-    assert missing("transfer", run, overrides=["sets=dtd"]) == [] and missing("transfer", run) == [run.weights_at(5)]
-    rows = evaluate_run("transfer", run, ALONE)
+    assert missing_weights("transfer", run, overrides=["sets=dtd"]) == [] and missing_weights("transfer", run) == [
+        run.weights_at(5)
+    ]
+    rows = evaluate_run("transfer", run, SINGLE)
     assert rows[0] == first[0] and rows == files.read_lines(run.eval_rows("transfer"))
     scores = [next(iter(row["metrics"].values())) for row in rows[:3]]
-    assert rows[3]["metrics"] == {"transfer_mean3": pytest.approx(np.mean(scores)),
-                                  "transfer_mean2": pytest.approx(np.mean(scores[:2]))}
-    assert rows[3]["train_name"] == "3 sets" and missing("transfer", run) == []
+    assert rows[3]["metrics"] == {
+        "transfer_mean3": pytest.approx(np.mean(scores)),
+        "transfer_mean2": pytest.approx(np.mean(scores[:2])),
+    }
+    assert rows[3]["train_name"] == "3 sets" and missing_weights("transfer", run) == []
     moved = tmp_path / "moved"
     shutil.copytree(root, moved)
-    assert evaluate_run("transfer", run, ALONE, overrides=[f"root={moved}"]) == rows  # the place is no part of it
-    ten = evaluate_run("transfer", run, ALONE, overrides=["protocol=logistic", "sets=pets+dtd"])
+    assert (
+        evaluate_run("transfer", run, SINGLE, overrides=[f"root={moved}"]) == rows
+    )  # the folder is not part of the identity
+    ten = evaluate_run("transfer", run, SINGLE, overrides=["protocol=logistic", "sets=pets+dtd"])
     assert list(ten[-1]["metrics"]) == ["transfer_mean2"] and len(ten) == 3
 
 
 def test_msf_trains_its_head_on_train_and_validation(root, weights_file, monkeypatch):
-    short = linear.Protocol(**{**vars(linear.PROTOCOLS["msf_center"]), "epochs": 3, "batch": 25, "lr": 0.1})
-    monkeypatch.setitem(linear.PROTOCOLS, "msf_center", short)
-    [row] = rows_of(ALONE, weights_file, {"root": root, "sets": "pets", "protocol": "msf", "batch": 32})
-    (x, train), (x_val, val), (x_test, test) = (features(weights_file, root / "pets" / p) for p in transfer.PARTS)
+    short = LinearProtocol(**{**vars(PROTOCOLS["msf_center"]), "epochs": 3, "batch": 25, "lr": 0.1})
+    monkeypatch.setitem(PROTOCOLS, "msf_center", short)
+    [row] = rows_of(SINGLE, weights_file, {"root": root, "sets": "pets", "protocol": "msf", "forward_batch": 32})
+    (x, train), (x_val, val), (x_test, test) = (extract(weights_file, root / "pets" / p) for p in transfer_sets.PARTS)
     whole = F.normalize(torch.tensor(np.concatenate((x, x_val))).float())
     var, mean = torch.var_mean(whole, 0)
-    heads, order = [], linear.Order([100], seed=0, global_batch=25, window="all")
+    heads, order = [], Order([100], seed=0, global_batch=25, window="all")
     for data in (whole, F.normalize(torch.tensor(x_test).float())):
         heads.append((data - mean) / torch.sqrt(var + 1e-5))
-    made = linear.Heads(4, 128, short, (0.1,), 0, ALONE.device, 4)
+    linear = LinearHeads(4, 128, short, (0.1,), 0, SINGLE.device, 4)
     labels, scores = torch.tensor(np.concatenate((train.labels, val.labels))), []
     for step in range(12):
         index = torch.tensor(order.batch(step))
-        made.learn(heads[0][index], labels[index])
+        linear.train_step(heads[0][index], labels[index])
         if step % 4 == 3:
-            scores.append(made.score(heads[1], torch.tensor(test.labels))[0]["top1"])
+            scores.append(linear.score(heads[1], torch.tensor(test.labels))[0]["top1"])
     assert row["metrics"] == {"pets": pytest.approx(max(scores))} and max(scores) > 30
 
 
-def test_wrong_input_is_one_sentence(root, weights_file, tmp_path):
-    for wrong, told in (({"sets": "dtdd"}, "did you mean 'dtd'"), ({"protocol": "mfs"}, "did you mean 'msf'"),
-                        ({"sets": "voc07", "protocol": "msf"}, "'voc07'")):
-        with pytest.raises(ConfigError, match=told):
-            load(TransferOptions, wrong, where="options of transfer")
+@pytest.mark.parametrize(
+    "options, what, hint",
+    [
+        ({"sets": "dtdd"}, "evals.transfer.sets", "'dtd'"),
+        ({"protocol": "mfs"}, "evals.transfer.protocol", "'msf'"),
+        ({"sets": "voc07", "protocol": "msf"}, "evals.transfer.sets", "'voc07'"),
+    ],
+)
+def test_invalid_options_are_refused(options, what, hint):
+    with pytest.raises(ConfigError) as caught:
+        load(TransferOptions, options, where="options of transfer")
+    assert caught.value.what == what and hint in caught.value.got + caught.value.fix
+
+
+def test_unusable_folders_are_refused(root, weights_file, tmp_path):
     (tmp_path / "empty").mkdir()
-    shutil.copytree(root / "dtd", tmp_path / "wrong" / "pets")
+    shutil.copytree(root / "dtd", tmp_path / "renamed" / "pets")
     shutil.copytree(root / "voc07", tmp_path / "several" / "dtd")
-    for part in transfer.PARTS:
+    for part in transfer_sets.PARTS:
         index = tmp_path / "several" / "dtd" / part / shards.INDEX
         index.write_text(index.read_text().replace('"dataset": "voc07"', '"dataset": "dtd"'))
     shutil.copytree(root / "dtd", tmp_path / "half" / "dtd")
     shutil.rmtree(tmp_path / "half" / "dtd" / "test")
-    for words, kind, told in (
-            ({}, ConfigError, "root=FOLDER"),
-            ({"root": tmp_path / "absent"}, DataError, "no such folder"),
-            ({"root": tmp_path / "empty"}, DataError, "an empty one; expected folders food101, cifar10"),
-            ({"root": root, "sets": "cars"}, DataError, r"no cars \(it holds "),
-            ({"root": tmp_path / "wrong"}, DataError, "the data set dtd; expected pets"),
-            ({"root": tmp_path / "several"}, DataError, "several classes for each image"),
-            ({"root": tmp_path / "half"}, DataError, "dtd/test: got no such folder")):
-        with pytest.raises(kind, match=told):
-            rows_of(ALONE, weights_file, words)
-    with pytest.raises(ConfigError, match="got --train or --val"):
-        question("transfer", {}, train=root, overrides=[f"root={root}"])
-    other = tmp_path / "classes"
-    shutil.copytree(root / "dtd", other / "dtd")
-    index = other / "dtd" / "test" / shards.INDEX
+    for options, kind, what, detail in (
+        ({}, ConfigError, "evals.transfer.root", "root="),
+        ({"root": tmp_path / "absent"}, DataError, f"folder {tmp_path / 'absent'}", "no such folder"),
+        ({"root": tmp_path / "empty"}, DataError, f"folder {tmp_path / 'empty'}", "food101, cifar10"),
+        ({"root": root, "sets": "cars"}, DataError, f"folder {root}", "no cars (it holds voc07, dtd, pets)"),
+        ({"root": tmp_path / "renamed"}, DataError, f"{tmp_path / 'renamed' / 'pets'}", "dtd"),
+        ({"root": tmp_path / "several"}, DataError, f"{tmp_path / 'several' / 'dtd'}", "several classes"),
+        ({"root": tmp_path / "half"}, DataError, f"{tmp_path / 'half' / 'dtd' / 'test'}", "no such folder"),
+    ):
+        with pytest.raises(kind) as caught:
+            rows_of(SINGLE, weights_file, options)
+        error = caught.value
+        assert what in error.what and detail in f"{error.got} {error.expected} {error.fix}"
+
+
+def test_shards_named_by_option_are_refused(root):
+    with pytest.raises(ConfigError) as caught:
+        resolve_evaluation("transfer", {}, train=root, overrides=[f"root={root}"])
+    assert caught.value.what == "evaluation transfer" and "--train" in caught.value.got
+
+
+def test_parts_with_different_classes_are_refused(root, weights_file, tmp_path):
+    shutil.copytree(root / "dtd", tmp_path / "dtd")
+    test = tmp_path / "dtd" / "test"
+    index = test / shards.INDEX
     index.write_text(index.read_text().replace('"a", "b"', '"a", "z"'))
-    with pytest.raises(EvalError, match="other ones"):
-        rows_of(ALONE, weights_file, {"root": other})
+    with pytest.raises(EvalError) as caught:
+        rows_of(SINGLE, weights_file, {"root": tmp_path})
+    assert caught.value.what == f"classes of {test}" and "'z'" in caught.value.got

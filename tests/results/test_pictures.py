@@ -1,7 +1,8 @@
-"""Learning curves and galleries: what is drawn, and that it is drawn."""
+"""Pictures of ``hpcssl results``: the numbers in learning curves, and the images and frames of galleries."""
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,25 +11,41 @@ from PIL import Image
 
 from hpcssl import files
 from hpcssl.errors import ConfigError, EvalError
-from hpcssl.files import RunDir
 from hpcssl.nets import resnet, weights
 from hpcssl.nets.resnet import Arch
-from hpcssl.results import curves, gallery
+from hpcssl.results import curves, gallery, html_page
+from hpcssl.run_dir import RunDir
 
 STEPS, PER_EPOCH = 40, 10
 
 
 def make_run(root, *, name="mine", seed=0, lr=0.1, steps=STEPS, start=0.0, knn=True, more=True):
-    """A run folder of 4 epochs whose loss falls by 0.01 a step from ``start``."""
+    """Write a run folder of 4 epochs whose loss falls from ``start`` by 0.01 per step."""
     run = RunDir(root)
     files.atomic_write(run.config, json.dumps({"name": name, "seed": seed, "optim": {"lr": lr}}))
-    lines = [{"step": step, "epoch": (step - 1) / PER_EPOCH, "loss": start - step / 100}
-             | ({"lr": lr, "spread": 0.8, "purity": 0.25} if more else {}) for step in range(1, steps + 1)]
+    lines = [
+        {"step": step, "epoch": (step - 1) / PER_EPOCH, "loss": start - step / 100}
+        | ({"lr": lr, "spread": 0.8, "purity": 0.25} if more else {})
+        for step in range(1, steps + 1)
+    ]
     write_lines(run.journal, [*lines, {"step": steps, "eval": True, "knn1": 1.0}])
     if knn:
-        write_lines(run.eval_rows("knn"), [{"step": step, "metrics": {
-            "knn1": 50.0 + step, "knn20": 40.0 + step, "knn20_weighted": 41.0, "knn20_top5": 99.0, "one_label": 3.0}}
-            for step in (0, 20, 40)])
+        write_lines(
+            run.eval_rows("knn"),
+            [
+                {
+                    "step": step,
+                    "metrics": {
+                        "knn1": 50.0 + step,
+                        "knn20": 40.0 + step,
+                        "knn20_weighted": 41.0,
+                        "knn20_top5": 99.0,
+                        "one_label": 3.0,
+                    },
+                }
+                for step in (0, 20, 40)
+            ],
+        )
     return run
 
 
@@ -36,63 +53,73 @@ def write_lines(path, lines):
     files.atomic_write(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def size_of(path):
+def format_and_size(path):
     with Image.open(path) as image:
         return image.format, image.size
 
 
-def test_curves_have_the_run_s_own_numbers(tmp_path):
-    found = curves.curves_of(make_run(tmp_path / "run"))
-    assert set(found) == {"loss", "spread", "purity", "lr", "knn"} and set(found["knn"]) == {"20-NN", "1-NN"}
-    epochs, loss = found["loss"][""]
+def test_curves_hold_the_numbers_of_the_journal_and_of_the_evaluations(tmp_path):
+    series = curves.read_curves(make_run(tmp_path / "run"))
+    assert set(series) == {"loss", "spread", "purity", "lr", "knn"} and set(series["knn"]) == {"20-NN", "1-NN"}
+    epochs, loss = series["loss"][""]
     np.testing.assert_allclose(epochs, np.arange(1, STEPS + 1) / PER_EPOCH)
     np.testing.assert_allclose(loss, -np.arange(1, STEPS + 1) / 100)
-    epochs, score = found["knn"]["20-NN"]
+    epochs, score = series["knn"]["20-NN"]
     assert epochs.tolist() == [0.0, 2.0, 4.0] and score.tolist() == [40.0, 60.0, 80.0]
-    assert found["purity"][""][1][0] == 25.0
+    assert series["purity"][""][1][0] == 25.0
 
 
-def test_a_long_run_is_averaged_and_a_bad_loss_is_a_gap(tmp_path):
+def test_a_long_run_is_averaged_in_windows_and_a_nonfinite_loss_is_a_gap(tmp_path):
     run = make_run(tmp_path / "run", steps=0, knn=False)
     lines = [{"step": s, "epoch": (s - 1) / 100, "loss": "nan" if s == 7 else float(s)} for s in range(1, 1001)]
     write_lines(run.journal, lines)
-    epochs, loss = curves.curves_of(run)["loss"][""]
+    epochs, loss = curves.read_curves(run)["loss"][""]
     assert len(loss) == curves.WINDOWS and np.isnan(loss[0]) and loss[1] == np.mean(range(11, 21))
     assert epochs[1] == pytest.approx(0.2)
 
 
-def test_seeds_are_one_line_and_other_settings_another(tmp_path):
-    runs = [make_run(tmp_path / "a", seed=0, start=1.0), make_run(tmp_path / "b", seed=1, start=3.0),
-            make_run(tmp_path / "c", lr=0.2), make_run(tmp_path / "x" / "c", name="other")]
-    groups = curves._groups({run: curves.curves_of(run) for run in runs})
+def test_seeds_share_a_line_and_other_settings_have_their_own(tmp_path):
+    runs = [
+        make_run(tmp_path / "a", seed=0, start=1.0),
+        make_run(tmp_path / "b", seed=1, start=3.0),
+        make_run(tmp_path / "c", lr=0.2),
+        make_run(tmp_path / "x" / "c", name="other"),
+    ]
+    groups = curves._groups({run: curves.read_curves(run) for run in runs})
     assert [len(g.curves["loss"][""]) for g in groups] == [2, 1, 1]
-    assert len({g.label for g in groups}) == 3, "two folders of one name are told apart"
+    assert len({g.label for g in groups}) == 3, "labels of two folders with the same name differ"
     epochs, mean, spread = curves._mean(groups[0].curves["loss"][""])
     np.testing.assert_allclose(mean, 2.0 - epochs / 10)
     np.testing.assert_allclose(spread, np.sqrt(2.0))
     short = (epochs[:5], mean[:5])
-    assert len(curves._mean([groups[0].curves["loss"][""][0], short])[0]) == 5, "as far as both have come"
+    assert len(curves._mean([groups[0].curves["loss"][""][0], short])[0]) == 5, (
+        "up to the last epoch of the shorter one"
+    )
 
 
-def test_pictures_are_written_whole(tmp_path, caplog):
+def test_pictures_are_png_files_and_runs_without_steps_are_logged(tmp_path, caplog):
     runs = [make_run(tmp_path / name, seed=seed, more=False).root for seed, name in enumerate("ab")]
-    made = curves.draw([*runs, make_run(tmp_path / "new", steps=0, knn=False).root], tmp_path / "plots")
-    assert "new has no steps yet" in caplog.text
-    assert [path.name for path in made] == ["curves.png", "loss.png", "knn.png"]
-    assert all(size_of(path)[0] == "PNG" for path in made)
-    colours = {tuple(c) for c in np.asarray(Image.open(made[1]).convert("RGB")).reshape(-1, 3)}
-    assert (0x00, 0x72, 0xB2) in colours
-    with pytest.raises(EvalError, match="journal without steps"):
-        curves.draw([make_run(tmp_path / "new", steps=0, knn=False).root], tmp_path / "plots")
+    pictures = curves.draw_curves([*runs, make_run(tmp_path / "new", steps=0, knn=False).root], tmp_path / "plots")
+    assert [record.args for record in caplog.records] == [(tmp_path / "new",)]
+    assert [path.name for path in pictures] == ["curves.png", "loss.png", "knn.png"]
+    assert all(format_and_size(path)[0] == "PNG" for path in pictures)
+    colors = {tuple(c) for c in np.asarray(Image.open(pictures[1]).convert("RGB")).reshape(-1, 3)}
+    assert (0x00, 0x72, 0xB2) in colors
+    with pytest.raises(EvalError) as caught:
+        curves.draw_curves([make_run(tmp_path / "new", steps=0, knn=False).root], tmp_path / "plots")
+    assert caught.value.what == f"run folder {tmp_path / 'new'}" and "journal" in caught.value.got
 
 
 # -- gallery ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def seen(tmp_path, make_shards):
-    """A run with weights and shards of two classes, black and white: neighbours are of the query's class, but for two
-    white images that the training set calls black."""
+def scored_run(tmp_path, make_shards):
+    """A run with weights, and its shards of two classes, black and white images.
+
+    Neighbors have the class of the query, except for two white images that are labeled black in the training set.
+    """
+
     def images(count, swapped=()):
         samples = []
         for i in range(count):
@@ -103,54 +130,136 @@ def seen(tmp_path, make_shards):
             samples.append((f"{i:03d}", body.getvalue(), (i % 2) ^ (i in swapped)))
         return samples
 
-    sets = {"train": make_shards(tmp_path / "train", images(30, swapped=(1, 3))),
-            "val": make_shards(tmp_path / "val", images(24))}
+    sets = {
+        "train": make_shards(tmp_path / "train", images(30, swapped=(1, 3))),
+        "val": make_shards(tmp_path / "val", images(24)),
+    }
     run = RunDir(tmp_path / "run")
-    files.atomic_write(run.config, json.dumps({
-        "name": "mine", "data": {kind: str(shards.root) for kind, shards in sets.items()}}))
+    files.atomic_write(
+        run.config, json.dumps({"name": "mine", "data": {kind: str(shards.root) for kind, shards in sets.items()}})
+    )
     arch = Arch(arch="resnet_tiny", stem="small")
     backbone = resnet.build(arch)
-    resnet.initialise(backbone, 3)
-    weights.save(run.weights_at(7), backbone, arch, mean=(0.5,) * 3, std=(0.5,) * 3, size=16, fingerprint="f" * 64,
-                 step=7, method="msf")
+    resnet.initialize(backbone, 3)
+    weights.save(
+        run.weights_at(7),
+        backbone,
+        arch,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        size=16,
+        fingerprint="f" * 64,
+        step=7,
+        method="msf",
+    )
     threads = torch.get_num_threads()
     yield run, sets
     torch.set_num_threads(threads)
 
 
-def test_the_gallery_frames_right_and_wrong(seen, tmp_path, monkeypatch):
-    run, _ = seen
+def test_the_gallery_frames_neighbors_of_the_same_and_of_other_classes(scored_run, tmp_path, monkeypatch):
+    run, _ = scored_run
     monkeypatch.setattr(gallery, "QUERIES", 3)
-    path = gallery.draw(run.root, tmp_path / "gallery.png")
-    kind, size = size_of(path)
+    path = gallery.draw_gallery(run.root, tmp_path / "gallery.png")
+    kind, size = format_and_size(path)
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    framed = {name: int((pixels == [int(colour[i:i + 2], 16) for i in (1, 3, 5)]).all(1).sum())
-              for name, (colour, _) in (("right", gallery.RIGHT), ("wrong", gallery.WRONG))}
+    framed = {
+        name: int((pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).sum())
+        for name, (color, _) in (("right", gallery.RIGHT), ("wrong", gallery.WRONG))
+    }
     assert kind == "PNG" and size[0] > 1500 > size[1] and framed["right"] > framed["wrong"] > 0
     before = {file: file.read_bytes() for file in run.features.rglob("*.safetensors")}
-    assert before, "features are kept for the evaluations"
+    assert before, "features stay in the run folder, where evaluations reuse them"
     first = path.read_bytes()
-    gallery.draw(run.root, path)
+    gallery.draw_gallery(run.root, path)
     assert path.read_bytes() == first and before == {file: file.read_bytes() for file in before}
 
 
-def test_queries_are_drawn_by_lot_of_every_class():
+def test_queries_are_drawn_at_random_from_every_class():
     labels = np.repeat(np.arange(5), 20)
-    chosen = gallery.drawn(labels, 5)
-    assert sorted(labels[chosen]) == list(range(5)) and chosen.tolist() == gallery.drawn(labels, 5).tolist()
-    more = gallery.drawn(labels, 12)
+    chosen = gallery.choose_queries(labels, 5)
+    assert sorted(labels[chosen]) == list(range(5)) and chosen.tolist() == gallery.choose_queries(labels, 5).tolist()
+    more = gallery.choose_queries(labels, 12)
     assert len(set(more)) == 12 and more[:5].tolist() == chosen.tolist()
-    assert len(gallery.drawn(labels[:3], 10)) == 3 and gallery.drawn(labels, 5, seed=1).tolist() != chosen.tolist()
+    assert (
+        len(gallery.choose_queries(labels[:3], 10)) == 3
+        and gallery.choose_queries(labels, 5, seed=1).tolist() != chosen.tolist()
+    )
 
 
-def test_a_gallery_that_cannot_be_drawn_is_one_sentence(seen, tmp_path):
-    run, sets = seen
-    with pytest.raises(ConfigError, match=r"\.png"):
-        gallery.draw(run.root, tmp_path / "gallery.jpg")
+def test_a_gallery_without_png_suffix_weights_or_validation_shards_is_refused(scored_run, tmp_path):
+    run, sets = scored_run
+    with pytest.raises(ConfigError) as suffix:
+        gallery.draw_gallery(run.root, tmp_path / "gallery.jpg")
+    assert suffix.value.what == f"--gallery {tmp_path / 'gallery.jpg'}" and suffix.value.expected == ".png"
     run.weights_at(7).unlink()
-    with pytest.raises(EvalError, match="weights"):
-        gallery.draw(run.root, tmp_path / "gallery.png")
+    with pytest.raises(EvalError) as weightless:
+        gallery.draw_gallery(run.root, tmp_path / "gallery.png")
+    assert weightless.value.what == f"weights of {run.root}"
     files.atomic_write(run.config, json.dumps({"name": "mine", "data": {"train": str(sets["train"].root)}}))
-    with pytest.raises(ConfigError, match="val shards"):
-        gallery.draw(run.root, tmp_path / "gallery.png")
+    with pytest.raises(ConfigError) as shards:
+        gallery.draw_gallery(run.root, tmp_path / "gallery.png")
+    assert shards.value.what == "evaluation knn, val shards"
     assert not (tmp_path / "gallery.png").exists()
+
+
+# -- page ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "uses_labels"),
+    [
+        ({"name": "cmsf", "rule": "two_queues"}, False),
+        ({"name": "cmsf", "rule": "supervised"}, True),
+        ({"name": "cmsf", "rule": "semi_supervised"}, True),
+        ({"name": "nnclr", "neighbors": {"rule": "nearest"}}, False),
+        ({"name": "nnclr", "neighbors": {"rule": "oracle"}}, True),
+    ],
+)
+def test_the_page_says_whether_the_training_used_labels(method, uses_labels):
+    recipe = {"model": {"arch": "tiny"}, "optim": {"batch": 8}, "bank": {"size": 9}, "schedule": {"epochs": 4}}
+    text = html_page._describe_recipe(recipe | {"method": method})
+    assert text.endswith("Training used labels.") is uses_labels and ("no labels" in text) is not uses_labels
+
+
+def test_the_page_has_curves_scores_and_neighbors_and_requests_nothing(scored_run, tmp_path):
+    run, _ = scored_run
+    logged = make_run(tmp_path / "logged")
+    sections = {"model": {"arch": "tiny"}, "optim": {"batch": 8}, "bank": {"size": 9}, "method": {"name": "msf"}}
+    recipe = json.loads(run.config.read_text()) | sections | {"schedule": {"epochs": 4}}
+    files.atomic_write(run.config, json.dumps(recipe | {"name": "<mine>"}))
+    for name in ("journal", "attempts"):
+        files.atomic_write(getattr(run, name), getattr(logged, name).read_text() if name == "journal" else "")
+    write_lines(run.eval_rows("knn"), files.read_lines(logged.eval_rows("knn")))
+    ends = [(1, 0, "preempted"), (2, 13, "done")]
+    write_lines(
+        run.attempts,
+        [
+            line
+            for number, step, cause in ends
+            for line in (
+                {"attempt": number, "event": "start", "first_step": step},
+                {"attempt": number, "event": "end", "cause": cause},
+            )
+        ],
+    )
+    text = html_page.write_html(run.root, tmp_path / "page.html").read_text()
+    # every picture lies in the file, and nothing else is named that a browser would load
+    assert not re.search(r"https?:|//[a-z]|<link|<script|@import|url\((?!#)", text)
+    assert set(re.findall(r"src=.(.{21})", text)) == {"data:image/png;base64,"[:21]}
+    assert "name=viewport" in text and "prefers-color-scheme:dark" in text
+    assert "<mine>" not in text and "&lt;mine&gt;" in text
+    assert text.count("<svg") == 3 and "var(--curve)" in text and "#000000" not in text
+    assert "attempt 1 from step 0: preempted; attempt 2 from step 13: done" in text
+    assert "40.0 %" in text and "80.0 %" in text and html_page.ONE_LABEL in text
+    found = gallery.find_neighbors(run, gallery.QUERIES, gallery.NEIGHBORS)
+    assert text.count("<img class=same") == found.is_same_label.sum() > 0
+    assert text.count("<img class=other") == (~found.is_same_label).sum() > 0
+    assert text.count("<img class=query") == len(found.queries) == 10
+
+
+def test_a_page_of_a_run_without_steps_is_refused(scored_run, tmp_path):
+    run, _ = scored_run
+    with pytest.raises(EvalError) as caught:
+        html_page.write_html(run.root, tmp_path / "page.html")
+    assert caught.value.what == f"run folder {run.root}" and not (tmp_path / "page.html").exists()

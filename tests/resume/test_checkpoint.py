@@ -1,25 +1,35 @@
-"""The checkpoint store: whole or absent, newest valid first, any number of ranks, nothing lost to a full disk."""
+"""Checkpoints are complete or absent; the newest valid one is found; a full disk loses none."""
 
 import errno
 import os
+import subprocess
+import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hpcssl import files
+from hpcssl.checkpoint import manager
+from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
+from hpcssl.checkpoint.reader import MANIFEST, SavedCheckpoint, folders, latest_valid
+from hpcssl.checkpoint.shard import TensorShard
+from hpcssl.distributed.world import World
 from hpcssl.errors import ResumeError
-from hpcssl.files import RunDir
-from hpcssl.train import checkpoint
-from hpcssl.train.checkpoint import MANIFEST, Rows, Saved, State, Store, digest_of, folders, newest_valid
-from hpcssl.world import World
+from hpcssl.run_dir import RunDir
+from tests.waiting import PATIENCE_S
 
 
-def state(step, seed=0):
-    made = torch.Generator().manual_seed(seed + step)
-    tensors = {"net.weight": Rows(torch.randn(5, 4, generator=made)), "net.scale": Rows(torch.tensor(float(step))),
-               "net.half": Rows(torch.randn(3, generator=made).bfloat16()),
-               "bank.index": Rows(torch.arange(7) + step, 0, 7)}
-    return State(step, tensors, {"pointer": step}, "f" * 8, {"seed": 0}, {"world": 1})
+def state(step):
+    """Return the state of a step, with tensors of several dtypes and shapes."""
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "net.weight": TensorShard(torch.randn(5, 4, generator=generator)),
+        "net.scale": TensorShard(torch.tensor(float(step))),
+        "net.half": TensorShard(torch.randn(3, generator=generator).bfloat16()),
+        "bank.index": TensorShard(torch.arange(7) + step, 0, 7),
+    }
+    return CheckpointState(step, tensors, {"pointer": step}, "f" * 8, {"seed": 0}, {"world": 1})
 
 
 @pytest.fixture
@@ -27,135 +37,160 @@ def run(tmp_path):
     return RunDir(tmp_path / "run")
 
 
-def saved_steps(run, *steps, **options):
-    store = Store(run, World.alone(), **{"keep": 9} | options)
+def save_steps(run, *steps, **options):
+    """Save the states of some steps and return the manager."""
+    checkpoints = CheckpointManager(run, World.single_process(), **{"keep": 9} | options)
     for step in steps:
-        assert store.save(state(step)) is None
-    return store
+        assert checkpoints.save(state(step)) is None
+    return checkpoints
 
 
-def test_round_trip_is_bit_for_bit(run):
-    saved_steps(run, 3)
-    found, skipped = newest_valid(run)
-    assert found.step == 3 and not skipped and found.manifest["numbers"] == {"pointer": 3}
+def test_saved_tensors_are_read_back_bit_for_bit(run):
+    save_steps(run, 3)
+    saved, skipped = latest_valid(run)
+    assert saved.step == 3 and not skipped and saved.manifest["numbers"] == {"pointer": 3}
     for name, rows in state(3).tensors.items():
-        assert torch.equal(found.rows(name), rows.local) and found.rows(name).dtype == rows.local.dtype
-    assert found.rows("bank.index", 2, 3).tolist() == [5, 6, 7]
-    assert found.rows("bank.index", 7, 0).shape == (0,)
+        assert torch.equal(saved.rows(name), rows.tensor) and saved.rows(name).dtype == rows.tensor.dtype
+    assert saved.rows("bank.index", 2, 3).tolist() == [5, 6, 7]
+    assert saved.rows("bank.index", 7, 0).shape == (0,)
 
 
-def test_digest_tells_contents_and_not_their_place(run, tmp_path):
-    saved_steps(run, 3)
+def test_the_digest_depends_on_the_state_and_not_on_the_folder(run, tmp_path):
+    save_steps(run, 3)
     other = RunDir(tmp_path / "other")
-    saved_steps(other, 1, 3)
-    assert digest_of(run) == digest_of(other)
+    save_steps(other, 1, 3)
+    assert checkpoint_digest(run) == checkpoint_digest(other)
     changed = RunDir(tmp_path / "changed")
-    body = state(3)
-    body.tensors["net.half"].local[0] += 1
-    Store(changed, World.alone()).save(body)
-    assert digest_of(changed) != digest_of(run)
+    changed_state = state(3)
+    changed_state.tensors["net.half"].tensor[0] += 1
+    CheckpointManager(changed, World.single_process()).save(changed_state)
+    assert checkpoint_digest(changed) != checkpoint_digest(run)
 
 
-@pytest.mark.parametrize(("damage", "reason"), [
-    (lambda f: (f / MANIFEST).unlink(), "no manifest: the save was cut short"),
-    (lambda f: (f / MANIFEST).write_text("{"), "the manifest cannot be read"),
-    (lambda f: (f / "part-0.safetensors").unlink(), "part-0.safetensors is missing"),
-    (lambda f: os.truncate(f / "part-0.safetensors", 100), "has 100 bytes, not"),
-    (lambda f: flip(f / "part-0.safetensors"), "another sha256"),
-], ids=["no-manifest", "torn-manifest", "missing", "truncated", "flipped"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(run, caplog, damage, reason):
-    store = saved_steps(run, 2, 4)
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: (f / MANIFEST).unlink(), "no manifest"),
+        (lambda f: (f / MANIFEST).write_text("{"), "JSONDecodeError"),
+        (lambda f: (f / "part-0.safetensors").unlink(), "part-0.safetensors is missing"),
+        (lambda f: os.truncate(f / "part-0.safetensors", 100), "part-0.safetensors has 100 bytes"),
+        (lambda f: flip_bit(f / "part-0.safetensors"), "part-0.safetensors has another sha256"),
+    ],
+    ids=["no-manifest", "incomplete-manifest", "missing", "truncated", "flipped"],
+)
+def test_a_damaged_checkpoint_is_skipped_and_named(run, caplog, damage, reason):
+    checkpoints = save_steps(run, 2, 4)
     damage(run.checkpoint(4))
-    found, skipped = newest_valid(run)
-    assert found.step == 2
+    saved, skipped = latest_valid(run)
+    assert saved.step == 2
     assert skipped[0][0].name == "step-00000004" and reason in skipped[0][1]
     with caplog.at_level("WARNING", logger="hpcssl"):
-        checkpoint.LOG.propagate = True
-        assert store.newest().step == 2
-    assert "step-00000004 skipped" in caplog.text and reason in caplog.text
+        manager.LOG.propagate = True
+        assert checkpoints.latest().step == 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert [text for text in messages if "step-00000004" in text and reason in text], messages
 
 
-def flip(path):
+def flip_bit(path):
     body = bytearray(path.read_bytes())
     body[-3] ^= 1
     path.write_bytes(body)
 
 
-def test_none_left_is_one_sentence(run):
-    saved_steps(run, 2)
-    flip(run.checkpoint(2) / "part-0.safetensors")
-    assert newest_valid(run)[0] is None
-    with pytest.raises(ResumeError, match=r"step-00000002: part-0\.safetensors has another sha256"):
-        digest_of(run)
+def test_a_run_without_a_valid_checkpoint_has_no_digest(run):
+    save_steps(run, 2)
+    flip_bit(run.checkpoint(2) / "part-0.safetensors")
+    assert latest_valid(run)[0] is None
+    with pytest.raises(ResumeError) as caught:
+        checkpoint_digest(run)
+    assert str(run.root) in caught.value.what
+    assert "step-00000002: part-0.safetensors" in caught.value.got and "sha256" in caught.value.got
 
 
-def test_the_last_ones_and_every_nth_are_kept(run):
-    saved_steps(run, *range(1, 9), keep=2, keep_every=3)
+def test_the_last_checkpoints_and_every_nth_are_kept(run):
+    save_steps(run, *range(1, 9), keep=2, keep_every=3)
     assert [step for step, _ in folders(run)] == [3, 6, 7, 8]
 
 
 @pytest.mark.parametrize("full_at", ["part", "manifest"])
-def test_a_full_disk_loses_nothing(run, monkeypatch, full_at):
-    store = saved_steps(run, 2, keep=1)
-    honest = files.atomic_file
+def test_a_failed_write_keeps_earlier_checkpoints(run, monkeypatch, full_at):
+    checkpoints = save_steps(run, 2, keep=1)
+    original = files.atomic_file
 
-    def no_room(path):
+    def raise_no_space(path):
         if full_at in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return honest(path)
+        return original(path)
 
-    monkeypatch.setattr(files, "atomic_file", no_room)
-    failed = store.save(state(4))
+    monkeypatch.setattr(files, "atomic_file", raise_no_space)
+    failed = checkpoints.save(state(4))
     assert "No space left on device" in failed and "step-00000004" in failed
-    assert newest_valid(run)[0].step == 2 and not run.checkpoint(4).exists()
+    assert latest_valid(run)[0].step == 2 and not run.checkpoint(4).exists()
     monkeypatch.undo()
-    assert store.save(state(6)) is None
-    assert newest_valid(run)[0].step == 6
+    assert checkpoints.save(state(6)) is None
+    assert latest_valid(run)[0].step == 6
 
 
-def test_a_really_full_disk_loses_nothing(tmp_path):
-    """A tmpfs of 1 MB: the second save does not fit, and the first is still whole."""
-    import subprocess
-
+def test_a_full_file_system_keeps_earlier_checkpoints(tmp_path):
+    """A tmpfs of 1 MB: the second save does not fit, and the first one stays valid."""
     mount = tmp_path / "small"
     mount.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mount)],
-                                           capture_output=True).returncode != 0:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(mount)], capture_output=True).returncode
+        != 0
+    ):
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        store, run = Store(RunDir(mount / "run"), World.alone()), RunDir(mount / "run")
-        assert store.save(state(2)) is None
+        run = RunDir(mount / "run")
+        checkpoints = CheckpointManager(run, World.single_process())
+        assert checkpoints.save(state(2)) is None
         large = state(4)
-        large.tensors["net.large"] = Rows(torch.zeros(1 << 19))
-        assert "No space left on device" in store.save(large)
-        assert newest_valid(run)[0].step == 2
-        assert store.save(state(6)) is None
-        assert newest_valid(run)[0].step == 6
+        large.tensors["net.large"] = TensorShard(torch.zeros(1 << 19))
+        assert "No space left on device" in checkpoints.save(large)
+        assert latest_valid(run)[0].step == 2
+        assert checkpoints.save(state(6)) is None
+        assert latest_valid(run)[0].step == 6
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_save_goes_on_beside_the_training(run, monkeypatch):
-    """``begin`` copies and returns; what the training changes meanwhile is not in the checkpoint."""
-    import threading
-
-    gate, honest = threading.Event(), files.atomic_file
+def test_training_continues_while_a_checkpoint_is_written(run, monkeypatch):
+    """``begin`` copies the state and returns; later changes of the state are not in the checkpoint."""
+    may_write, original = threading.Event(), files.atomic_file
 
     def slow(path):
-        assert gate.wait(30)
-        return honest(path)
+        assert may_write.wait(PATIENCE_S)
+        return original(path)
 
     monkeypatch.setattr(files, "atomic_file", slow)
-    store, body = Store(run, World.alone()), state(5)
-    expected = body.tensors["net.weight"].local.clone()
-    store.begin(body)
-    assert store.busy and store.saving
-    body.tensors["net.weight"].local.zero_()
-    gate.set()
-    assert store.finish() is None and not store.busy
-    assert torch.equal(Saved.open(run.checkpoint(5)).rows("net.weight"), expected)
+    checkpoints, body = CheckpointManager(run, World.single_process()), state(5)
+    expected = body.tensors["net.weight"].tensor.clone()
+    checkpoints.begin(body)
+    assert checkpoints.busy and checkpoints.saving
+    body.tensors["net.weight"].tensor.zero_()
+    may_write.set()
+    assert checkpoints.finish() is None and not checkpoints.busy
+    assert torch.equal(SavedCheckpoint.open(run.checkpoint(5)).rows("net.weight"), expected)
 
 
-def test_no_pickle_anywhere(run):
-    saved_steps(run, 2)
+def test_a_checkpoint_consists_of_a_manifest_and_safetensors(run):
+    save_steps(run, 2)
     assert sorted(p.name for p in run.checkpoint(2).iterdir()) == [MANIFEST, "part-0.safetensors"]
+
+
+def test_a_rank_opens_the_parts_with_its_own_rows_only(tmp_path, monkeypatch):
+    rows, parts = torch.arange(24).view(12, 2), ((2, 0, 3), (0, 3, 5), (1, 8, 4))  # part, first row, number of rows
+    for part, first, count in parts:
+        save_file({"bank": rows[first : first + count].clone()}, tmp_path / f"part-{part}")
+    entry = {"shape": [12, 2], "dtype": "int64", "pieces": [[part, first] for part, first, _ in parts[::-1]]}
+    manifest = {"step": 1, "tensors": {"bank": entry}, "parts": [{"file": f"part-{part}"} for part in range(3)]}
+    saved, opened = SavedCheckpoint(tmp_path, manifest), []
+    real = saved._part_reader
+    monkeypatch.setattr(saved, "_part_reader", lambda part: opened.append(part) or real(part))
+    for first, count, expected in ((0, 3, [2]), (3, 5, [0]), (2, 2, [2, 0]), (7, 5, [0, 1]), (0, None, [2, 0, 1])):
+        opened.clear()
+        assert torch.equal(saved.rows("bank", first, count), rows[first : None if count is None else first + count])
+        assert opened == expected
+    opened.clear()
+    assert saved.rows("bank", 12, 0).shape == (0, 2) and opened == []

@@ -1,16 +1,18 @@
-"""CMSF's ledger, twins and clusters on any world: equal over ranks, placements, kills at the border of an epoch, moves.
+"""The embedding table, previous embeddings and clusters of CMSF do not depend on ranks, placement, kills or moves.
 
-An epoch of the test shards has two steps, six steps are three epochs: k-means runs in the third and the fifth. The run
-that is killed dies just before its second k-means, and once more inside the epoch after it.
+An epoch of the test shards has two steps, so that six steps are three epochs; k-means runs in the third and the fifth
+step. The killed run dies just before its second k-means, and once more inside the epoch after it.
 """
 
 import pytest
 import torch
 
-from hpcssl.files import RunDir, read_lines
-from hpcssl.train.checkpoint import Saved, folders
+from hpcssl.checkpoint.reader import SavedCheckpoint, folders
+from hpcssl.files import read_lines
+from hpcssl.run_dir import RunDir
+from tests.tolerances import of_step
 
-RULES = {"2q": ["method.k=3", "method.twins=4"], "km": ["method.k=3", "method.clusters=6"]}
+RULES = {"2q": ["method.k=3", "method.k_constraint=4"], "km": ["method.k=3", "method.num_clusters=6"]}
 RUNS = {  # name: (worlds of the attempts, further overrides, attempts)
     "one": ([1], [], [{}]),
     "two-sharded": ([2], ["bank.placement=sharded"], [{}]),
@@ -21,48 +23,70 @@ RUNS = {  # name: (worlds of the attempts, further overrides, attempts)
 
 
 @pytest.fixture(scope="module")
-def runs(play):
-    return play([{"name": f"{rule}.{name}", "recipe": f"digits_cmsf_{rule}", "worlds": worlds, "attempts": attempts,
-                  "overrides": ["model.norm=whole", "optim.precision=fp64", "schedule.steps=6", *options, *more]}
-                 for rule, options in RULES.items() for name, (worlds, more, attempts) in RUNS.items()])
+def runs(run_scenarios):
+    return run_scenarios(
+        [
+            {
+                "name": f"{rule}.{name}",
+                "recipe": f"digits_cmsf_{rule}",
+                "worlds": worlds,
+                "attempts": attempts,
+                "overrides": ["model.norm=sync", "optim.precision=fp64", "schedule.steps=6", *options, *more],
+            }
+            for rule, options in RULES.items()
+            for name, (worlds, more, attempts) in RUNS.items()
+        ]
+    )
 
 
-def newest(folder):
-    return Saved.open(folders(RunDir(folder))[-1][1])
+def last_checkpoint(folder):
+    return SavedCheckpoint.open(folders(RunDir(folder))[-1][1])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_kills_and_placement_change_no_bit(runs, rule):
-    whole, folder = runs[f"{rule}.four"]
-    assert whole["done"], whole["log"]
-    killed, torn = runs[f"{rule}.four-sharded-killed"]
+    undisturbed, folder = runs[f"{rule}.four"]
+    assert undisturbed["done"], undisturbed["log"]
+    killed, killed_folder = runs[f"{rule}.four-sharded-killed"]
     assert killed["done"], killed["log"]
     assert [any(code == -9 for code in codes) for codes in killed["codes"]] == [True, True, False]
-    assert killed["digest"] == whole["digest"]
-    losses = [[line["loss"] for line in read_lines(RunDir(f).journal)] for f in (folder, torn)]
+    assert killed["digest"] == undisturbed["digest"]
+    losses = [[line["loss"] for line in read_lines(RunDir(f).journal)] for f in (folder, killed_folder)]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_worlds_agree(runs, rule):
-    """1, 2 and 4 ranks, and what 4 saved and 1 went on with: to 1e-10 in float64, integers exactly."""
-    one = newest(runs[f"{rule}.one"][1])
+def test_numbers_of_ranks_agree(runs, rule):
+    """1, 2 and 4 ranks, and 4 ranks resumed by 1, agree up to rounding in float64 and exactly in integers.
+
+    All parameters perturbed by a relative 1e-11 before the first step changed the states of six steps by up to 24 times
+    as much, relative to the largest number of a tensor.
+    """
+    one = last_checkpoint(runs[f"{rule}.one"][1])
     for name in ("two-sharded", "four", "four-then-one"):
         result, folder = runs[f"{rule}.{name}"]
         assert result["done"], result["log"]
-        other = newest(folder)
+        other = last_checkpoint(folder)
         assert other.names == one.names and other.manifest["numbers"] == one.manifest["numbers"]
         for tensor in one.names:
             a, b = one.rows(tensor), other.rows(tensor)
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-10 if a.is_floating_point() else 0,
-                                       msg=lambda m, n=tensor, w=name: f"{w}, {n}: {m}")
+            scale = max(1.0, float(a.abs().max())) if a.is_floating_point() and a.numel() else 0.0
+            torch.testing.assert_close(
+                a,
+                b,
+                rtol=0,
+                atol=of_step(6, amplification=30, scale=scale),
+                msg=lambda m, n=tensor, w=name: f"{w}, {n}: {m}",
+            )
 
 
-def test_there_is_something_to_agree_about(runs):
-    """Most images are in the ledger, the clusters are several, and the bank holds rows of them."""
-    km, two = newest(runs["km.one"][1]), newest(runs["2q.one"][1])
+def test_tables_clusters_and_bank_are_not_trivial(runs):
+    """Most images are in the embedding table, there are several clusters, and the bank has rows of them."""
+    km, two = last_checkpoint(runs["km.one"][1]), last_checkpoint(runs["2q.one"][1])
     for saved in (km, two):
-        assert (saved.rows("ledger.known") > 0).sum() > 30
-    assert len(km.rows("groups.of").unique()) >= 6
+        assert (saved.rows("embedding_table.known") > 0).sum() > 30
+    assert len(km.rows("clusters.cluster").unique()) >= 6
     assert (km.rows("bank.group") >= 0).sum() >= 20
-    assert (two.rows("bank.group") == 0).sum() >= 16 and (two.rows("bank.twin").norm(dim=1) > 0.99).sum() >= 16
+    assert (two.rows("bank.group") == 0).sum() >= 16 and (
+        two.rows("bank.previous_epoch").norm(dim=1) > 0.99
+    ).sum() >= 16

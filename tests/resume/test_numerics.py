@@ -1,109 +1,153 @@
-"""Numbers that are not finite, and weights that change by themselves, on one rank among several."""
+"""Values that are not finite, and weights or bank rows whose bits change, on one rank of several."""
+
+import re
 
 import pytest
 
-from hpcssl.files import RunDir, read_lines
-from hpcssl.train.checkpoint import newest_valid
+from hpcssl.checkpoint.reader import latest_valid
+from hpcssl.files import read_lines
+from hpcssl.run_dir import RunDir
+from tests.printed import numbers_in, printed_error
 
-WHOLE = ["model.norm=whole", "schedule.steps=8"]
-SLOW = ("flip-before-save",)  # left to the larger world
-HALF = ["model.norm=local", "schedule.steps=8", "optim.precision=fp16"]
+SYNC_NORM = ["model.norm=sync", "schedule.steps=8"]
+FP16 = ["model.norm=local", "schedule.steps=8", "optim.precision=fp16"]
+LARGE_WORLD_ONLY = ("flip-before-save",)
 
 
-def harm(kind, rank, *steps):
+def faults(kind, rank, *steps):
     return [{"at": step, "rank": rank, "kind": kind} for step in steps]
 
 
-def log(folder):
+def read_log(folder):
     return (folder / "rank-logs.txt").read_text()
 
 
+def read_error(folder):
+    """Return the class and the parts of the error that ended an attempt of a run."""
+    (reason,) = [line["why"] for line in read_lines(RunDir(folder).attempts) if line.get("cause") == "error"]
+    prefix = re.match(r"(?:rank \d+: )?(\w+): ", reason)
+    return prefix[1], printed_error(f"hpcssl: {reason[prefix.end() :]}")
+
+
+def rollbacks(folder):
+    """Return (bad steps in a row, step of the checkpoint, step up to which batches are skipped) of each rollback."""
+    lines = [line for line in read_log(folder).splitlines() if "Rolled back" in line]
+    return {tuple(numbers_in(line)[-3:]) for line in lines}
+
+
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)], ids=lambda n: f"{n}-ranks")
-def runs(request, play):
+def runs(request, run_scenarios):
     world, last = [request.param], request.param - 1
-    more = {"recipe": "digits_msf", "overrides": WHOLE, "worlds": world}
-    thrice = harm("images", 0, 3, 4, 5)
-    plans = [
-        {"name": "still", **more, "attempts": [{}]},
-        {"name": "images-one", **more, "attempts": [{"harm": harm("images", last, 3)}]},
-        {"name": "images-all", **more, "attempts": [{"harm": harm("images", "all", 3)}]},
-        {"name": "gradient-one", **more, "attempts": [{"harm": harm("gradient", last, 3)}]},
-        {"name": "back", **more, "attempts": [{"harm": thrice}]},
-        {"name": "back-killed", **more, "attempts": [{"harm": thrice, "kill_at": 7}, {"harm": thrice}]},
-        {"name": "twice", **more, "overrides": [*WHOLE, "machine.nonfinite_limit=2"],
-         "attempts": [{"harm": harm("images", last, 3, 4, 5, 6)}]},
-        {"name": "flip", **more, "overrides": [*WHOLE, "machine.check_replicas_steps=1"],
-         "attempts": [{"harm": harm("flip", last, 3)}, {}]},
-        {"name": "flip-bank", **more, "overrides": [*WHOLE, "machine.check_replicas_steps=1"],
-         "attempts": [{"harm": harm("flip_remembered", last, 3)}]},
-        {"name": "flip-before-save", **more, "attempts": [{"harm": harm("flip", 0, 3)}, {}]},
-        {"name": "scale", **more, "overrides": HALF, "attempts": [{"harm": harm("gradient", last, 2, 4)}]},
-        {"name": "scale-killed", **more, "overrides": HALF,
-         "attempts": [{"harm": harm("gradient", last, 2, 4), "kill_at": 5}, {"harm": harm("gradient", last, 2, 4)}]},
+    common = {"recipe": "digits_msf", "overrides": SYNC_NORM, "worlds": world}
+    three_bad_steps = faults("nonfinite_images", 0, 3, 4, 5)
+    two_bad_gradients = faults("nonfinite_gradient", last, 2, 4)
+    check_each_step = [*SYNC_NORM, "machine.replica_check_steps=1"]
+    scenarios = [
+        {"name": "undisturbed", **common, "attempts": [{}]},
+        {"name": "images-one", **common, "attempts": [{"faults": faults("nonfinite_images", last, 3)}]},
+        {"name": "images-all", **common, "attempts": [{"faults": faults("nonfinite_images", "all", 3)}]},
+        {"name": "gradient-one", **common, "attempts": [{"faults": faults("nonfinite_gradient", last, 3)}]},
+        {"name": "rollback", **common, "attempts": [{"faults": three_bad_steps}]},
+        {
+            "name": "rollback-killed",
+            **common,
+            "attempts": [{"faults": three_bad_steps, "kill_at": 7}, {"faults": three_bad_steps}],
+        },
+        {
+            "name": "second-rollback",
+            **common,
+            "overrides": [*SYNC_NORM, "machine.max_nonfinite_steps=2"],
+            "attempts": [{"faults": faults("nonfinite_images", last, 3, 4, 5, 6)}],
+        },
+        {
+            "name": "flip",
+            **common,
+            "overrides": check_each_step,
+            "attempts": [{"faults": faults("flip_weight", last, 3)}, {}],
+        },
+        {
+            "name": "flip-bank",
+            **common,
+            "overrides": check_each_step,
+            "attempts": [{"faults": faults("flip_bank_row", last, 3)}],
+        },
+        {"name": "flip-before-save", **common, "attempts": [{"faults": faults("flip_weight", 0, 3)}, {}]},
+        {"name": "scale", **common, "overrides": FP16, "attempts": [{"faults": two_bad_gradients}]},
+        {
+            "name": "scale-killed",
+            **common,
+            "overrides": FP16,
+            "attempts": [{"faults": two_bad_gradients, "kill_at": 5}, {"faults": two_bad_gradients}],
+        },
     ]
-    return request.param, play(plans if request.param > 2 else [plan for plan in plans if plan["name"] not in SLOW])
+    if request.param == 2:
+        scenarios = [scenario for scenario in scenarios if scenario["name"] not in LARGE_WORLD_ONLY]
+    return request.param, run_scenarios(scenarios)
 
 
-def test_what_is_not_finite_on_one_rank_is_passed_over_by_all(runs):
-    _, results = runs
-    named = {"images-one": "the loss or a target was not finite on rank", "gradient-one": "a gradient was not finite"}
-    for name, words in named.items():
+def test_all_ranks_skip_a_step_that_is_not_finite_on_one_rank(runs):
+    world, results = runs
+    for name, word in {"images-one": f"rank {world - 1}", "gradient-one": "gradient"}.items():
         result, folder = results[name]
         assert result["done"], result["log"]
-        assert f"step 4: {words}" in log(folder)
-        assert result["digest"] == results["images-all"][0]["digest"], "the step left a trace"
-    assert results["images-all"][0]["digest"] != results["still"][0]["digest"]
+        assert [line for line in read_log(folder).splitlines() if "Step 4 " in line and word in line], name
+        assert result["digest"] == results["images-all"][0]["digest"], "the skipped step changed the state"
+    assert results["images-all"][0]["digest"] != results["undisturbed"][0]["digest"]
 
 
-def test_three_in_a_row_roll_back_and_go_on_past_the_batches(runs):
+def test_three_bad_steps_in_a_row_roll_back_and_skip_their_batches(runs):
     _, results = runs
-    (back, folder), (killed, _) = results["back"], results["back-killed"]
-    assert back["done"] and killed["done"], back["log"] + killed["log"]
-    assert "the state of step 2 is taken up again, and the run goes on past their batches, at step 6" in log(folder)
-    assert newest_valid(RunDir(folder))[0].manifest["numbers"]["rolled_back"] == [[2, 6]]
+    (result, folder), (killed, _) = results["rollback"], results["rollback-killed"]
+    assert result["done"] and killed["done"], result["log"] + killed["log"]
+    assert rollbacks(folder) == {(3, 2, 6)}
+    assert latest_valid(RunDir(folder))[0].manifest["numbers"]["rolled_back"] == [[2, 6]]
     assert [line["step"] for line in read_lines(RunDir(folder).journal)] == list(range(1, 9))
     assert -9 in killed["codes"][0]
-    assert killed["digest"] == back["digest"]
+    assert killed["digest"] == result["digest"]
 
 
-def test_a_second_time_ends_the_run_with_the_samples(runs):
+def test_bad_steps_after_the_last_rollback_end_the_run_with_their_samples(runs):
     world, results = runs
-    result, folder = results["twice"]
+    result, folder = results["second-rollback"]
     assert not result["done"] and result["codes"] == [[1] * world]
-    said = log(folder)
-    assert "the state of step 2 is taken up again" in said
-    assert "2 steps in a row that were not finite, and 1 rollbacks before; the last batch held the samples [" in said
-    assert newest_valid(RunDir(folder))[0].step == 2, "a run that diverges keeps the checkpoint from before"
+    assert {(bad, saved) for bad, saved, _ in rollbacks(folder)} == {(2, 2)}
+    kind, error = read_error(folder)
+    assert kind == "NonFiniteError" and "max_rollbacks" in error.fix
+    bad_steps, earlier_rollbacks, *_ = numbers_in(error.got)
+    assert (bad_steps, earlier_rollbacks) == (2, 1)
+    samples = numbers_in(error.got.partition("[")[2].partition("]")[0])
+    assert len(samples) == 16 and all(0 <= sample < 40 for sample in samples)
+    assert latest_valid(RunDir(folder))[0].step == 2, "a run that diverges keeps the checkpoint from before"
 
 
 @pytest.mark.parametrize("name", ["flip", "flip-before-save"])
-def test_a_flipped_weight_stops_the_run_with_its_name(runs, name):
+def test_a_flipped_weight_ends_the_attempt_and_is_named(runs, name):
     world, results = runs
     if name not in results:
         pytest.skip("runs in the larger world")
     result, folder = results[name]
     assert result["codes"][0] == [1] * world
-    (said,) = [x["why"] for x in read_lines(RunDir(folder).attempts) if x.get("cause") == "error"]
-    guilty = world - 1 if name == "flip" else 0
-    assert "the replicas at step 4" in said
-    assert f"rank {guilty} on" in said and "pair.online.backbone.layer1.0.conv1.weight" in said
+    kind, error = read_error(folder)
+    faulty_rank = world - 1 if name == "flip" else 0
+    assert kind == "WorldError" and error.what == "the replicas at step 4"
+    assert f"rank {faulty_rank} on" in error.got and "pair.online.backbone.layer1.0.conv1.weight" in error.got
     assert result["done"], result["log"]
-    assert result["digest"] == results["still"][0]["digest"], "what was wrong on one rank was saved"
+    assert result["digest"] == results["undisturbed"][0]["digest"], "the changed weight was saved"
 
 
-def test_a_flipped_row_of_a_replicated_bank_is_found(runs):
+def test_a_flipped_row_of_a_replicated_bank_ends_the_attempt_and_is_named(runs):
     world, results = runs
     result, folder = results["flip-bank"]
     assert result["codes"] == [[1] * world]
-    (said,) = [x["why"] for x in read_lines(RunDir(folder).attempts) if x.get("cause") == "error"]
-    assert "the replicas at step 4" in said and f"rank {world - 1} on" in said and "bits" in said
-    assert said.partition("bits")[2].partition(" in ")[2].startswith("bank.key; expected the same bits"), said
+    kind, error = read_error(folder)
+    assert kind == "WorldError" and error.what == "the replicas at step 4" and f"rank {world - 1} on" in error.got
+    assert error.got.endswith(" in bank.key"), "no other tensor differs"
 
 
-def test_the_loss_scale_survives_a_kill(runs):
+def test_a_kill_does_not_change_the_loss_scale(runs):
     _, results = runs
-    (whole, folder), (killed, _) = results["scale"], results["scale-killed"]
-    assert whole["done"] and killed["done"], whole["log"] + killed["log"]
-    numbers = newest_valid(RunDir(folder))[0].manifest["numbers"]
-    assert numbers["scaler"]["scale"] == 2.0 ** 14 and numbers["skipped_in_a_row"] == 0
-    assert killed["digest"] == whole["digest"]
+    (result, folder), (killed, _) = results["scale"], results["scale-killed"]
+    assert result["done"] and killed["done"], result["log"] + killed["log"]
+    numbers = latest_valid(RunDir(folder))[0].manifest["numbers"]
+    assert numbers["scaler"]["scale"] == 2.0**14 and numbers["skipped_in_a_row"] == 0
+    assert killed["digest"] == result["digest"]

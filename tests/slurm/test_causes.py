@@ -1,335 +1,415 @@
-"""Why an attempt ended: the same scenarios on a real SLURM and on this machine, and what only SLURM does."""
+"""The causes of attempts: the same scenarios on a real SLURM and on this machine, and those that only SLURM has."""
 
-import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from hpcssl.files import RunDir, read_lines
-from slurm import attempts, control, procs, records, script, watch
-from slurm.cluster import Profile
+from hpcssl.checkpoint.manager import checkpoint_digest
+from hpcssl.files import read_lines
+from hpcssl.run_dir import RunDir
+from slurm.backend import batch_script, processes
+from slurm.backend.profiles import Profile
+from slurm.log import attempts, job_log
+from slurm.manage import control, status, wait
+from tests.slurm.job_runner import JobRunner
+from tests.slurm.stubs import change_settings
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 full = pytest.mark.full
+ENDLESS = 100_000
+"""More steps than a test takes; those that are to finish set ``steps=1`` later."""
 
 
-def told(run, **values):
-    path = run.root / "told.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+def wait_for_second_attempt(runner):
+    """Wait until attempt 2 has made a few steps."""
+    runner.wait_until(
+        lambda: len(runner.causes) == 2 and runner.step > attempts.read_attempts(runner.run)[0].last_step + 5,
+        "attempt 2",
+    )
 
 
 # -- the same on both -----------------------------------------------------------------------------------------------
 
 
 @full
-def test_preempted_and_cancelled_by_hand(runner, stand_in):
-    run = stand_in(steps=100_000)
+def test_the_commands_preempt_and_cancel_are_the_recorded_causes(runner, make_stub_run):
+    run = make_stub_run(steps=ENDLESS)
     runner.submit(run)
-    runner.reach(5)
+    runner.wait_for_step(5)
     control.preempt(run)
-    runner.until(lambda: len(runner.causes) == 2 and runner.step > attempts.history(run)[0].last_step + 5, "attempt 2")
-    assert "last=preempted" in watch.report(run).line()
+    wait_for_second_attempt(runner)
+    assert "last=preempted" in status.query_run(run).line()
     control.cancel(run)
-    assert runner.end() == "CANCELLED"
+    assert runner.wait_for_end() == "CANCELLED"
     assert runner.causes == ["preempted", "cancelled"]
 
 
 @full
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_is_a_crash_and_a_signal_is_a_stop(runner, stand_in, rank):
-    run = stand_in(steps=100_000)
+def test_sigkill_of_a_rank_is_a_crash_and_sigusr1_is_a_stop(runner, make_stub_run, rank):
+    run = make_stub_run(steps=ENDLESS)
     runner.submit(run)
-    runner.reach(5)
+    runner.wait_for_step(5)
     runner.signal(rank, signal.SIGKILL)
-    runner.until(lambda: len(runner.causes) == 2 and len(runner.tasks) == 2 and runner.step > 20, "attempt 2")
-    told(run, steps=1)
+    runner.wait_until(lambda: len(runner.causes) == 2 and len(runner.tasks) == 2 and runner.step > 20, "attempt 2")
+    change_settings(run, steps=1)
     runner.signal(rank, signal.SIGUSR1)
-    if not runner.cluster:  # the stand-in's ranks do not talk; srun ends the other one when the first has left
-        runner.signal(1 - rank, signal.SIGUSR1)
-    assert runner.end() == "COMPLETED"
-    # on SLURM rank 0 of the stand-in may take srun's TERM and be gone before the batch script could tell of the KILL;
-    # the trainer's rank 0 meets the dead rank in a collective
+    assert runner.wait_for_end() == "COMPLETED"
+    # On SLURM rank 0 of the stub may leave because of srun's TERM before the batch script can report the KILL. The
+    # trainer's rank 0 would wait for the dead rank in a collective.
     first = {"killed", "stopped"} if runner.cluster and rank == 1 else {"killed"}
     assert runner.causes[0] in first and runner.causes[1:] == ["stopped", "done"]
 
 
 @full
-def test_more_time_limits_than_submitit_counts(runner, stand_in):
-    run = stand_in(steps=100_000)
+def test_the_time_limit_may_be_reached_more_often_than_submitit_requeues(runner, make_stub_run):
+    run = make_stub_run(steps=ENDLESS)
     # SLURM's shortest limit is a minute, and its warning comes up to a minute early: within half a minute
-    limit = {"time": "1", "signal": "USR2@55"} if runner.cluster else {"time": "0:07", "signal": "USR2@4"}
+    limit = {"time": "1", "signal": "USR2@55"} if runner.cluster else {"time": "0:15", "signal": "USR2@7"}
     runner.submit(run, **limit)
-    runner.until(lambda: len(runner.causes) > 4, "attempt 5", 240)
-    told(run, steps=1)
-    assert runner.end() == "COMPLETED"
-    # a warning that comes before the interpreter has begun to run ends a rank: the others then see a TERM
+    runner.wait_until(lambda: len(runner.causes) > 4, "attempt 5", timeout=600)
+    change_settings(run, steps=1)
+    assert runner.wait_for_end() == "COMPLETED"
+    # a warning that comes before the interpreter runs ends a rank, and the others then get a TERM
     assert runner.causes[-1] == "done" and "timeout" in runner.causes
     assert set(runner.causes[:-1]) <= ({"timeout", "stopped"} if runner.cluster else {"timeout"})
 
 
 @full
-def test_its_own_error_twice_at_one_step(runner, stand_in):
-    run = stand_in(crash_at=5)
+def test_two_errors_at_one_step_fail_the_job_and_a_new_submission_continues(runner, make_stub_run):
+    run = make_stub_run(crash_at=5)
     runner.submit(run)
-    assert runner.end() == "FAILED"
+    assert runner.wait_for_end() == "FAILED"
     assert runner.causes == ["error", "error"]
-    told(run, crash_at=None)
-    runner.submit(run)  # a person asks again
-    assert runner.end() == "COMPLETED"
+    change_settings(run, crash_at=None)
+    runner.submit(run)
+    assert runner.wait_for_end() == "COMPLETED"
 
 
 @full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
-@pytest.mark.parametrize("who", ["batch", "srun", "supervisor", "controller"])
-def test_a_signal_to_any_process_of_a_job_loses_nothing(runner, stand_in, who, number):
-    if (who in ("batch", "srun")) is (runner.cluster is None):
+@pytest.mark.parametrize("target", ["batch", "srun", "supervisor", "controller"])
+def test_a_signal_to_any_process_of_a_job_loses_no_step(runner, make_stub_run, target, number):
+    if (target in ("batch", "srun")) is (runner.cluster is None):
         pytest.skip("a process of the other kind of job")
-    run = stand_in(steps=150)
+    run = make_stub_run(steps=150)
     runner.submit(run)
-    runner.reach(5)
-    runner.signal(who, number)
-    state = runner.end()
-    if state != "COMPLETED":  # whoever ends a supervisor ends its job
-        assert who == "supervisor" and runner.causes == ["stopped"]
-        assert attempts.history(run)[0].last_step == int((run.root / "state-0").read_text())
+    runner.wait_for_step(5)
+    runner.signal(target, number)
+    state = runner.wait_for_end()
+    if state != "COMPLETED":  # a signal to the supervisor ends its job
+        assert target == "supervisor" and runner.causes == ["stopped"]
+        assert attempts.read_attempts(run)[0].last_step == int((run.root / "state-0").read_text())
         runner.submit(run)
-        assert runner.end() == "COMPLETED"
-    assert set(runner.causes[:-1]) <= ({"killed"} if (who, number) == ("srun", signal.SIGTERM) else {"stopped"})
-
-
-@full
-def test_no_pickle_decides_anything(runner, stand_in):
-    run = stand_in(steps=80)
-    runner.submit(run)
-    runner.reach(5)
-    for path in run.logs.glob("*.pkl"):
-        path.write_bytes(b"rot")
-        path.with_suffix(".pkl.save_tmp").write_bytes(b"rot")
-    control.preempt(run)
-    assert runner.end() == "COMPLETED"
-    assert runner.causes == ["preempted", "done"]
+        assert runner.wait_for_end() == "COMPLETED"
+    expected = {"killed"} if (target, number) == ("srun", signal.SIGTERM) else {"stopped"}
+    assert set(runner.causes[:-1]) <= expected
 
 
 @pytest.fixture(scope="module")
-def settings(digits):
-    return ["optim.batch=64", "bank.size=128", "schedule.steps=30", "machine.log_steps=1", "machine.devices=cpu",
-            "machine.checkpoint_steps=50", f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
+def overrides(digits):
+    """A training of 30 steps."""
+    return [
+        "optim.batch=64",
+        "bank.size=128",
+        "schedule.steps=30",
+        "machine.log_steps=1",
+        "machine.devices=cpu",
+        "machine.checkpoint_steps=50",
+        f"data.train={digits / 'train'}",
+        f"data.val={digits / 'val'}",
+    ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, make_runner, tmp_path_factory):
-    from hpcssl.train.checkpoint import digest_of
-
-    calm = make_runner(None)
-    calm.submit_training(RunDir(tmp_path_factory.mktemp("calm") / "run"), *settings)
-    assert calm.end() == "COMPLETED"
-    return digest_of(calm.run)
+def undisturbed_digest(overrides, tmp_path_factory):
+    """Digest of the last checkpoint of a training that got no signal."""
+    runner = JobRunner(None)
+    runner.submit_training(RunDir(tmp_path_factory.mktemp("undisturbed") / "run"), *overrides)
+    assert runner.wait_for_end() == "COMPLETED"
+    return checkpoint_digest(runner.run)
 
 
 @full
-@pytest.mark.parametrize(("moment", "who", "numbers"), [
-    ("start", 1, [signal.SIGTERM]), ("start", "all", [signal.SIGUSR2, signal.SIGTERM]),
-    ("step", 0, [signal.SIGUSR1]), ("step", "all", [signal.SIGTERM, signal.SIGTERM])])
-def test_signals_to_the_trainer_itself(runner, settings, undisturbed, tmp_path, moment, who, numbers):
-    from hpcssl.train.checkpoint import digest_of
-
+@pytest.mark.parametrize(
+    ("moment", "target", "numbers"),
+    [
+        ("start", 1, [signal.SIGTERM]),
+        ("start", "all", [signal.SIGUSR2, signal.SIGTERM]),
+        ("step", 0, [signal.SIGUSR1]),
+        ("step", "all", [signal.SIGTERM, signal.SIGTERM]),
+    ],
+)
+def test_signals_to_the_trainer_do_not_change_its_result(
+    runner, overrides, undisturbed_digest, tmp_path, moment, target, numbers
+):
     run = RunDir(tmp_path / "run")
-    runner.submit_training(run, *settings)
+    runner.submit_training(run, *overrides)
     if moment == "start":
-        runner.until(lambda: len(runner.tasks) == 2, "two ranks")
+        runner.wait_until(lambda: len(runner.tasks) == 2, "two ranks")
     else:
-        runner.reach(5)
-    runner.signal(who, *numbers)
-    assert runner.end() == "COMPLETED"
+        runner.wait_for_step(5)
+    runner.signal(target, *numbers)
+    assert runner.wait_for_end() == "COMPLETED"
     assert runner.causes == ["stopped", "done"]
-    ends = attempts.history(run)
-    assert ends[1].first_step == ends[0].last_step  # no finished step was lost
+    stopped, finished = attempts.read_attempts(run)
+    assert finished.first_step == stopped.last_step, "no step was lost"
     assert [line["step"] for line in read_lines(run.journal)] == list(range(1, 31))
-    assert digest_of(run) == undisturbed
+    assert checkpoint_digest(run) == undisturbed_digest
 
 
-# -- what SLURM does ------------------------------------------------------------------------------------------------
+# -- only on SLURM --------------------------------------------------------------------------------------------------
 
 
-def crowd_out(cluster):
+def submit_preemptor(cluster):
+    """Submit a job that preempts every job of the other partitions, and ends at once."""
     cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
 
 
 @pytest.fixture
-def configured(on_slurm):
-    """Lines for slurm.conf that hold for one test."""
-    conf = on_slurm.cluster.conf
+def configure_slurm(slurm_runner):
+    """``configure_slurm(*lines)`` adds lines to slurm.conf for one test."""
+    conf = slurm_runner.cluster.conf
     before = conf.read_text()
 
-    def add(*lines):
+    def configure(*lines):
         conf.write_text(before + "".join(line + "\n" for line in lines))
-        on_slurm.cluster("scontrol", "reconfigure")
-    yield add
-    add()
+        slurm_runner.cluster("scontrol", "reconfigure")
+
+    yield configure
+    configure()
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("grace", "lines", "signals"), [
-    pytest.param(20, [], ["SIGTERM"], marks=full),
-    (0, [], ["SIGTERM"]),
-    pytest.param(20, ["SlurmctldParameters=preempt_send_user_signal"], ["SIGUSR2"], marks=full),
-    pytest.param(0, ["SlurmctldParameters=preempt_send_user_signal"], ["SIGTERM", "SIGUSR2"], marks=full),
-])
-def test_preemption_in_every_manner(on_slurm, stand_in, configured, grace, lines, signals):
-    run, cluster = stand_in(steps=100), on_slurm.cluster
-    configured(*lines)
-    cluster("scontrol", "update", "partitionname=main", f"gracetime={grace}")
+@pytest.mark.parametrize(
+    ("grace_s", "lines", "signals"),
+    [
+        pytest.param(20, [], ["SIGTERM"], marks=full),
+        (0, [], ["SIGTERM"]),
+        pytest.param(20, ["SlurmctldParameters=preempt_send_user_signal"], ["SIGUSR2"], marks=full),
+        pytest.param(0, ["SlurmctldParameters=preempt_send_user_signal"], ["SIGTERM", "SIGUSR2"], marks=full),
+    ],
+)
+def test_a_preemption_is_recorded_with_and_without_grace_time_and_user_signal(
+    slurm_runner, make_stub_run, configure_slurm, grace_s, lines, signals
+):
+    run, cluster = make_stub_run(steps=100, hold_at=80), slurm_runner.cluster
+    configure_slurm(*lines)
+    cluster("scontrol", "update", "partitionname=main", f"gracetime={grace_s}")
     try:
-        on_slurm.submit(run)
-        on_slurm.reach(5)
-        crowd_out(cluster)
-        on_slurm.until(lambda: on_slurm.causes[0], "end of attempt 1")
+        slurm_runner.submit(run)
+        slurm_runner.wait_for_step(5)
+        submit_preemptor(cluster)
+        slurm_runner.wait_until(lambda: slurm_runner.causes[0], "end of attempt 1")
+        change_settings(run, hold_at=None)
     finally:
         cluster("scontrol", "update", "partitionname=main", "gracetime=20")
-    assert on_slurm.end() == "COMPLETED"
-    assert on_slurm.causes == ["preempted", "done"]
-    assert attempts.history(run)[0].error in signals
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["preempted", "done"]
+    assert attempts.read_attempts(run)[0].error in signals
 
 
 @pytest.mark.slurm
-def test_another_job_takes_over_where_slurm_requeues_nothing(on_slurm, stand_in):
-    run, cluster = stand_in(steps=100_000), on_slurm.cluster
-    job = on_slurm.submit(run)
-    child = script.submit(run, "knn", {"dependency": f"afterok:{job}"}, Profile())
+@full
+def test_a_preemption_is_recorded_when_slurm_answers_late(slurm_runner, make_stub_run, monkeypatch, tmp_path):
+    """All ranks wait for the answer, so that no node of the attempt is done and missing from it."""
+    run, cluster = make_stub_run(steps=100, hold_at=80), slurm_runner.cluster
+    slow = tmp_path / "bin" / "scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n[ -z "$SLURM_PROCID" ] || sleep 4\nexec {shutil.which("scontrol")} "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", str(slow.parent), prepend=os.pathsep)
+    cluster("scontrol", "update", "partitionname=main", "gracetime=0")
+    try:
+        slurm_runner.submit(run)
+        slurm_runner.wait_for_step(5)
+        submit_preemptor(cluster)
+        slurm_runner.wait_until(lambda: slurm_runner.causes[0], "end of attempt 1")
+        change_settings(run, hold_at=None)
+    finally:
+        cluster("scontrol", "update", "partitionname=main", "gracetime=20")
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["preempted", "done"]
+
+
+@pytest.mark.slurm
+def test_a_successor_continues_the_run_where_slurm_does_not_requeue(slurm_runner, make_stub_run):
+    run, cluster = make_stub_run(steps=ENDLESS), slurm_runner.cluster
+    job = slurm_runner.submit(run)
+    child = batch_script.submit(run, "knn", {"dependency": f"afterok:{job}"}, Profile())
     cluster("scontrol", "update", f"jobid={job}", "requeue=0")
-    on_slurm.reach(5)
-    crowd_out(cluster)
-    on_slurm.until(lambda: records.submitted(run)["train"].job != job, "successor")
-    next_ = records.submitted(run)["train"].job
-    assert f"job={next_}" in watch.report(run).line()
-    on_slurm.until(lambda: len(on_slurm.causes) == 2 and on_slurm.step > attempts.history(run)[0].last_step + 5,
-                   "attempt 2")
+    slurm_runner.wait_for_step(5)
+    submit_preemptor(cluster)
+    slurm_runner.wait_until(lambda: job_log.latest_jobs(run)["train"].id != job, "successor")
+    successor = job_log.latest_jobs(run)["train"].id
+    assert status.query_run(run).job == successor
+    wait_for_second_attempt(slurm_runner)
     assert cluster.field(job, "JobState") == "FAILED" and cluster.field(job, "ExitCode") == "75:0"
-    assert cluster.field(child, "Dependency").startswith(f"afterok:{next_}")
-    # and again after a crash, from the batch script
-    cluster("scontrol", "update", f"jobid={next_}", "requeue=0")
-    on_slurm.job = next_
-    told(run, steps=1)
-    on_slurm.signal(1, signal.SIGKILL)
-    on_slurm.until(lambda: records.submitted(run)["train"].job != next_, "second successor")
-    assert watch.wait(run, lambda text: None, jobs=[j for j in records.every(run) if j.job in (job, child)]) == 0
-    assert on_slurm.causes == ["preempted", "killed", "done"]
+    assert cluster.field(child, "Dependency").startswith(f"afterok:{successor}")
+    # after a crash, the batch script submits a successor
+    cluster("scontrol", "update", f"jobid={successor}", "requeue=0")
+    slurm_runner.job = successor
+    change_settings(run, steps=1)
+    slurm_runner.signal(1, signal.SIGKILL)
+    slurm_runner.wait_until(lambda: job_log.latest_jobs(run)["train"].id != successor, "second successor")
+    first_jobs = [recorded for recorded in job_log.all_jobs(run) if recorded.id in (job, child)]
+    assert wait.wait_for_jobs(run, lambda text: None, jobs=first_jobs) == 0
+    assert slurm_runner.causes == ["preempted", "killed", "done"]
     assert len(read_lines(run.eval_rows("knn"))) == 1
 
 
 @pytest.mark.slurm
 @full
-def test_cancel_reaches_the_successor(on_slurm, stand_in):
-    run = stand_in(steps=100_000)
-    job = on_slurm.submit(run)
-    on_slurm.cluster("scontrol", "update", f"jobid={job}", "requeue=0")
-    on_slurm.reach(5)
-    on_slurm.signal("all", signal.SIGTERM)
-    on_slurm.until(lambda: len(on_slurm.causes) == 2, "attempt 2")
-    assert control.cancel(run) == [records.submitted(run)["train"].job] != [job]
-    assert on_slurm.end() == "CANCELLED"
-    assert on_slurm.causes == ["stopped", "cancelled"]
+def test_cancel_reaches_the_successor(slurm_runner, make_stub_run):
+    run = make_stub_run(steps=ENDLESS)
+    job = slurm_runner.submit(run)
+    slurm_runner.cluster("scontrol", "update", f"jobid={job}", "requeue=0")
+    slurm_runner.wait_for_step(5)
+    slurm_runner.signal("all", signal.SIGTERM)
+    slurm_runner.wait_until(lambda: len(slurm_runner.causes) == 2, "attempt 2")
+    assert control.cancel(run) == [job_log.latest_jobs(run)["train"].id] != [job]
+    assert slurm_runner.wait_for_end() == "CANCELLED"
+    assert slurm_runner.causes == ["stopped", "cancelled"]
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize(("node", "requeue"), [("n2", "1"), pytest.param("n2", "0", marks=full),
-                                               pytest.param("n1", "1", marks=full)])
-def test_a_node_that_is_taken_down(on_slurm, stand_in, node, requeue):
-    run, cluster = stand_in(steps=150), on_slurm.cluster
-    job = on_slurm.submit(run)
+@pytest.mark.parametrize(
+    ("node", "requeue"),
+    [("n2", "1"), pytest.param("n2", "0", marks=full), pytest.param("n1", "1", marks=full)],
+)
+def test_a_node_that_is_set_down_is_recorded_as_node_fail(slurm_runner, make_stub_run, node, requeue):
+    run, cluster = make_stub_run(steps=150, hold_at=120), slurm_runner.cluster
+    job = slurm_runner.submit(run)
     cluster("scontrol", "update", f"jobid={job}", f"requeue={requeue}")
-    on_slurm.reach(5)
+    slurm_runner.wait_for_step(5)
     cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-    on_slurm.until(lambda: on_slurm.causes[0], "end of attempt 1")
+    slurm_runner.wait_until(lambda: slurm_runner.causes[0], "end of attempt 1")
+    change_settings(run, hold_at=None)
     cluster("scontrol", "update", f"nodename={node}", "state=resume")
-    assert on_slurm.end() == "COMPLETED"
-    assert on_slurm.causes == ["node_fail", "done"]
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["node_fail", "done"]
+
+
+@pytest.mark.slurm
+def test_a_spare_node_takes_the_place_of_a_lost_one(slurm_runner, make_stub_run):
+    """Of two nodes one runs the tasks. The batch script stays on n1, so the tasks are brought to n2 first."""
+    run, cluster = make_stub_run(steps=150, hold_at=120), slurm_runner.cluster
+    module = run.code / "slurm" / "job" / "step_nodes.py"
+    in_order = "[node for node in nodes if node not in down]"
+    assert in_order in module.read_text()
+    module.write_text(module.read_text().replace(in_order, in_order + "[::-1]"))
+    job = slurm_runner.submit(run, **{"nodes": "1", "spare-nodes": "1"})
+    slurm_runner.wait_for_step(5)
+    assert [a.host for a in attempts.read_attempts(run)] == ["n2"]
+    cluster("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    slurm_runner.wait_until(lambda: slurm_runner.causes[0], "end of attempt 1")
+    change_settings(run, hold_at=None)
+    cluster("scontrol", "update", "nodename=n2", "state=resume")
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["node_fail", "done"]
+    assert [(a.job, a.restart, a.host) for a in attempts.read_attempts(run)] == [(job, 0, "n2"), (job, 0, "n1")]
 
 
 @pytest.mark.slurm
 @full
 @pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_node_that_dies_with_all_its_processes(on_slurm, stand_in, configured, node):
-    """n1 has the batch script, srun and rank 0: nobody is left to write anything down."""
-    run, cluster = stand_in(steps=100_000), on_slurm.cluster
-    configured("SlurmdTimeout=10")
-    on_slurm.submit(run)
-    on_slurm.reach(5)
-    # all that SLURM started on the node, and its daemon; kill -9 leaves nobody who could tell the controller
+def test_a_node_that_dies_with_all_its_processes_is_recorded_as_node_fail(
+    slurm_runner, make_stub_run, configure_slurm, node
+):
+    """n1 has the batch script, srun and rank 0: after its death nothing of the attempt is left to record the end."""
+    run, cluster = make_stub_run(steps=ENDLESS), slurm_runner.cluster
+    configure_slurm("SlurmdTimeout=10")
+    slurm_runner.submit(run)
+    slurm_runner.wait_for_step(5)
+    # all that SLURM started on the node, and its daemon: none of them can report the end to the controller
     daemon = cluster.processes[f"slurmd {node}"]
-    tasks = {rank: pid for rank, pid in on_slurm.tasks.items() if (rank == 0) is (node == "n1")}
-    batch = [on_slurm._other("batch"), on_slurm._other("srun")] if node == "n1" else []
-    steps = {procs.look(pid).parent for pid in [*batch[:1], *tasks.values()]}
+    tasks = {rank: pid for rank, pid in slurm_runner.tasks.items() if (rank == 0) is (node == "n1")}
+    batch = [slurm_runner.find_process(name) for name in ("batch", "srun")] if node == "n1" else []
+    steps = {processes.read_process(pid).parent for pid in [*batch[:1], *tasks.values()]}
     daemon.kill()
     for pid in [*steps, *batch, *tasks.values()]:
         os.kill(pid, signal.SIGKILL)
-    on_slurm.until(lambda: "DOWN" in cluster("scontrol", "show", "node", node), "node down", 120)
+    slurm_runner.wait_until(lambda: "DOWN" in cluster("scontrol", "show", "node", node), "node down")
     cluster.restart(f"slurmd {node}")
-    told(run, steps=1)
-    assert on_slurm.end() == "COMPLETED"
-    assert on_slurm.causes == ["node_fail", "done"]
-    assert attempts.history(run)[0].error == ("lost n1" if node == "n1" else "SIGTERM")  # rank 0 lived to say so
+    change_settings(run, steps=1)
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["node_fail", "done"]
+    # rank 0 on n1 survives the death of n2, and records the signal that SLURM then sends
+    assert attempts.read_attempts(run)[0].error == ("lost n1" if node == "n1" else "SIGTERM")
 
 
 @pytest.mark.slurm
 @full
-def test_a_launch_that_failed_is_held_and_named_with_the_mend(on_slurm, stand_in):
-    run, cluster = stand_in(steps=20), on_slurm.cluster
-    spool, away = cluster.root / "spool.n1", cluster.root / "spool.n1.away"
-    spool.rename(away)
+def test_status_names_the_command_that_releases_a_job_whose_launch_failed(slurm_runner, make_stub_run):
+    run, cluster = make_stub_run(steps=20), slurm_runner.cluster
+    spool, moved = cluster.root / "spool.n1", cluster.root / "spool.n1.moved"
+    spool.rename(moved)
     spool.write_text("")
     try:
-        job = on_slurm.submit(run, nodelist="n1,n2")
-        on_slurm.until(lambda: "held" in watch.report(run).line(), "held job")
+        job = slurm_runner.submit(run, nodelist="n1,n2")
+        slurm_runner.wait_until(lambda: "held" in status.query_run(run).state, "held job")
     finally:
         spool.unlink()
-        away.rename(spool)
-    line = watch.report(run).line()
-    assert "launch_failed_requeued_held" in line and f"scontrol release {job}" in line and "attempt=0" in line
+        moved.rename(spool)
+    report = status.query_run(run)
+    assert "launch_failed_requeued_held" in report.state and report.attempt == 0
+    assert f"scontrol release {job}" in report.hint and report.hint in report.line()
     cluster("scontrol", "release", job)
-    assert on_slurm.end() == "COMPLETED"
-    assert on_slurm.causes == ["done"]
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["done"]
 
 
 @pytest.mark.slurm
 @full
-def test_a_dependency_that_can_never_be_met_is_named_with_the_mend(on_slurm, stand_in, monkeypatch):
-    run, cluster = stand_in(crash_at=3), on_slurm.cluster
-    job = on_slurm.submit(run)
-    child = script.submit(run, "knn", {"dependency": f"afterok:{job}"}, Profile())
+def test_status_names_the_command_that_removes_a_job_whose_dependency_failed(slurm_runner, make_stub_run):
+    run, cluster = make_stub_run(crash_at=3), slurm_runner.cluster
+    job = slurm_runner.submit(run)
+    child = batch_script.submit(run, "knn", {"dependency": f"afterok:{job}"}, Profile())
     cluster("scontrol", "update", f"jobid={child}", "KillOnInvalidDependent=no")
-    kept = cluster("sbatch", "--parsable", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=no", "-o", "/dev/null",
-                   "--wrap", "true").strip()
-    records.note(run, "submit", kept, what="linear", kind="slurm", options={})
-    assert on_slurm.end() == "FAILED"
-    on_slurm.until(lambda: "DependencyNeverSatisfied" in watch.report(run).line(), "state of the child")
-    assert f"scancel {kept}" in watch.report(run).note
+    options = [f"--dependency=afterok:{job}", "--kill-on-invalid-dep=no", "-o", f"{run.logs}/%j", "-J", "run-linear"]
+    options += ["--wrap", "true"]
+    kept = cluster("sbatch", "--parsable", *options).strip()
+    job_log.record_event(run, "submit", kept, what="linear", kind="slurm", options={})
+    assert slurm_runner.wait_for_end() == "FAILED"
+    slurm_runner.wait_until(lambda: "DependencyNeverSatisfied" in status.query_run(run).line(), "state of the child")
+    assert f"scancel {kept}" in status.query_run(run).hint
     cluster("scancel", kept)
 
 
+LATE_PROCESS = """
+import sys
+from hpcssl.run_dir import RunDir
+from slurm.job import epilogue, requeue, task
+from slurm.log import attempts
+run = RunDir(sys.argv[1])
+attempt = task.describe_attempt(run, "train")
+assert attempt["attempt"] == 1
+attempts.record_end(run, "train", attempt, "killed", "late")
+print(requeue.handle_stop(run, "train", attempt, ["SIGTERM"]))
+print(epilogue.finalize_step(run, "train", 137))
+"""
+
+
 @pytest.mark.slurm
 @full
-def test_what_is_left_of_an_attempt_changes_nothing_of_the_next(on_slurm, stand_in):
-    """A process of attempt 1 that SLURM has lost wakes up while attempt 2 runs: it closes nothing, asks for nothing."""
-    import subprocess
-    import sys
-
-    run = stand_in(steps=400)
-    job = on_slurm.submit(run)
-    on_slurm.reach(5)
-    left = procs.environment(on_slurm.tasks[0])
+def test_a_leftover_process_of_attempt_1_does_not_change_attempt_2(slurm_runner, make_stub_run):
+    """It records no end and requests no requeue, although it has the environment of attempt 1."""
+    run = make_stub_run(steps=400, hold_at=300)
+    job = slurm_runner.submit(run)
+    slurm_runner.wait_for_step(5)
+    environment = processes.read_environment(slurm_runner.tasks[0])
     control.preempt(run)
-    on_slurm.until(lambda: len(on_slurm.causes) == 2, "attempt 2")
-    late = ("import sys\nfrom hpcssl.files import RunDir\nfrom slurm import after, again, attempts, job\n"
-            "run = RunDir(sys.argv[1]); mine = job.this_attempt(run, 'train'); assert mine['attempt'] == 1\n"
-            "attempts.end(run, 'train', mine, 'killed', 'late')\n"
-            "print(again.after_stop(run, 'train', mine, ['SIGTERM']))\n"
-            "print(after.settle(run, 'train', 137))\n")
-    done = subprocess.run([sys.executable, "-c", late, str(run.root)], env=left, capture_output=True, text=True)
+    slurm_runner.wait_until(lambda: len(slurm_runner.causes) == 2, "attempt 2")
+    command = [sys.executable, "-c", LATE_PROCESS, str(run.root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    time.sleep(1)
-    assert on_slurm.cluster.field(job, "Restarts") == "1" and on_slurm.causes == ["preempted", None]
-    assert on_slurm.end() == "COMPLETED"
-    assert on_slurm.causes == ["preempted", "done"]
+    time.sleep(1)  # nothing must happen, and there is no event to wait for: more time could only find more
+    assert slurm_runner.cluster.field(job, "Restarts") == "1" and slurm_runner.causes == ["preempted", None]
+    change_settings(run, hold_at=None)
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["preempted", "done"]

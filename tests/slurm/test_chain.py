@@ -1,221 +1,297 @@
-"""Evaluations with options, beside the training and after it: what is due, and what asking again submits."""
+"""Evaluations with options, during and after the training: which are due, and what a repeated submission submits."""
 
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from hpcssl.errors import EXIT_FAILED, SubmitError
-from hpcssl.files import RunDir, atomic_write, read_lines
-from slurm import attempts, beside, chain, control, local, procs, records, sched, script, submit, watch
-from slurm.cluster import Profile
+from hpcssl.files import atomic_write, read_lines
+from hpcssl.run_dir import RunDir
+from slurm import submit
+from slurm.backend import batch_script, local, partitions, processes, scheduler
+from slurm.backend.profiles import Profile
+from slurm.job import concurrent_evals
+from slurm.log import attempts, job_log
+from slurm.manage import control, evaluations, status, wait
+from tests.slurm.stubs import CRASH_MESSAGE, change_settings
+from tests.waiting import wait_until
+
+# -- the text of an evaluation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "written"), [
-    ("knn,linear:protocol=moco,transfer:sets=dtd+pets", ["knn", "linear:protocol=moco", "transfer:sets=dtd+pets"]),
-    ("knn:tau=0.1:k=[1,5], linear,", ["knn:k=[1,5]:tau=0.1", "linear"]),
-    ("linear:val='/a,b:c':lr=1", ["linear:lr=1:val='/a,b:c'"]),
-    ("knn@220:k=[1]", ["knn@220:k=[1]"]),
-])
-def test_an_entry_is_read_as_it_is_written(text, written):
-    entries = chain.parse(text)
-    assert [str(e) for e in entries] == written
-    assert [chain.entry(str(e)) for e in entries] == entries
+@pytest.mark.parametrize(
+    ("text", "requests"),
+    [
+        ("knn,linear:protocol=moco,transfer:sets=dtd+pets", ["knn", "linear:protocol=moco", "transfer:sets=dtd+pets"]),
+        ("knn:temperature=0.1:k=[1,5], linear,", ["knn:k=[1,5]:temperature=0.1", "linear"]),
+        ("linear:val='/a,b:c':lr=1", ["linear:lr=1:val='/a,b:c'"]),
+        ("knn@220:k=[1]", ["knn@220:k=[1]"]),
+    ],
+)
+def test_the_text_of_a_request_is_parsed_to_an_equal_request(text, requests):
+    parsed = evaluations.parse_requests(text)
+    assert [str(request) for request in parsed] == requests
+    assert [evaluations.parse_request(str(request)) for request in parsed] == parsed
 
 
-def test_lists_and_folders_are_settled_at_submission(tmp_path, monkeypatch):
+def test_lists_get_brackets_and_folders_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "list").mkdir(parents=True)
-    asked = chain.entry("transfer:sets=dtd+pets:k=1:lr=1e+3:train=a:names=a/list:val='b c'")
-    settled = chain.settled(asked, {"sets": True, "k": True})
-    assert settled.overrides == ["k=[1]", "lr=1e+3", f"names={tmp_path}/a/list", "sets=[dtd,pets]"]
-    assert settled.shards == {"train": f"{tmp_path}/a", "val": f"{tmp_path}/b c"}
-    assert chain.settled(settled, {"sets": True, "k": True}) == settled
+    request = evaluations.parse_request("transfer:sets=dtd+pets:k=1:lr=1e+3:train=a:names=a/list:val='b c'")
+    normalized = evaluations.normalize(request, {"sets": True, "k": True})
+    assert normalized.overrides == ["k=[1]", "lr=1e+3", f"names={tmp_path}/a/list", "sets=[dtd,pets]"]
+    assert normalized.shards == {"train": f"{tmp_path}/a", "val": f"{tmp_path}/b c"}
+    assert evaluations.normalize(normalized, {"sets": True, "k": True}) == normalized
+    remote = evaluations.normalize(evaluations.parse_request("knn:val='https://host/a/val'"), {})
+    assert remote.shards == {"val": "https://host/a/val"} and evaluations.parse_request(str(remote)) == remote
+
+
+# -- local jobs of the stubs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def planned(stand_in):
-    """A stand-in whose weights of steps 10 and 20, of 30, are to be evaluated by k-NN beside it, and told more."""
-    def make(**told):
-        run = stand_in(export=[5, 10, 20], **told)
-        how = {"every": 10, "sbatch": {"nodes": "1"}}
-        chain.write(run, {"knn": how, "linear:lr=1": how}, last=told.get("steps", 30), kind="local", profile=Profile())
+def make_planned_run(make_stub_run):
+    """Create a run of the stubs whose plan evaluates the weights of steps 10 and 20, of 30, during the training."""
+
+    def make(**settings):
+        run = make_stub_run(export=[5, 10, 20], **settings)
+        entry = {"every": 10, "sbatch": {"nodes": "1"}}
+        entries = {"knn": entry, "linear:lr=1": entry}
+        evaluations.write_plan(run, entries, last=settings.get("steps", 30), kind="local", profile=Profile())
         return run
+
     return make
 
 
-def told(run, name):
+def read_rows(run, name):
+    """The texts of the evaluations that have a row."""
     return sorted(row["eval"] for row in read_lines(run.eval_rows(name)))
 
 
-def test_beside_the_training_each_once_and_the_last_ones_after_it(planned):
-    run = planned(step_s=0.1, crash=["linear@10:lr=1"])
+def test_each_export_is_evaluated_once_and_the_last_one_after_the_training(make_planned_run):
+    run = make_planned_run(step_s=0.1, crash=["linear@10:lr=1"], hold_at=15)
     local.launch(run, {"train": {}, "knn": {}, "linear:lr=1": {}})
-    assert watch.wait(run, lambda text: None) == 1
-    assert [a.cause for a in attempts.history(run)] == ["done"]
-    # by jobs of their own, or by the evaluation of the last weights where it came first
-    assert told(run, "knn") == ["knn", "knn@10", "knn@20"]
-    assert told(run, "linear") == ["linear:lr=1", "linear@20:lr=1"]
-    jobs = records.submitted(run)
-    assert "knn@10" in jobs and "knn@5" not in jobs and not chain.due(run)
-    assert 10 not in chain.left_over(run, chain.entry("linear:lr=1"))
-    report = watch.report(run)
+    wait_until(lambda: job_log.latest_jobs(run).keys() >= {"knn@10", "linear@10:lr=1"}, "concurrent evaluations")
+    change_settings(run, hold_at=None)
+    assert wait.wait_for_jobs(run, lambda text: None) == 1
+    assert [a.cause for a in attempts.read_attempts(run)] == ["done"]
+    # by jobs of their own, or by the evaluation of the last weights if that comes first
+    assert read_rows(run, "knn") == ["knn", "knn@10", "knn@20"]
+    assert read_rows(run, "linear") == ["linear:lr=1", "linear@20:lr=1"]
+    jobs = job_log.latest_jobs(run)
+    assert "knn@10" in jobs and "knn@5" not in jobs and not evaluations.due_requests(run)
+    assert 10 not in evaluations.remaining_steps(run, evaluations.parse_request("linear:lr=1"))
+    report = status.query_run(run)
     assert report.evals["knn"].startswith("COMPLETED") and report.evals["knn@*"].endswith(" COMPLETED")
     assert "linear:lr=1=COMPLETED" in report.line() and "1 FAILED" in report.evals["linear@*:lr=1"]
-    assert "linear@10:lr=1: job" in report.note and "told to crash" in report.note
+    assert jobs["linear@10:lr=1"].id in report.hint and CRASH_MESSAGE in report.hint
 
 
-def test_what_was_beside_a_killed_supervisor_is_made_up_for(planned, until):
-    run = planned(steps=30, step_s=0.15)
+def test_evaluations_of_a_killed_supervisor_are_scored_after_the_training(make_planned_run):
+    run = make_planned_run(steps=30, step_s=0.15, hold_at=15)
     train = local.launch(run, {"train": {}, "knn": {}})[0]
-    job = until(lambda: records.submitted(run).get("knn@10"), "job beside")
-    assert local.ask(run, job).live
-    leader = until(lambda: local.supervisor(run, job), "supervisor beside")["pid"]
-    os.kill(leader, signal.SIGKILL)
-    procs.clear(leader)
-    assert local.ask(run, train).live
-    assert watch.wait(run, lambda text: None, jobs=[train, records.submitted(run)["knn"]]) in (0, EXIT_FAILED)
-    assert told(run, "knn") == ["knn", "knn@10", "knn@20"]
+    job = wait_until(lambda: job_log.latest_jobs(run).get("knn@10"), "concurrent job")
+    assert local.query_job(run, job).is_active
+    supervisor = wait_until(lambda: local.find_supervisor(run, job), "supervisor of the concurrent job")["pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    processes.kill_session(supervisor)
+    assert local.query_job(run, train).is_active
+    change_settings(run, hold_at=None)
+    jobs = [train, job_log.latest_jobs(run)["knn"]]
+    assert wait.wait_for_jobs(run, lambda text: None, jobs=jobs) in (0, EXIT_FAILED)
+    assert read_rows(run, "knn") == ["knn", "knn@10", "knn@20"]
 
 
-def test_nothing_is_due_once_the_training_is_cancelled(planned):
-    run = planned()
-    records.note(run, "submit", "7", what="train", kind="slurm", options={})
+def test_no_evaluation_is_due_after_the_training_was_cancelled(make_planned_run):
+    run = make_planned_run()
+    job_log.record_event(run, "submit", "7", what="train", kind="slurm", options={})
     for step in (5, 10, 30):
         atomic_write(run.weights_at(step), "weights")
-    assert [str(e) for e in chain.due(run)] == ["knn@10", "linear@10:lr=1"]
-    records.note(run, "cancel", "7")
-    assert chain.due(run) == []
-    records.note(run, "cancel", "7", refused=True)
-    assert len(chain.due(run)) == 2
+    assert [str(request) for request in evaluations.due_requests(run)] == ["knn@10", "linear@10:lr=1"]
+    job_log.record_event(run, "cancel", "7")
+    assert evaluations.due_requests(run) == []
+    job_log.record_event(run, "cancel", "7", refused=True)
+    assert len(evaluations.due_requests(run)) == 2
 
 
-def test_a_refused_cancel_is_taken_back(tmp_path, monkeypatch):
+def test_a_cancel_that_slurm_refuses_leaves_the_job_uncancelled(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
-    records.note(run, "submit", "7", what="train", kind="slurm", options={})
-    monkeypatch.setattr(watch, "state_of", lambda run, job: sched.State("RUNNING"))
-    monkeypatch.setattr(sched, "call", lambda *words, cluster: sched.subprocess.CompletedProcess(words, 1, "", "no"))
-    with pytest.raises(SubmitError, match="got no"):
+    job_log.record_event(run, "submit", "7", what="train", kind="slurm", options={})
+    refusal = scheduler.subprocess.CompletedProcess([], 1, "", "Access denied")
+    monkeypatch.setattr(status, "query_job", lambda run, job: scheduler.JobState("RUNNING"))
+    monkeypatch.setattr(scheduler, "run_command", lambda *words, cluster: refusal)
+    with pytest.raises(SubmitError) as caught:
         control.cancel(run)
-    assert not records.cancelled(run, "7")
+    assert "scancel 7" in caught.value.what and caught.value.got == "Access denied"
+    assert not job_log.is_cancelled(run, "7")
 
 
-@pytest.mark.parametrize(("machine", "train", "spare"), [
-    ("auto", {}, None), ("auto", {"gpus-per-node": "1"}, "GPU-b"), ("auto", {"gpus-per-node": "2"}, None),
-    ("cpu", {}, "")])
-def test_beside_a_local_training_only_on_gpus_that_it_does_not_use(tmp_path, monkeypatch, machine, train, spare):
+@pytest.mark.parametrize(
+    ("devices", "sbatch", "spare"),
+    [
+        ("auto", {}, None),
+        ("auto", {"gpus-per-node": "1"}, "GPU-b"),
+        ("auto", {"gpus-per-node": "2"}, None),
+        ("cpu", {}, ""),
+    ],
+)
+def test_a_concurrent_local_evaluation_gets_a_gpu_that_the_training_does_not_use(
+    tmp_path, monkeypatch, devices, sbatch, spare
+):
     run = RunDir(tmp_path)
-    atomic_write(run.config, f"machine: {{devices: {machine}}}\n")
+    atomic_write(run.config, f"machine: {{devices: {devices}}}\n")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    assert local.spare_gpus(run, train) == spare
+    assert local.find_spare_gpu(run, sbatch) == spare
 
 
-# -- asking again, with a scheduler that only remembers ---------------------------------------------------------
+# -- repeated submissions, to a scheduler that only keeps a list ----------------------------------------------------
 
 
 @pytest.fixture
-def ask(monkeypatch, digits, tmp_path):
-    """``ask(evals, …)`` submits a recipe to a scheduler that gives numbers; what each new job does, by number.
+def fake_slurm(monkeypatch):
+    """A scheduler that numbers jobs from 1 and starts none.
 
-    ``ask.states``: what it says of each job (pending without an entry); ``ask.missing``: evaluations without a row.
+    ``sbatch``: options of each job by id. ``states``: state of a job by id, set by the test; PENDING by default.
+    ``missing_rows``: texts of the evaluations without a row, set by the test. ``cancelled``: ids of cancelled jobs.
     """
-    run = RunDir(tmp_path / "run")
+    fake = SimpleNamespace(sbatch={}, states={}, missing_rows=set(), cancelled=[])
 
-    def handed(run, what, sbatch, profile):
-        job = str(len(ask.sbatch) + 1)
-        ask.sbatch[job] = sbatch
-        records.note(run, "submit", job, what=what, kind="slurm", options=sbatch)
+    def submit_job(run, what, sbatch, profile):
+        job = str(len(fake.sbatch) + 1)
+        fake.sbatch[job] = sbatch
+        job_log.record_event(run, "submit", job, what=what, kind="slurm", options=sbatch)
         return job
 
-    def ask(evals="knn,linear:lr=1", every=0, *overrides, **more):
-        jobs = submit.submit(submit.Request(
-            run=str(run.root), recipe="digits_msf", evals=evals, eval_every=every, **more, overrides=[
-                f"data.train={digits / 'train'}", f"data.val={digits / 'val'}", "schedule.epochs=3", *overrides]))
-        return {job.what: job.job for job in jobs}
+    def query_job(run, job):
+        return scheduler.JobState(fake.states.get(job.id, "PENDING"))
 
-    def state(run, job):
-        return sched.State(ask.states.get(job.job, "PENDING"))
+    def has_missing_rows(run, request, evaluation):
+        return str(request) in fake.missing_rows
 
-    ask.run, ask.sbatch, ask.states, ask.missing, ask.ended = run, {}, {}, set(), []
-    monkeypatch.setattr(script, "submit", handed)
-    monkeypatch.setattr(sched, "require", lambda: None)
-    monkeypatch.setattr(submit.freeze, "freeze", lambda run: None)
-    monkeypatch.setattr(watch, "state_of", state)
-    monkeypatch.setattr(submit, "_missing", lambda run, entry: str(entry) in ask.missing)
-    monkeypatch.setattr(control, "end", lambda run, job: ask.ended.append(job.job))
-    return ask
+    monkeypatch.setattr(batch_script, "submit", submit_job)
+    monkeypatch.setattr(partitions, "check_limits", lambda *_: None)
+    monkeypatch.setattr(scheduler, "require_slurm", lambda: None)
+    monkeypatch.setattr(submit.code_snapshot, "create_snapshot", lambda run: None)
+    monkeypatch.setattr(status, "query_job", query_job)
+    monkeypatch.setattr(submit, "_has_missing_rows", has_missing_rows)
+    monkeypatch.setattr(control, "cancel_job", lambda run, job: fake.cancelled.append(job.id))
+    return fake
 
 
-def test_asking_again_submits_nothing_that_lives(ask):
-    assert ask() == {"train": "1", "knn": "2", "linear:lr=1": "3"}
-    assert ask.sbatch["2"]["dependency"] == ask.sbatch["3"]["dependency"] == "afterok:1"
-    assert ask() == {}
-    ask.states["1"] = "RUNNING"
-    assert ask() == ask("knn") == {}
-    assert ask("knn,linear:lr=2") == {"linear:lr=2": "4"}
-    assert ask.sbatch["4"]["dependency"] == "afterok:1"
-    with pytest.raises(SubmitError, match=r"machine\.log_steps, while job 1"):
-        ask("knn", 0, "machine.log_steps=3")
-    with pytest.raises(SubmitError, match="with --local, while job 1"):
-        ask("knn", local=True)
-    ask.states["1"] = "UNKNOWN"
-    with pytest.raises(SubmitError, match="expected an answer of SLURM"):
-        ask()
+@pytest.fixture
+def run(tmp_path):
+    return RunDir(tmp_path / "run")
 
 
-def test_a_training_that_failed_gets_its_chain_anew(ask):
-    ask()
-    ask.states |= {"1": "FAILED", "2": "CANCELLED"}  # 3 is still in the queue, and waits for 1
-    assert ask() == {"train": "4", "knn": "5", "linear:lr=1": "6"}
-    assert ask.ended == ["3"]
-    assert ask.sbatch["6"]["dependency"] == "afterok:4"
+@pytest.fixture
+def submit_digits(fake_slurm, run, digits):
+    """``submit_digits(evals, every, *overrides, **options)``: the new jobs, their ids by name."""
+
+    def submit_run(evals="knn,linear:lr=1", every=0, *overrides, **options):
+        data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}", "schedule.epochs=3"]
+        request = submit.SubmissionRequest(
+            run=str(run.root),
+            recipe="digits_msf",
+            evals=evals,
+            eval_every=every,
+            overrides=[*data, *overrides],
+            **options,
+        )
+        return {job.what: job.id for job in submit.submit(request)}
+
+    return submit_run
 
 
-def test_of_a_finished_run_only_what_is_missing(ask):
-    ask("knn,linear:lr=1", 1)
-    ask.states |= dict.fromkeys("123", "COMPLETED")
+def test_a_repeated_submission_submits_no_job_that_is_queued_or_running(fake_slurm, submit_digits):
+    assert submit_digits() == {"train": "1", "knn": "2", "linear:lr=1": "3"}
+    assert fake_slurm.sbatch["2"]["dependency"] == fake_slurm.sbatch["3"]["dependency"] == "afterok:1"
+    assert submit_digits() == {}
+    fake_slurm.states["1"] = "RUNNING"
+    assert submit_digits() == submit_digits("knn") == {}
+    assert submit_digits("knn,linear:lr=2") == {"linear:lr=2": "4"}
+    assert fake_slurm.sbatch["4"]["dependency"] == "afterok:1"
+
+
+def test_a_running_job_refuses_a_submission_with_other_values_or_elsewhere(fake_slurm, submit_digits, run):
+    submit_digits()
+    fake_slurm.states["1"] = "RUNNING"
+    with pytest.raises(SubmitError) as caught:
+        submit_digits("knn", 0, "machine.log_steps=3")
+    assert "machine.log_steps" in caught.value.got and "job 1 " in caught.value.got
+    with pytest.raises(SubmitError) as caught:
+        submit_digits("knn", local=True)
+    assert "--local" in caught.value.got and "job 1 " in caught.value.got
+    assert caught.value.what == f"run {run.root}"
+
+
+def test_a_submission_is_refused_while_slurm_does_not_answer(fake_slurm, submit_digits):
+    submit_digits()
+    fake_slurm.states["1"] = "UNKNOWN"
+    with pytest.raises(SubmitError) as caught:
+        submit_digits()
+    assert caught.value.what == "job 1 (train)"
+
+
+def test_evaluations_of_a_failed_training_are_submitted_again_with_it(fake_slurm, submit_digits):
+    submit_digits()
+    fake_slurm.states |= {"1": "FAILED", "2": "CANCELLED"}  # job 3 is still in the queue and depends on job 1
+    assert submit_digits() == {"train": "4", "knn": "5", "linear:lr=1": "6"}
+    assert fake_slurm.cancelled == ["3"]
+    assert fake_slurm.sbatch["6"]["dependency"] == "afterok:4"
+
+
+def test_a_finished_run_gets_only_evaluations_without_a_row(fake_slurm, submit_digits, run):
+    submit_digits("knn,linear:lr=1", 1)
+    fake_slurm.states |= dict.fromkeys("123", "COMPLETED")
     for step in (0, 11, 22, 33):
-        atomic_write(ask.run.weights_at(step), "weights")
-    atomic_write(ask.run.done, json.dumps({"step": 33, "weights": str(ask.run.weights_at(33))}))
-    assert ask("knn,linear:lr=1", 1) == ask("") == {}
-    ask.missing = {"linear:lr=1", "knn@22", "linear@11:lr=1", "linear@22:lr=1"}
-    assert ask("knn") == {}
-    assert ask("knn,linear:lr=1", 1) == {"linear:lr=1": "4", "linear@11:lr=1": "5", "knn@22": "6",
-                                         "linear@22:lr=1": "7"}
-    assert "dependency" not in ask.sbatch["4"] and ask.sbatch["6"]["nice"] == "10000"
-    assert ask("knn,linear:lr=1", 1) == {}
-    ask.states["6"] = "FAILED"
-    assert ask("knn", 1) == {"knn@22": "8"}
+        atomic_write(run.weights_at(step), "weights")
+    atomic_write(run.done, json.dumps({"step": 33, "weights": str(run.weights_at(33))}))
+    assert submit_digits("knn,linear:lr=1", 1) == submit_digits("") == {}
+    fake_slurm.missing_rows = {"linear:lr=1", "knn@22", "linear@11:lr=1", "linear@22:lr=1"}
+    assert submit_digits("knn") == {}
+    assert submit_digits("knn,linear:lr=1", 1) == {
+        "linear:lr=1": "4",
+        "linear@11:lr=1": "5",
+        "knn@22": "6",
+        "linear@22:lr=1": "7",
+    }
+    assert "dependency" not in fake_slurm.sbatch["4"] and fake_slurm.sbatch["6"]["nice"] == "10000"
+    assert submit_digits("knn,linear:lr=1", 1) == {}
+    fake_slurm.states["6"] = "FAILED"
+    assert submit_digits("knn", 1) == {"knn@22": "8"}
 
 
-def test_a_running_training_submits_what_is_due_once(ask, capfd):
-    ask("knn", 2, "machine.export_epochs=3", sbatch={"gres": "gpu:h100:4", "hold": True},
-        eval_sbatch={"": {"dependency": "singleton", "time": "9"}, "knn": {"time": "30"}})
-    assert ask.sbatch["2"] == {"nodes": "1", "gpus-per-node": "h100:1", "dependency": "afterok:1,singleton",
-                               "time": "30"}
-    assert "export_epochs: 1" in ask.run.config.read_text()
+def test_a_running_training_submits_a_due_evaluation_once(fake_slurm, submit_digits, run, capfd):
+    sbatch = {"gres": "gpu:h100:4", "hold": True}
+    eval_sbatch = {"": {"dependency": "singleton", "time": "9"}, "knn": {"time": "30"}}
+    submit_digits("knn", 2, "machine.export_epochs=3", sbatch=sbatch, eval_sbatch=eval_sbatch)
+    common = {"nodes": "1", "gpus-per-node": "h100:1", "time": "30"}
+    assert fake_slurm.sbatch["2"] == common | {"dependency": "afterok:1,singleton"}
+    assert "export_epochs: 1" in run.config.read_text()
     for step in (11, 22):
-        atomic_write(ask.run.weights_at(step), "weights")
-    assert beside.main(ask.run.root) == 0
-    assert beside.main(ask.run.root) == 0
-    assert "submitted job 3 (knn@22)" in capfd.readouterr().err
-    assert ask.sbatch["3"] == {"nodes": "1", "gpus-per-node": "h100:1", "dependency": "singleton", "time": "30",
-                               "nice": "10000"}
-    assert len(ask.sbatch) == 3
-    ask.missing = {"knn@22"}
-    ask.states["3"] = "FAILED"
-    assert ask("knn", 2, "machine.export_epochs=3", sbatch={"gres": "gpu:h100:4", "hold": True}) == {"knn@22": "4"}
+        atomic_write(run.weights_at(step), "weights")
+    assert concurrent_evals.main(run.root) == 0
+    assert concurrent_evals.main(run.root) == 0
+    assert "job 3 (knn@22)" in capfd.readouterr().err
+    assert fake_slurm.sbatch["3"] == common | {"dependency": "singleton", "nice": "10000"}
+    assert len(fake_slurm.sbatch) == 3
+    fake_slurm.missing_rows = {"knn@22"}
+    fake_slurm.states["3"] = "FAILED"
+    assert submit_digits("knn", 2, "machine.export_epochs=3", sbatch=sbatch) == {"knn@22": "4"}
 
 
-def test_a_full_queue_is_told_and_tried_again(ask, monkeypatch, capfd):
-    ask("knn", 1)
-    atomic_write(ask.run.weights_at(11), "weights")
+def test_an_evaluation_stays_due_when_the_queue_is_full(submit_digits, run, monkeypatch, capfd):
+    submit_digits("knn", 1)
+    atomic_write(run.weights_at(11), "weights")
 
     def refuse(*_):
-        raise SubmitError("sbatch", got="QOSMaxSubmitJobPerUserLimit", expected="a job id", mend="wait")
+        raise SubmitError("sbatch", got="QOSMaxSubmitJobPerUserLimit", expected="a job id", fix="wait")
+
     with monkeypatch.context() as patched:
-        patched.setattr(script, "submit", refuse)
-        assert beside.main(ask.run.root) == 1
+        patched.setattr(batch_script, "submit", refuse)
+        assert concurrent_evals.main(run.root) == 1
     assert "QOSMaxSubmitJobPerUserLimit" in capfd.readouterr().err
-    assert [str(e) for e in chain.due(ask.run)] == ["knn@11"]
+    assert [str(request) for request in evaluations.due_requests(run)] == ["knn@11"]

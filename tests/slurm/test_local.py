@@ -1,188 +1,228 @@
-"""The state machine without SLURM: real processes and real signals, a trainer that takes no time."""
+"""Local jobs: real processes and signals, the supervisor in place of SLURM, and the stub trainer."""
 
-import json
 import os
 import signal
 
 import pytest
 
-from hpcssl.errors import SubmitError
+from hpcssl.errors import EXIT_STOPPED, SubmitError
 from hpcssl.files import read_lines
-from slurm import attempts, control, local, procs, records, sched, watch
+from slurm.backend import local, processes, scheduler
+from slurm.log import attempts, job_log, retry
+from slurm.manage import control, status, wait
+from tests.printed import numbers_in
+from tests.slurm.stubs import CRASH_MESSAGE, change_settings
+from tests.waiting import wait_until
 
-TWO = {"ntasks-per-node": "2"}
-
-
-def launch(run, evals=(), **more):
-    sbatch = TWO | more
-    wanted = {"train": sbatch} | {name: {"nodes": "1"} for name in evals}
-    return local.launch(run, wanted)[0]
-
-
-def training(run, step):
-    return lambda: attempts.reached(run) >= step
+ENDLESS = 100_000
 
 
-def task_pids(run, job):
-    return [p.pid for p in procs.tasks(local.supervisor(run, job)["pid"])]
+def launch(run, evals=(), **sbatch):
+    """Start a supervisor for a training of two tasks and for evaluations; the training's job."""
+    options = {"train": {"ntasks-per-node": "2", **sbatch}} | {name: {"nodes": "1"} for name in evals}
+    return local.launch(run, options)[0]
 
 
-def causes(run):
-    return [a.cause for a in attempts.history(run)]
+def wait_for_jobs(run):
+    """Wait for all jobs of the run, and return the exit code."""
+    return wait.wait_for_jobs(run, lambda text: None)
 
 
-def test_training_then_each_evaluation_once(stand_in, until):
-    run = stand_in()
+def wait_for_step(run, step):
+    wait_until(lambda: attempts.last_known_step(run) >= step, f"step {step}", pause=0.05)
+
+
+def find_task_pids(run, job):
+    return [task.pid for task in processes.find_tasks(local.find_supervisor(run, job)["pid"])]
+
+
+def read_causes(run):
+    return [attempt.cause for attempt in attempts.read_attempts(run)]
+
+
+def test_each_evaluation_runs_once_after_the_training(make_stub_run):
+    run = make_stub_run()
     job = launch(run, ["knn", "linear"])
-    assert local.ask(run, job).live
-    assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["done"]
+    assert local.query_job(run, job).is_active
+    assert wait_for_jobs(run) == 0
+    assert read_causes(run) == ["done"]
     for name in ("knn", "linear"):
         assert read_lines(run.eval_rows(name)) == [{"eval": name, "trained": True}]
-    places = read_lines(run.root / "places.jsonl")
-    assert sorted(p["RANK"] for p in places) == sorted(p["LOCAL_RANK"] for p in places) == ["0", "1"]
-    assert {p["WORLD_SIZE"] for p in places} == {"2"}
-    assert len({(p["MASTER_PORT"], p["HPCSSL_TOKEN"]) for p in places}) == 1
-    until(lambda: not procs.session(local.supervisor(run, job)["pid"]), "end of all processes")
+    ranks = read_lines(run.root / "ranks.jsonl")
+    assert sorted(rank["RANK"] for rank in ranks) == sorted(rank["LOCAL_RANK"] for rank in ranks) == ["0", "1"]
+    assert {rank["WORLD_SIZE"] for rank in ranks} == {"2"}
+    assert len({(rank["MASTER_PORT"], rank["HPCSSL_TOKEN"]) for rank in ranks}) == 1
+    supervisor = local.find_supervisor(run, job)["pid"]
+    wait_until(lambda: not processes.find_session_members(supervisor), "end of all processes", pause=0.05)
 
 
-def test_preempted_three_times_it_goes_on_by_itself(stand_in, until):
-    run = stand_in(steps=120)
+def test_a_training_that_is_preempted_three_times_continues_by_itself(make_stub_run):
+    run = make_stub_run(steps=120, hold_at=100)
     job = launch(run, ["knn"])
-    for attempt in (1, 2, 3):
-        until(lambda n=attempt: len(causes(run)) == n and attempts.reached(run) >= n * 25, f"attempt {attempt}")
-        assert "2 tasks" in control.preempt(run)
-    assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["preempted", "preempted", "preempted", "done"]
-    last = [a.last_step for a in attempts.history(run)]
-    assert [a.first_step for a in attempts.history(run)] == [0, *last[:3]]
-    places = read_lines(run.root / "places.jsonl")
-    assert len({p["HPCSSL_TOKEN"] for p in places}) == len({p["MASTER_PORT"] for p in places}) == 4
+    for number in (1, 2, 3):
+        wait_until(
+            lambda n=number: len(read_causes(run)) == n and attempts.last_known_step(run) >= n * 25,
+            f"attempt {number}",
+            pause=0.05,
+        )
+        message = control.preempt(run)
+        assert job.id in message and 2 in numbers_in(message.replace(job.id, "")), "both tasks got the signals"
+    wait_until(lambda: read_causes(run)[2:3] == ["preempted"], "end of attempt 3", pause=0.05)
+    change_settings(run, hold_at=None)
+    assert wait_for_jobs(run) == 0
+    assert read_causes(run) == ["preempted", "preempted", "preempted", "done"]
+    last_steps = [attempt.last_step for attempt in attempts.read_attempts(run)]
+    assert [attempt.first_step for attempt in attempts.read_attempts(run)] == [0, *last_steps[:3]]
+    ranks = read_lines(run.root / "ranks.jsonl")
+    assert len({rank["HPCSSL_TOKEN"] for rank in ranks}) == len({rank["MASTER_PORT"] for rank in ranks}) == 4
     assert len(read_lines(run.eval_rows("knn"))) == 1
-    assert {x["answer"] for x in read_lines(run.root / "answers.jsonl")} == {None}
-    assert "last=done" in watch.report(run).line()
-    assert job.job in watch.report(run).line()
+    assert {line["refused"] for line in read_lines(run.root / "requeues.jsonl")} == {None}
+    report = status.query_run(run)
+    assert (report.last_end, report.job) == ("done", job.id)
+    assert "last=done" in report.line() and job.id in report.line()
 
 
-def test_a_signal_during_start_up_waits_for_the_handlers(stand_in, until):
-    run = stand_in()
-    slow = run.code / "slurm" / "job.py"
-    slow.write_text("import time\ntime.sleep(1)\n" + slow.read_text().replace("from __future__", "# from __future__"))
+def test_a_signal_during_the_start_of_a_task_waits_for_its_handlers(make_stub_run):
+    run = make_stub_run()
+    task, go = run.code / "slurm" / "job" / "task.py", run.root / "go"
+    pause = f"import os, time\nwhile not os.path.exists({str(go)!r}):\n    time.sleep(0.02)\n"
+    task.write_text(pause + task.read_text().replace("from __future__", "# from __future__"))
     job = launch(run)
-    until(lambda: len(task_pids(run, job)) == 2, "two tasks")
+    wait_until(lambda: len(find_task_pids(run, job)) == 2, "two tasks", pause=0.05)
     control.preempt(run)
-    assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["preempted", "done"]
+    go.touch()
+    assert wait_for_jobs(run) == 0
+    assert read_causes(run) == ["preempted", "done"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_task_ends_the_attempt_and_costs_one_crash(stand_in, until, rank):
-    run = stand_in(steps=60)
-    (run.code / "slurm" / "supervise.py").write_text(
-        (run.code / "slurm" / "supervise.py").read_text().replace("CRASH_WAIT_S = 5.0", "CRASH_WAIT_S = 0.3"))
+def test_a_killed_task_ends_the_attempt_as_one_crash(make_stub_run, rank):
+    run = make_stub_run(steps=60, hold_at=50)
+    runner = run.code / "slurm" / "job" / "attempt_runner.py"
+    assert "CRASH_WAIT_S = 5.0" in runner.read_text()
+    runner.write_text(runner.read_text().replace("CRASH_WAIT_S = 5.0", "CRASH_WAIT_S = 0.3"))
     job = launch(run)
-    until(training(run, 10), "step 10")
-    victim = [p for p in task_pids(run, job) if procs.environment(p)["SUBMITIT_LOCAL_GLOBALID"] == str(rank)]
-    os.kill(victim[0], signal.SIGKILL)
-    assert watch.wait(run, lambda text: None) == 0
-    assert causes(run) == ["killed", "done"]
-    assert f"rank {rank} died" in attempts.history(run)[0].error
+    wait_for_step(run, 10)
+    ranks = {processes.read_environment(pid)["SUBMITIT_LOCAL_GLOBALID"]: pid for pid in find_task_pids(run, job)}
+    os.kill(ranks[str(rank)], signal.SIGKILL)
+    wait_until(lambda: read_causes(run)[0], "end of attempt 1", pause=0.05)
+    change_settings(run, hold_at=None)
+    assert wait_for_jobs(run) == 0
+    assert read_causes(run) == ["killed", "done"]
+    assert f"rank {rank} " in attempts.read_attempts(run)[0].error
 
 
-def test_two_crashes_at_the_same_step_end_the_run_with_the_cause(stand_in):
-    run = stand_in(crash_at=5)
+def test_two_crashes_at_one_step_fail_the_job_and_its_evaluations(make_stub_run):
+    run = make_stub_run(crash_at=5)
     launch(run, ["knn"])
-    said = []
-    assert watch.wait(run, said.append) == 1
-    assert causes(run) == ["error", "error"]
-    report = watch.report(run)
-    assert report.state.startswith("FAILED (two crashes in a row at the same step")
-    assert "the stand-in was told to crash" in report.note
+    lines = []
+    assert wait.wait_for_jobs(run, lines.append) == 1
+    assert read_causes(run) == ["error", "error"]
+    report = status.query_run(run)
+    decision = retry.decide_retry(attempts.read_attempts(run))
+    assert not decision.retry
+    assert report.state.startswith("FAILED") and decision.reason in report.state
+    assert CRASH_MESSAGE in report.hint
     assert "DependencyNeverSatisfied" in report.evals["knn"]
     assert not run.eval_rows("knn").exists()
-    assert any("attempt 2 starts at step 0" in line for line in said)
+    assert any(numbers_in(line)[:2] == [2, 0] for line in lines), "attempt 2 starts at step 0"
 
 
-def test_cancel_saves_and_nothing_starts_again(stand_in, until):
-    run = stand_in(steps=10_000)
+def test_cancel_saves_the_state_and_ends_all_jobs(make_stub_run):
+    run = make_stub_run(steps=ENDLESS)
     job = launch(run, ["knn"])
-    until(training(run, 5), "step 5")
-    assert control.cancel(run) == [job.job, f"{job.job}.knn"]
-    assert watch.wait(run, lambda text: None) == 75
-    assert causes(run) == ["cancelled"]
-    assert int((run.root / "state-0").read_text()) == attempts.history(run)[0].last_step
-    assert read_lines(run.root / "answers.jsonl") == [{"answer": "the job was cancelled"}]
-    assert local.ask(run, job).name == "CANCELLED"
-    assert watch.report(run).evals["knn"].startswith("CANCELLED")
-    with pytest.raises(SubmitError, match="no job in the queue"):
-        control.cancel(run)
-    with pytest.raises(SubmitError, match="no job that runs"):
-        control.preempt(run)
+    wait_for_step(run, 5)
+    assert control.cancel(run) == [job.id, f"{job.id}.knn"]
+    assert wait_for_jobs(run) == EXIT_STOPPED
+    assert read_causes(run) == ["cancelled"]
+    assert int((run.root / "state-0").read_text()) == attempts.read_attempts(run)[0].last_step
+    assert [line["refused"] is None for line in read_lines(run.root / "requeues.jsonl")] == [False]
+    assert local.query_job(run, job).name == "CANCELLED"
+    assert status.query_run(run).evals["knn"].startswith("CANCELLED")
+    assert control.active_jobs(run) == []
 
 
-def test_the_end_of_the_time_is_a_stop_and_never_a_crash(stand_in):
-    run = stand_in(steps=250)
-    launch(run, time="0:04", signal="USR2@1")
-    assert watch.wait(run, lambda text: None) == 0
-    assert set(causes(run)[:-1]) == {"timeout"}
-    assert causes(run)[-1] == "done"
-    assert {a.error for a in attempts.history(run)[:-1]} == {"SIGUSR2"}
-
-
-def test_a_dead_supervisor_is_seen_and_the_run_can_go_on(stand_in, until):
-    run = stand_in(steps=10_000)
-    job = launch(run)
-    until(training(run, 5), "step 5")
-    leader = local.supervisor(run, job)["pid"]
-    os.kill(leader, signal.SIGKILL)
-    os.waitpid(leader, 0)
-    assert "its tasks live on" in watch.report(run).note
-    control.cancel(run)
-    state = local.ask(run, job)
-    assert (state.name, state.live) == (local.LOST, False)
-    assert "submit again" in state.note
-    (run.root / "told.json").write_text(json.dumps({"steps": 12}))
-    again = launch(run)
-    assert again.job != job.job
-    assert watch.wait(run, lambda text: None) == 0
-    assert causes(run)[-1] == "done"
-
-
-def test_logs_are_those_of_the_newest_attempt(stand_in, until):
-    run = stand_in(crash_at=5)
+@pytest.mark.parametrize("command", [control.cancel, control.preempt])
+def test_cancel_and_preempt_are_refused_without_an_active_job(make_stub_run, command):
+    run = make_stub_run(steps=3)
     launch(run)
-    watch.wait(run, lambda text: None)
+    assert wait_for_jobs(run) == 0
+    with pytest.raises(SubmitError) as caught:
+        command(run)
+    assert caught.value.what == f"run {run.root}"
+    assert f"status {run.root}" in caught.value.fix
+
+
+def test_the_time_limit_stops_an_attempt_and_is_no_crash(make_stub_run):
+    run = make_stub_run(steps=ENDLESS)
+    launch(run, time="0:30", signal="USR2@24")  # six seconds to start, and 24 to leave
+    wait_until(lambda: "timeout" in read_causes(run), "time limit", pause=0.05)
+    change_settings(run, steps=1)
+    assert wait_for_jobs(run) == 0
+    assert set(read_causes(run)[:-1]) == {"timeout"}
+    assert read_causes(run)[-1] == "done"
+    assert {attempt.error for attempt in attempts.read_attempts(run)[:-1]} == {"SIGUSR2"}
+
+
+def test_a_job_whose_supervisor_was_killed_is_lost_and_can_be_submitted_again(make_stub_run):
+    run = make_stub_run(steps=ENDLESS)
+    job = launch(run)
+    wait_for_step(run, 5)
+    supervisor = local.find_supervisor(run, job)["pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    os.waitpid(supervisor, 0)
+    report = status.query_run(run)
+    assert report.state == "RUNNING" and f"cancel {run.root}" in report.hint, "the tasks still run"
+    control.cancel(run)
+    state = local.query_job(run, job)
+    assert (state.name, state.is_active) == (local.LOST, False)
+    assert state.hint
+    change_settings(run, steps=12)
+    second = launch(run)
+    assert second.id != job.id
+    assert wait_for_jobs(run) == 0
+    assert read_causes(run)[-1] == "done"
+
+
+def test_logs_are_those_of_the_newest_attempt(make_stub_run):
+    run = make_stub_run(crash_at=5)
+    launch(run)
+    wait_for_jobs(run)
     lines = []
-    for path in control.logs(run, "train", 0):
-        control.tail(path, 40, lines.append)
-    assert any("RuntimeError: told to crash" in line for line in lines)
-    assert len({x["logs"] for x in records.of(run, "controller", records.submitted(run)["train"].job)}) == 2
-    with pytest.raises(SubmitError, match="a job that has started"):
-        control.logs(run, "knn", 0)
+    for path in control.find_logs(run, "train", 0):
+        control.print_tail(path, 40, lines.append)
+    assert any(f"RuntimeError: {CRASH_MESSAGE}" in line for line in lines)
+    events = job_log.read_events(run, "controller", job_log.latest_jobs(run)["train"].id)
+    assert len({event["logs"] for event in events}) == 2
+    assert {path.name.partition("_")[0] for path in control.find_logs(run, "train", 0)} == {events[-1]["logs"]}
+    with pytest.raises(SubmitError) as caught:
+        control.find_logs(run, "knn", 0)
+    assert caught.value.what == f"log of knn, rank 0, in {run.logs}"
 
 
-def test_following_a_log_gives_whole_lines_once(tmp_path):
+def test_a_log_that_grows_is_printed_in_whole_lines_once(tmp_path):
     path, lines = tmp_path / "log", []
     path.write_text("one\ntwo\nthr")
-    place = control.since(path, 0, lines.append)
+    position = control.print_new_lines(path, 0, lines.append)
     path.write_text("one\ntwo\nthree\n")
-    control.since(path, place, lines.append)
+    control.print_new_lines(path, position, lines.append)
     assert lines == ["one", "two", "three"]
 
 
-def test_gpus_of_the_shell_reach_the_tasks(monkeypatch):
+def test_tasks_get_as_many_gpus_of_the_shell_as_they_request(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert local.gpus({}) == "all"
-    assert local.gpus({"gpus-per-node": "2"}) == "0,1"
+    assert local.select_gpus({}) == "all"
+    assert local.select_gpus({"gpus-per-node": "2"}) == "0,1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
-    assert local.gpus({}) == "GPU-a,GPU-b,GPU-c"
-    assert local.gpus({"gres": "gpu:2"}) == "GPU-a,GPU-b"
+    assert local.select_gpus({}) == "GPU-a,GPU-b,GPU-c"
+    assert local.select_gpus({"gres": "gpu:2"}) == "GPU-a,GPU-b"
 
 
-def test_a_state_slurm_has_forgotten_is_read_from_the_run_folder(stand_in, monkeypatch):
-    run = stand_in()
-    job = records.Job("12", "train", "slurm", {})
-    monkeypatch.setattr(sched, "ask_quietly", lambda job, cluster=None: sched.State(sched.GONE))
-    assert watch.state_of(run, job).name == sched.GONE
+def test_the_state_of_a_job_that_slurm_has_forgotten_is_read_from_the_run_folder(make_stub_run, monkeypatch):
+    run = make_stub_run()
+    job = job_log.Job("12", "train", "slurm", {})
+    gone = scheduler.JobState(scheduler.GONE)
+    monkeypatch.setattr(scheduler, "query_job_or_unknown", lambda job, cluster=None: gone)
+    assert status.query_job(run, job).name == scheduler.GONE
     run.done.write_text('{"step": 3}')
-    assert watch.state_of(run, job).name == "COMPLETED"
+    assert status.query_job(run, job).name == "COMPLETED"

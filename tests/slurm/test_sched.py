@@ -1,84 +1,100 @@
-"""What SLURM says about a job, and what a person should do about it."""
+"""The state of a job, the cause of its end and lost nodes, from SLURM's own output."""
 
 import pytest
 
-from slurm import sched
+from slurm.backend import scheduler
+from slurm.backend.reasons import HINTS
 
-LINE = ("JobId=12 JobName=a b UserId=root(0) Priority=1 JobState={state} Reason={reason} Dependency=(null) Requeue=1 "
-        "Restarts=3 BatchFlag=1 ExitCode={code} RunTime={ran} TimeLimit=00:10:00 NodeList=n[1-2]\n")
-
-
-def line(state="RUNNING", reason="None", code="0:0", ran="00:01:00"):
-    return sched.parse("12", LINE.format(state=state, reason=reason, code=code, ran=ran))
-
-
-def test_a_running_job():
-    state = line()
-    assert (state.name, state.reason, state.restarts, state.live, state.out_of_time) == ("RUNNING", "", 3, True, False)
-    assert line(ran="00:10:02").out_of_time
+LINE = (
+    "JobId=12 JobName=a b UserId=root(0) Priority=1 JobState={state} Reason={reason} Dependency=(null) Requeue=1 "
+    "Restarts=3 BatchFlag=1 ExitCode={code} RunTime={run_time} TimeLimit=00:10:00 NodeList=n[1-2]\n"
+)
 
 
-@pytest.mark.parametrize(("state", "reason", "mend"), [
-    ("PENDING", "launch_failed_requeued_held", "scontrol release 12"),
-    ("PENDING", "DependencyNeverSatisfied", "scancel 12"),
-    ("CANCELLED", "DependencyNeverSatisfied", "submit again"),
-    ("PENDING", "BeginTime", "two minutes"),
-    ("PENDING", "JobHeldUser", "scontrol release 12"),
-    ("PENDING", "job_requeued_in_held_state", "scontrol release 12"),
-])
-def test_states_that_need_a_person_name_the_mend(state, reason, mend):
-    assert mend in line(state, reason).note
+def parse(state="RUNNING", reason="None", code="0:0", run_time="00:01:00", more=""):
+    return scheduler.parse_job("12", LINE.format(state=state, reason=reason, code=code, run_time=run_time) + more)
 
 
-def test_a_partition_that_cancels_what_it_preempts():
-    text = LINE.format(state="PREEMPTED", reason="None", code="143:0", ran="00:01:00")
-    ended = sched.parse("12", text + " PreemptTime=2026-11-20T18:37:38")
-    assert ended.preempted and not ended.live and "submit again" in ended.note
-    assert not sched.parse("12", text + " PreemptTime=None").preempted
+def test_the_fields_of_a_running_job():
+    state = parse()
+    assert (state.name, state.reason, state.restarts, state.is_active) == ("RUNNING", "", 3, True)
+    assert not state.time_limit_reached
+    assert parse(run_time="00:10:02").time_limit_reached
 
 
-def test_an_ended_job_waits_for_nothing():
-    assert line("CANCELLED", "BeginTime").note == line("RUNNING").note == ""
-    assert not line("COMPLETED").live
+@pytest.mark.parametrize(
+    ("state", "reason", "key", "command"),
+    [
+        ("PENDING", "launch_failed_requeued_held", "launch failed requeued held", "scontrol release 12"),
+        ("PENDING", "DependencyNeverSatisfied", "dependencyneversatisfied", "scancel 12"),
+        ("CANCELLED", "DependencyNeverSatisfied", "dependencyneversatisfied", "scancel 12"),
+        ("PENDING", "BeginTime", "begintime", ""),
+        ("PENDING", "JobHeldUser", "jobhelduser", "scontrol release 12"),
+        ("PENDING", "job_requeued_in_held_state", "job requeued in held state", "scontrol release 12"),
+    ],
+)
+def test_the_hint_for_a_state_names_the_command_to_run(state, reason, key, command):
+    assert parse(state, reason).hint == HINTS[key].format(job="12")
+    assert command in HINTS[key].format(job="12")
 
 
-@pytest.mark.parametrize(("code", "shown"), [("0:0", 0), ("75:0", 75), ("0:15", 143), ("1:0", 1)])
-def test_exit_codes(code, shown):
-    assert line("FAILED", code=code).exit_code == shown
+def test_a_job_that_a_partition_cancelled_to_preempt_it_was_preempted():
+    ended = parse("PREEMPTED", code="143:0", more=" PreemptTime=2026-11-20T18:37:38")
+    assert ended.preempted and not ended.is_active and ended.hint == HINTS["preempted"]
+    assert not parse("PREEMPTED", code="143:0", more=" PreemptTime=None").preempted
 
 
-SAID = "Requeue=1 Restarts=0 NumNodes=2"
+def test_an_ended_job_shows_no_reason_for_which_it_waited_before():
+    assert parse("CANCELLED", "BeginTime").hint == parse("RUNNING").hint == ""
+    assert not parse("COMPLETED").is_active
 
 
-@pytest.mark.parametrize(("state", "fields", "cause"), [  # as 22.05 showed them while rank 0 handled the signal
-    ("COMPLETING", SAID + " ExitCode=0:15 PreemptTime=None", "cancelled"),
-    ("RUNNING", SAID + " PreemptTime=2026-11-20T21:32:18", "preempted"),
-    ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=2", "preempted"),  # without a grace time
-    ("COMPLETING", "Requeue=0 Restarts=0 NumNodes=2 PreemptTime=2026-11-20T21:37:23", "preempted"),
-    ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=1", "node_fail"),
-    ("COMPLETING", "Requeue=1 Restarts=0 NumNodes=1 PreemptTime=None", "cancelled"),  # the other node is done already
-    ("COMPLETING", "Reason=NodeDown Requeue=0 Restarts=0 NumNodes=1 PreemptTime=None", "node_fail"),
-    ("COMPLETING", SAID + " Reason=JobLaunchFailure ExitCode=0:9 PreemptTime=None", None),
-    ("COMPLETING", SAID + " RunTime=00:01:01 TimeLimit=00:01:00 PreemptTime=None", "timeout"),
-    ("RUNNING", SAID + " RunTime=00:00:41 TimeLimit=00:01:00 PreemptTime=None", None),
-    ("SIGNALING", SAID + " PreemptTime=None", None),
-])
-def test_why_slurm_ends_a_job_is_read_from_its_own_words(state, fields, cause):
-    now = sched.parse("12", f"JobId=12 JobState={state} {fields}\n")
-    assert sched.cause(now, restart=0, nodes=2) == cause
-    assert now.requeue is ("Requeue=0" not in fields)
+@pytest.mark.parametrize(("field", "code"), [("0:0", 0), ("75:0", 75), ("0:15", 143), ("1:0", 1)])
+def test_the_exit_code_of_a_signal_is_128_and_its_number(field, code):
+    assert parse("FAILED", code=field).exit_code == code
 
 
-def test_what_a_requeue_is_refused_with(monkeypatch):
-    answers = [sched.subprocess.CompletedProcess([], 1, "", said) for said in ("busy", sched.DISABLED + " for job 12")]
-    monkeypatch.setattr(sched, "call", lambda *words: answers.pop(0))
-    monkeypatch.setattr(sched.time, "sleep", lambda seconds: None)
-    assert sched.requeue("12").startswith(sched.DISABLED) and not answers
+FIELDS = "Requeue=1 Restarts=0 NumNodes=2"
 
 
-def test_nodes_that_have_gone_since_an_attempt_began(monkeypatch):
-    text = ("NodeName=n1 State=MIXED BootTime=2026-11-20T14:44:09 SlurmdStartTime=2026-11-20T21:32:07\n"
-            "NodeName=n2 State=DOWN+NOT_RESPONDING BootTime=None SlurmdStartTime=2026-11-20T21:32:07 Reason=x\n")
-    monkeypatch.setattr(sched, "call", lambda *words: sched.subprocess.CompletedProcess([], 0, text))
-    assert sched.lost_nodes("n[1-2]", sched._moment("2026-11-20T21:40:00")) == ["n2"]
-    assert sched.lost_nodes("n[1-2]", sched._moment("2026-11-20T21:30:00")) == ["n1", "n2"]
+@pytest.mark.parametrize(
+    ("state", "fields", "cause"),
+    [  # as SLURM 22.05 showed them while rank 0 handled the signal
+        ("COMPLETING", FIELDS + " ExitCode=0:15 PreemptTime=None", "cancelled"),
+        ("RUNNING", FIELDS + " PreemptTime=2026-11-20T21:32:18", "preempted"),
+        ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=2", "preempted"),  # without a grace time
+        ("COMPLETING", "Requeue=0 Restarts=0 NumNodes=2 PreemptTime=2026-11-20T21:37:23", "preempted"),
+        ("COMPLETING", "Requeue=1 Restarts=1 NumNodes=1", "node_fail"),
+        ("COMPLETING", "Requeue=1 Restarts=0 NumNodes=1 PreemptTime=None", "cancelled"),  # the other node is done
+        ("COMPLETING", "Reason=NodeDown Requeue=0 Restarts=0 NumNodes=1 PreemptTime=None", "node_fail"),
+        ("COMPLETING", FIELDS + " Reason=JobLaunchFailure ExitCode=0:9 PreemptTime=None", None),
+        ("COMPLETING", FIELDS + " RunTime=00:01:01 TimeLimit=00:01:00 PreemptTime=None", "timeout"),
+        ("RUNNING", FIELDS + " RunTime=00:00:41 TimeLimit=00:01:00 PreemptTime=None", None),
+        ("SIGNALING", FIELDS + " PreemptTime=None", None),
+    ],
+)
+def test_the_cause_of_an_end_follows_from_slurms_fields(state, fields, cause):
+    parsed = scheduler.parse_job("12", f"JobId=12 JobState={state} {fields}\n")
+    assert scheduler.infer_cause(parsed, restart=0, nodes=2) == cause
+    assert parsed.requeue_enabled is ("Requeue=0" not in fields)
+
+
+def test_a_requeue_is_requested_again_until_slurm_refuses_it_for_good(monkeypatch):
+    messages = ["busy", scheduler.REQUEUE_DISABLED + " for job 12"]
+    answers = [scheduler.subprocess.CompletedProcess([], 1, "", message) for message in messages]
+    monkeypatch.setattr(scheduler, "run_command", lambda *words: answers.pop(0))
+    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: None)
+    assert scheduler.request_requeue("12").startswith(scheduler.REQUEUE_DISABLED) and not answers
+
+
+NODES = """\
+NodeName=n1 State=MIXED BootTime=2026-11-20T14:44:09 SlurmdStartTime=2026-11-20T21:32:07
+NodeName=n2 State=DOWN+NOT_RESPONDING BootTime=None SlurmdStartTime=2026-11-20T21:32:07 Reason=x
+"""
+
+
+@pytest.mark.parametrize(("begin", "lost"), [("2026-11-20T21:40:00", ["n2"]), ("2026-11-20T21:30:00", ["n1", "n2"])])
+def test_lost_nodes_are_down_or_were_started_after_the_attempt(monkeypatch, begin, lost):
+    answer = scheduler.subprocess.CompletedProcess([], 0, NODES, "")
+    monkeypatch.setattr(scheduler, "run_command", lambda *words: answer)
+    assert scheduler.find_lost_nodes("n[1-2]", scheduler._parse_time(begin)) == lost

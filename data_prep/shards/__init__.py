@@ -1,0 +1,1 @@
+"""The shard files: their layout as tars, writing, reading back, and worker processes."""

@@ -1,0 +1,1 @@
+"""What several evaluations share: features, images, options, resume files, and stopping together."""

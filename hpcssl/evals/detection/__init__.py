@@ -1,0 +1,1 @@
+"""Object detection: Faster and Mask R-CNN fine-tuned from an encoder."""

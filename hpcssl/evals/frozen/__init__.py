@@ -1,0 +1,1 @@
+"""Evaluations on frozen features: k-NN, support vector machines and transfer."""

@@ -1,0 +1,300 @@
+"""A ring buffer of rows that all ranks push into: the last N rows of the whole world, in named columns.
+
+    N slots, W ranks, b rows per rank and step, D entries per row
+
+Each push gathers the rows of all ranks in the order of the global batch and writes them at the pointer, over the oldest
+ones. ``replicated`` keeps all N slots on every rank, ``sharded`` one block of them. Both hold the same rows on any
+number of ranks, and each can load what the other saved.
+
+Methods are collectives unless they say otherwise: all ranks call them, in the same order, with equally many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hpcssl import rng
+from hpcssl.checkpoint.shard import TensorShard
+from hpcssl.distributed.batch_layout import BatchLayout
+from hpcssl.distributed.world import World
+from hpcssl.errors import ConfigError, ResumeError, WorldError, require_choice, suggest
+from hpcssl.memory.checkpointed import RowReader
+from hpcssl.memory.columns import ColumnSpec
+from hpcssl.memory.slots import allocate, block_of, chosen_pieces, fill_randomly, next_pieces
+
+PLACEMENTS = ("replicated", "sharded")
+INITS = ("random", "empty")
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.int64: torch.int64}
+_RNG_NAMES = {"previous_epoch": "twin", "second_modality": "twin"}  # former names, kept: another key changes every run
+_READ_ROWS = 2**16  # rows that ``load`` reads at a time, which bounds the memory it takes
+
+
+@dataclass(frozen=True)
+class PushUndo:
+    """What one push has overwritten on this rank. ``RingBuffer.undo`` restores it.
+
+    Attributes:
+        version: version of the buffer after the push; any later change makes the undo invalid.
+        pointer: the pointer before the push.
+        filled: number of filled slots before the push.
+        places: the local rows that were overwritten, in pieces.
+        replaced: for each column, the old values of these pieces.
+    """
+
+    version: int
+    pointer: int
+    filled: int
+    places: list[slice | Tensor]
+    replaced: dict[str, list[Tensor]]
+
+
+class RingBuffer:
+    """``size`` slots with named ``columns``, replicated on all ranks or sharded over them.
+
+    Args:
+        size: number of slots, N.
+        columns: name → width and dtype.
+        world: the ranks that push together.
+        layout: how pushed rows are split over micro-batches and ranks; None means one micro-batch.
+        placement: ``replicated`` or ``sharded``.
+        key: RNG key of the initial rows.
+        init: ``random`` fills vectors with unit vectors of random direction, which take part in searches as in MSF and
+            MoCo, and integers with -1. ``empty``: only slots that were pushed take part.
+        dtype: dtype of vectors whose column states none.
+
+    Raises:
+        ConfigError: for unknown values, no slots or no columns.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        columns: Mapping[str, ColumnSpec],
+        world: World,
+        *,
+        layout: BatchLayout | None = None,
+        placement: str = "replicated",
+        key: int,
+        init: str = "random",
+        dtype: torch.dtype = torch.float32,
+    ):
+        require_choice("bank.placement", placement, PLACEMENTS)
+        require_choice("bank.init", init, INITS)
+        if size < 1 or not columns:
+            raise ConfigError(
+                "the bank",
+                got=f"{size} slots, {len(columns)} columns",
+                expected="one or more of each",
+                fix="set bank.size to the number of rows to remember",
+            )
+        self.size, self.world, self.layout, self.sharded = size, world, layout, placement == "sharded"
+        self._block = block_of(world, size)
+        self.first, self.last = self._block if self.sharded else (0, size)  # the slots that this rank holds
+        self.pointer, self.filled, self._version = 0, size if init == "random" else 0, 0
+        self.columns = {name: spec.resolve(name, dtype) for name, spec in columns.items()}
+        self._rows = {name: allocate(spec, self.last - self.first, world.device) for name, spec in self.columns.items()}
+        if init == "random":
+            for name, rows in self._rows.items():
+                if rows.dim() == 2:
+                    fill_randomly(rows, rng.key(key, "bank", _RNG_NAMES.get(name, name)), self.first, self.last)
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def push(self, slots: Tensor | None = None, /, **rows: Tensor) -> PushUndo:
+        """Write the rows of every rank over the oldest slots, in the order of the global batch.
+
+        Args:
+            slots: [W·b] int64, equal on all ranks: write to these slots instead (below 0: nowhere) and leave the
+                pointer where it is. See ``draw_slots``.
+            **rows: [b, D] or [b] for every column.
+
+        Returns:
+            What ``undo`` needs to restore the rows that were overwritten.
+
+        Raises:
+            ConfigError: if columns or shapes differ from the declared ones.
+            WorldError: if W·b > N.
+        """
+        self._check_rows(rows)
+        count = len(next(iter(rows.values()))) * self.world.size
+        if slots is None and count > self.size:
+            raise WorldError(
+                "a push into the bank",
+                got=f"{count} rows from {self.world.size} ranks at once",
+                expected=f"at most its {self.size} slots",
+                fix="raise bank.size to the global batch or more",
+            )
+        if slots is None:
+            pieces = next_pieces(self.pointer, count, self.size, self.first, self.last)
+        else:
+            pieces = chosen_pieces(slots, self.first, self.last)
+        replaced = {}
+        for name, stored in self._rows.items():
+            batch = self.world.all_gather_rows(rows[name].to(stored.dtype), self.layout)
+            replaced[name] = [stored[place].clone() for _, place in pieces]
+            for source, place in pieces:
+                stored[place] = batch[source]
+        self._version += 1
+        undo = PushUndo(self._version, self.pointer, self.filled, [place for _, place in pieces], replaced)
+        if slots is None:
+            self.pointer, self.filled = (self.pointer + count) % self.size, min(self.size, self.filled + count)
+        return undo
+
+    def draw_slots(self, key: int, count: int) -> Tensor | None:
+        """Draw ``count`` different slots for ``push``. Not a collective.
+
+        Args:
+            key: RNG key.
+            count: number of slots.
+
+        Returns:
+            int64 [count]; or None, which makes ``push`` take the next slots, until every slot is filled.
+        """
+        if self.filled < self.size:
+            return None
+        return torch.from_numpy(rng.permutation(key, self.size)[:count]).to(self.world.device)
+
+    def undo(self, push: PushUndo) -> None:
+        """Undo the last push, bit for bit. Not a collective.
+
+        Raises:
+            ValueError: if the buffer has changed since that push.
+        """
+        if push.version != self._version:
+            raise ValueError(f"push {push.version}: only the last push can be undone, and only once")
+        self.pointer, self.filled = push.pointer, push.filled
+        for name, stored in self._rows.items():
+            for place, old in zip(push.places, push.replaced[name], strict=True):
+                stored[place] = old
+        self._version += 1
+
+    def rewrite(self, column: str, source: str, function: Callable[[Tensor], Tensor]) -> None:
+        """Set ``column`` in every row to ``function`` of the row's ``source`` column. Not a collective."""
+        self._rows[column].copy_(function(self._rows[source]))
+        self._version += 1  # undoing an earlier push would bring old values back
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def get(self, column: str, slot: Tensor) -> Tensor:
+        """Return the column's values at this rank's slots.
+
+        Args:
+            column: name of the column.
+            slot: int64 of any shape. Slots below 0 give -1 for integers and 0 for vectors.
+
+        Returns:
+            The shape of ``slot``, with a last dimension D for vectors.
+        """
+        self._check_column(column)
+        if not self.sharded:
+            return self._fetch(column, slot)
+        return self.world.local_rows(self._fetch(column, self.world.all_gather(slot)))
+
+    def all_rows(self, column: str) -> Tensor:
+        """Return every filled slot's value, [filled, D] or [filled], in slot order and without gradient.
+
+        For losses over the whole bank, which have the same bits in either placement. A replicated buffer returns a view
+        of its rows, which the next push overwrites; a sharded one gathers all N rows.
+        """
+        self._check_column(column)
+        stored = self._rows[column]
+        if self.sharded:  # the last ranks hold fewer rows than the first
+            padded = stored.new_zeros(-(-self.size // self.world.size), *stored.shape[1:])
+            padded[: len(stored)] = stored
+            stored = self.world.all_gather(padded)
+        return stored[: self.filled]
+
+    def _filled_here(self) -> int:
+        """Number of filled slots that this rank holds."""
+        return max(0, min(self.last, self.filled) - self.first)
+
+    def _fetch(self, column: str, slot: Tensor) -> Tensor:
+        """Return the values at ``slot``, which is the same on all ranks of a sharded buffer.
+
+        Each rank fills in the rows that it owns and zeros elsewhere. They are added as integers, so that every bit
+        arrives.
+        """
+        stored = self._rows[column]
+        here = (slot >= self.first) & (slot < self.last)
+        if len(stored):
+            values = stored[(slot - self.first).clamp(0, len(stored) - 1)]
+        else:  # the last ranks of a large world may own no slot
+            values = stored.new_zeros(*slot.shape, *stored.shape[1:])
+        values = values.masked_fill(~here if stored.dim() == 1 else ~here.unsqueeze(-1), 0)
+        if self.sharded:
+            values = self.world.all_reduce_sum(values.view(_BITS[stored.dtype])).view(stored.dtype)
+        return values.masked_fill(slot < 0, -1) if stored.dim() == 1 else values
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, TensorShard], dict[str, int]]:
+        """Return this rank's shard of every column, and pointer and filled slots. Not a collective.
+
+        A replicated buffer is saved like a sharded one: each rank saves its block of slots. The tensors are views of
+        the rows; copy them before the next push.
+        """
+        low, high = self._block[0] - self.first, self._block[1] - self.first
+        shards = {name: TensorShard(rows[low:high], self._block[0], self.size) for name, rows in self._rows.items()}
+        return shards, {"pointer": self.pointer, "filled": self.filled}
+
+    def replicas(self) -> dict[str, Tensor]:
+        """Return the columns that every rank holds completely: all of a replicated buffer, none of a sharded one."""
+        return {} if self.sharded else dict(self._rows)
+
+    def load(self, numbers: Mapping[str, int], read: RowReader) -> None:
+        """Load a saved buffer of this size, from any number of ranks and either placement. Not a collective.
+
+        Args:
+            numbers: pointer and filled slots, from ``state``.
+            read: gives rows of a saved column.
+
+        Raises:
+            ResumeError: if size, shapes or dtypes differ.
+        """
+        pointer, filled = int(numbers.get("pointer", -1)), int(numbers.get("filled", -1))
+        if not (0 <= pointer < self.size and 0 <= filled <= self.size):
+            raise ResumeError(
+                "the saved bank",
+                got=f"pointer {pointer}, {filled} filled slots",
+                expected=f"a bank of {self.size} slots",
+                fix="resume with the bank.size of the run",
+            )
+        for name, stored in self._rows.items():
+            for start in range(self.first, self.last, _READ_ROWS):
+                stop = min(self.last, start + _READ_ROWS)
+                rows, destination = read(name, start, stop), stored[start - self.first : stop - self.first]
+                if rows.shape != destination.shape or rows.dtype != destination.dtype:
+                    raise ResumeError(
+                        f"the saved bank's column {name!r}",
+                        got=f"{tuple(rows.shape)} {rows.dtype}",
+                        expected=f"{tuple(destination.shape)} {destination.dtype}",
+                        fix="resume with the bank's size, columns and precision of the run",
+                    )
+                destination.copy_(rows)
+        self.pointer, self.filled = pointer, filled
+        self._version += 1  # earlier pushes can no longer be undone
+
+    # -- checks -----------------------------------------------------------------------------------------------
+
+    def _check_column(self, name: str) -> ColumnSpec:
+        if name not in self.columns:
+            raise ConfigError(
+                "the bank", got=f"column {name!r}", expected="one of its columns", fix=suggest(name, self.columns)
+            )
+        return self.columns[name]
+
+    def _check_rows(self, rows: Mapping[str, Tensor]) -> None:
+        shapes = {name: tuple(x.shape) for name, x in rows.items()}
+        b = next((shape[0] for shape in shapes.values() if shape), 0)
+        expected = {name: (b,) if spec.dim is None else (b, spec.dim) for name, spec in self.columns.items()}
+        if shapes != expected:
+            raise ConfigError(
+                "a push into the bank",
+                got=str(shapes),
+                expected=str(expected),
+                fix="push every declared column, with one row per image",
+            )

@@ -1,0 +1,136 @@
+"""``hpcssl results``: tables, pictures and the page of results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hpcssl.errors import ConfigError
+from hpcssl.evals.frozen.knn_options import ONE_LABEL
+from hpcssl.results import page, tables
+from hpcssl.results.columns import Record
+from hpcssl.results.records import collect_records, select_shown
+
+
+def main(
+    runs: Sequence[Path],
+    *,
+    write: Path | None = None,
+    as_csv: bool = False,
+    as_json: bool = False,
+    steps: bool = False,
+    published: bool = False,
+    plots: Path | None = None,
+    gallery: Path | None = None,
+    html: Path | None = None,
+) -> None:
+    """Print a table of the runs, or draw pictures and print their paths.
+
+    Args:
+        runs: Run folders.
+        write: Page, such as RESULTS.md, to bring up to date.
+        as_csv: Print CSV.
+        as_json: Print JSON.
+        steps: Also show the encoders between step 0 and the last one.
+        published: Print or write the tables of the papers instead; takes no runs.
+        plots: Folder for pictures of learning curves.
+        gallery: PNG file for validation images with their nearest training images; takes one run.
+        html: HTML file for scores, curves and neighbors; takes one run.
+
+    Raises:
+        ConfigError: The options exclude each other.
+        EvalError: A path is not a run folder, or no run has results.
+    """
+    _check_options(runs, as_csv, as_json, published, write, {"plots": plots, "gallery": gallery, "html": html})
+    out = sys.stdout
+    if plots is not None:
+        from hpcssl.results import curves
+
+        out.writelines(f"{path}\n" for path in curves.draw_curves(runs, plots))
+    if gallery is not None:
+        from hpcssl.results import gallery as pictures
+
+        out.write(f"{pictures.draw_gallery(runs[0], gallery)}\n")
+    if html is not None:
+        from hpcssl.results import html_page
+
+        out.write(f"{html_page.write_html(runs[0], html)}\n")
+    if plots is not None or gallery is not None or html is not None:
+        return
+    style = "csv" if as_csv else "json" if as_json else ""
+    if published:
+        if write is not None:
+            page.update_page(write, None, with_published=True)
+            out.write(f"{write}\n")
+        else:
+            out.write(tables.export_published(style) if style else page.format_published() + "\n")
+        return
+    records = collect_records(runs)
+    if write is not None:
+        page.update_page(write, select_shown(records, steps=steps))
+    out.write(render_records(records, style=style, steps=steps, terminal=out.isatty()))
+    if not style and any("one label" in record["metrics"] for record in records):
+        sys.stderr.write(f"one label: {ONE_LABEL}\n")
+
+
+def render_records(
+    records: Sequence[Record], *, style: str = "", steps: bool = False, terminal: bool = False, width: int | None = None
+) -> str:
+    """Return records as text.
+
+    Args:
+        records: The records, as ``collect_records`` returns them.
+        style: ``csv`` or ``json`` for all records; empty for a table of those that ``select_shown`` selects.
+        steps: Show the encoders between step 0 and the last one in the table too.
+        terminal: Draw the table for a terminal; otherwise its columns are separated by tabs.
+        width: Columns of the terminal; None to detect them.
+    """
+    if style:
+        return {"csv": tables.to_csv, "json": tables.to_json}[style](records)
+    shown = select_shown(records, steps=steps)
+    return tables.draw_table(shown, width) if terminal else tables.to_tsv(shown)
+
+
+def _check_options(
+    runs: Sequence[Path],
+    as_csv: bool,
+    as_json: bool,
+    published: bool,
+    write: Path | None,
+    pictures: Mapping[str, Path | None],
+) -> None:
+    what = "hpcssl results"
+    if as_csv and as_json:
+        raise ConfigError(what, got="--csv and --json", expected="one of them", fix="leave one out")
+    if published and (runs or any(pictures.values())):
+        raise ConfigError(
+            what,
+            got="--published and runs or pictures",
+            expected="--published alone, or with --write",
+            fix="leave --published out: the table shows the published values of each run anyway",
+        )
+    if published and write is not None and (as_csv or as_json):
+        raise ConfigError(
+            what,
+            got="--published --write with --csv or --json",
+            expected="one of the two",
+            fix="leave --write out to get the values; the page is Markdown",
+        )
+    if not runs and not published:
+        raise ConfigError(
+            what,
+            got="no run folders",
+            expected="at least one, or --published",
+            fix="name the folders of runs, such as runs/demo",
+        )
+    if any(pictures.values()) and (as_csv or as_json or write):
+        raise ConfigError(
+            what,
+            got="a table and a picture",
+            expected="--plots, --gallery and --html without --write, --csv and --json",
+            fix="run the command once for the tables and once for the pictures",
+        )
+    for name in ("gallery", "html"):
+        if pictures[name] is not None and len(runs) > 1:
+            raise ConfigError(f"{what} --{name}", got=f"{len(runs)} runs", expected="one", fix="name one run folder")

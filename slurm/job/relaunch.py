@@ -1,0 +1,54 @@
+"""Another attempt inside the same allocation.
+
+A requeue gives the nodes back: the next attempt waits for two minutes at best, and for hours on a busy cluster. After a
+crash the nodes are usually fine, so the batch script starts the tasks again itself. With spare nodes it also does so
+after the loss of a node. The rules of ``retry`` decide whether there is another attempt at all; this module decides
+where it runs.
+"""
+
+from __future__ import annotations
+
+from hpcssl.run_dir import RunDir
+from slurm.backend import resources, scheduler
+from slurm.job import step_nodes
+from slurm.job.requeue import WARNING_MARGIN_S
+from slurm.log import job_log
+from slurm.log.attempts import Attempt
+
+
+def explain_refusal(run: RunDir, what: str, attempt: Attempt, state: scheduler.JobState) -> str | None:
+    """Return why the next attempt cannot start in this allocation; None if it can.
+
+    An attempt that crashed before it made a new step is not repeated at once: the nodes or the file system may be the
+    cause, and a requeue gives both time. This also bounds the number of launches: each of them makes progress, or
+    has lost a node.
+
+    Args:
+        run: The run folder.
+        what: ``train``, or an evaluation.
+        attempt: The attempt that has ended.
+        state: The job as SLURM reports it now.
+    """
+    if what != job_log.TRAIN:
+        return "only a training starts again in its allocation"
+    if not attempt.is_crash and attempt.cause != "node_fail":
+        return f"it was not a crash ({attempt.cause})"
+    if attempt.is_crash and (attempt.last_step is None or attempt.last_step <= attempt.first_step):
+        return "the attempt made no step"
+    if state.name != "RUNNING" or state.preempted or state.restarts != attempt.restart:
+        return f"SLURM does not report it as running ({state.name})"
+    job = job_log.latest_jobs(run).get(what)
+    if job is not None and job.key != attempt.job_key:
+        return f"job {job.id} continues the run"
+    options = job.options if job else {}
+    needed = resources.get_warning_signal(options)[1] + WARNING_MARGIN_S
+    if state.remaining_s is not None and state.remaining_s <= needed:
+        return (
+            f"{state.remaining_s} s are left of the time limit, and more than {needed} s are needed to start and save"
+        )
+    if attempt.cause != "node_fail":
+        return None
+    usable, count = step_nodes.find_usable_nodes(attempt.job), resources.count_nodes(options)
+    if resources.count_spare_nodes(options) and len(usable) >= count:
+        return None
+    return f"{attempt.error}, and no spare node is left"

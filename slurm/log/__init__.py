@@ -1,0 +1,1 @@
+"""The records of a run: submitted jobs, attempts, and whether another attempt follows."""
