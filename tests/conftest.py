@@ -141,20 +141,26 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.line(line)
 
 
-@pytest.fixture(autouse=True)
-def keep_signals():
-    """Restore the blocked signals and the handlers of signals after each test.
+def pytest_sessionstart():
+    """Let Ctrl-C raise KeyboardInterrupt: a shell starts background processes, and so all that they start, without."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Restore the blocked signals and the handlers of signals after each test and the fixtures it was first to use.
 
     Jobs block the stopping signals: every process that a later test starts would inherit that and ignore its signals. A
     training that is started by the command line in this process handles Ctrl-C to the end of the process.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handlers = {number: signal.getsignal(number) for number in (*STOPPING, *INTERACTIVE, signal.SIGINT)}
-    yield
+    result = yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for number, handler in handlers.items():
         if handler is not None and signal.getsignal(number) is not handler:
             signal.signal(number, handler)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -185,8 +185,9 @@ def wait_for_all(
         # only rank 0 looks for all ranks: if each did, W ranks would ask for W² keys at every poll
         keys = [record.key(rank) for rank in range(info.size)] if info.rank == 0 else []
         outcome = _ALL_ARRIVED if keys and store.contains(keys) else ""
-        if not outcome and (stop() or time.monotonic() > deadline):
-            outcome = _find_missing(store, info, stop(), time.monotonic() - began if stop() else timeout_s)
+        stopping = not outcome and stop()
+        if not outcome and (stopping or time.monotonic() > deadline):
+            outcome = _find_missing(store, info, stopping, time.monotonic() - began if stopping else timeout_s)
         outcome = store.set_once("met", outcome)
         if outcome == _ALL_ARRIVED:
             return
@@ -207,9 +208,12 @@ def wait_for_all(
 
 
 def _find_missing(store: KeyValueStore, info: LaunchInfo, stop: bool, waited_s: float) -> str:
-    """The outcome at the end of the wait: which ranks are missing; or that none is, if the last one has just come."""
+    """The outcome at the end of the wait: which ranks are missing; or that none is, if the last one has just come.
+
+    A stop that comes when no rank is missing is left to the training, whose ranks agree on the step at which they end.
+    """
     missing = [str(rank) for rank in range(info.size) if not store.contains([record.key(rank)])]
-    if not missing and not stop:
+    if not missing:
         return _ALL_ARRIVED
     return json.dumps(
         {

@@ -10,7 +10,8 @@ from torch.distributed import HashStore
 from hpcssl.distributed import rendezvous
 from hpcssl.distributed.key_value_store import KeyValueStore
 from hpcssl.distributed.launch import LaunchInfo
-from hpcssl.errors import WorldError
+from hpcssl.distributed.liveness import record
+from hpcssl.errors import Stopped, WorldError
 
 SIZE = 64
 
@@ -60,3 +61,18 @@ def test_a_rank_that_never_comes_is_named_by_all_others(missing):
     ends, _ = arrive([rank for rank in range(SIZE) if rank != missing], timeout_s=0.2)
     assert len(ends) == SIZE - 1
     assert {str(error.got) for error in ends.values()} == {f"rank {missing} of {SIZE} never came within 0.00333 minutes"}
+
+
+def test_a_stop_that_comes_when_no_rank_is_missing_is_left_to_the_training():
+    """Rank 1 has the stop and finds all ranks before rank 0 says so: both go on, and agree on a step later."""
+    store = HashStore()
+    infos = [LaunchInfo(rank=r, local_rank=0, size=2, address="127.0.0.1", port=1, token="token") for r in range(2)]
+    store.set(record.key(0), record.first_record(0))
+    for info, stopping in ((infos[1], True), (infos[0], False)):
+        rendezvous.wait_for_all(KeyValueStore(store), info, time.monotonic(), 60, lambda stopping=stopping: stopping)
+
+
+def test_a_stop_while_a_rank_is_missing_names_it():
+    info = LaunchInfo(rank=0, local_rank=0, size=2, address="127.0.0.1", port=1, token="token")
+    with pytest.raises(Stopped, match="rank 1 of 2 had not come"):
+        rendezvous.wait_for_all(KeyValueStore(HashStore()), info, time.monotonic(), 60, lambda: True)
