@@ -238,8 +238,16 @@ def find_objections(method: str, outcome: dict[str, float]) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full)])
-@pytest.mark.parametrize("method", MEASURED)
+SIMILAR = ("byol", "cmsf_km", "cmsf_sup", "cmsf_semi", "cmsf_cross")
+"""Methods of which the quick suite trains a sibling: MSF has BYOL's networks, CMSF 2Q the loss of the others."""
+RUNS = [
+    pytest.param(method, seed, marks=pytest.mark.full if seed or method in SIMILAR else ())
+    for method in MEASURED
+    for seed in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("method", "seed"), RUNS)
 def test_each_method_learns(method, seed, scans):
     outcome = train(method, scans, seed=seed)
     assert find_objections(method, outcome) == {}, outcome

@@ -25,12 +25,17 @@ import torch.utils.tensorboard  # imported once here instead of in every rank
 from hpcssl import rng
 from hpcssl.checkpoint.manager import checkpoint_digest
 from hpcssl.data import workers
+from hpcssl.distributed.liveness import heartbeat
 from hpcssl.run_dir import RunDir
 from hpcssl.train import loop, main, recipe
 from hpcssl.train.start import initial_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.forked import fork_rank, free_port, launcher_variables, wait_for_exit_code
+
+# no test of these runs asks which rank was blamed: the others may look for the reason in a fraction of the usual time
+heartbeat.Heartbeat.__init__.__kwdefaults__["interval_s"] = 0.25
+heartbeat.MIN_OBSERVATION_S = 0.6
 
 
 def nonfinite_images(training):

@@ -30,6 +30,7 @@ CASES = {
         ["model.norm=ghost", "model.norm_group_size=2", "machine.accumulation_steps=2"],
     ),
 }
+FULL = ("msf-sync-sharded", "byol-local-fp16")  # in the full suite; test_recipes.py has sharded banks and sync norms
 ONE_RANK = ("msf-local", "msf-ghost-shuffle-bf16", "byol-ghost-accumulate")  # cases that also run with one rank
 KILLED = [
     {"kill_at": 3, "machine": ["machine.loader_threads=2"]},
@@ -41,8 +42,11 @@ KILLED = [
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.full), 4], ids=lambda n: f"{n}-ranks")
 def runs(request, run_scenarios):
     scenarios = []
-    cases = CASES if request.param > 1 else {name: CASES[name] for name in ONE_RANK}
-    for name, (recipe, overrides) in cases.items():
+    names = (
+        ONE_RANK if request.param == 1 else [n for n in CASES if request.config.getoption("--full") or n not in FULL]
+    )
+    for name in names:
+        recipe, overrides = CASES[name]
         for kind, attempts in (("undisturbed", [{}]), ("killed", KILLED)):
             scenarios.append(
                 {
@@ -56,7 +60,7 @@ def runs(request, run_scenarios):
     return run_scenarios(scenarios)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.full if n in FULL else ()) for n in CASES])
 def test_a_killed_run_ends_with_the_same_bits(runs, case):
     if f"{case}.undisturbed" not in runs:
         pytest.skip("one process uses no collectives: the other cases cover the differences")
@@ -72,9 +76,17 @@ def test_a_killed_run_ends_with_the_same_bits(runs, case):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.full), 4])
-def test_kills_and_stops_at_arbitrary_moments_change_no_bit(run_scenarios, world):
-    """Stopped 0, 1 and 5 times or killed 1 and 3 times, whatever the ranks are doing: all end with one digest."""
+MANY = [("stop", 0), ("stop", 5), ("kill", 3)]
+ALL = [*MANY, ("stop", 1), ("kill", 1)]
+
+
+@pytest.mark.parametrize(
+    ("world", "interruptions"),
+    [(4, MANY), *(pytest.param(world, ALL, marks=pytest.mark.full) for world in (2, 4))],
+    ids=lambda value: str(len(value) if isinstance(value, list) else value),
+)
+def test_kills_and_stops_at_arbitrary_moments_change_no_bit(run_scenarios, world, interruptions):
+    """Stopped or killed so many times, whatever the ranks are doing: all end with one digest."""
     moments = [0.35, 0.9, 0.6, 1.3, 0.75]
     scenarios = [
         {
@@ -84,7 +96,7 @@ def test_kills_and_stops_at_arbitrary_moments_change_no_bit(run_scenarios, world
             "overrides": ["model.norm=sync", "schedule.steps=24"],
             "attempts": [{f"{kind}_after": moments[i] * (1 + world / 4)} for i in range(count)] + [{}],
         }
-        for kind, count in (("stop", 0), ("stop", 1), ("stop", 5), ("kill", 1), ("kill", 3))
+        for kind, count in interruptions
     ]
     for name, (result, folder) in (results := run_scenarios(scenarios)).items():
         assert result["done"], f"{name}: {result['log']}"
@@ -163,8 +175,9 @@ def test_other_numbers_of_ranks_read_the_same_samples_and_bank(run_scenarios):
     assert lines, refused["log"]
 
 
-def test_numbers_of_ranks_agree_in_float64(run_scenarios):
-    """50 steps on 1, 2 and 4 ranks end equal up to rounding, with synchronized and with ghost norm.
+@pytest.mark.parametrize("worlds", [(1, 4), pytest.param((1, 2), marks=pytest.mark.full)], ids=str)
+def test_numbers_of_ranks_agree_in_float64(run_scenarios, worlds):
+    """50 steps on so many ranks end equal up to rounding, with synchronized and with ghost norm.
 
     All parameters perturbed by a relative 1e-11 before the first step changed the states of 50 steps by up to 260 times
     as much for MSF and 1,140 times for BYOL, whose norms have groups of 8 (the largest of two perturbations each).
@@ -179,7 +192,7 @@ def test_numbers_of_ranks_agree_in_float64(run_scenarios):
             "attempts": [{}],
         }
         for method, norm in (("msf", ["model.norm=sync"]), ("byol", [*GHOST, "model.shuffle_bn=true"]))
-        for world in (1, 2, 4)
+        for world in worlds
     ]
     results = run_scenarios(scenarios)
     for name, (result, folder) in results.items():

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
 import hpcssl
 from hpcssl.errors import ConfigError, Stopped, SubmitError
+from hpcssl.run_dir import RunDir
 from slurm import api
+from slurm.backend import local
 
 TINY = {"machine.devices": "cpu", "views.size": 16, "optim.batch": 8, "schedule.steps": 2, "bank.size": 16}
 
@@ -16,7 +21,10 @@ def test_a_local_submission_is_cancelled_and_continued_to_the_digest_of_a_call(s
     submission = {"run": tmp_path / "jobs", "local": True, "sbatch": {"ntasks-per-node": 1}}
     first = hpcssl.submit("digits_msf", **submission, **values)
     assert first.is_new and [job.what for job in first.jobs] == ["train"] and first.ids == [first.jobs[0].id]
+    supervisor = local.find_supervisor(RunDir(submission["run"]), first.jobs[0])["pid"]
+    os.kill(supervisor, signal.SIGSTOP)  # it must not be finished, however long the next line takes
     assert hpcssl.submit("digits_msf", **submission, **values).ids == first.ids, "found again, not submitted twice"
+    os.kill(supervisor, signal.SIGCONT)
     assert first.cancel() == first.ids
     with pytest.raises(Stopped):
         first.wait()
