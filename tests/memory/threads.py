@@ -38,14 +38,14 @@ class ThreadedRanks(Collectives):
         return torch.cat(pieces)
 
 
-def run_ranks(size, work):
-    """Run ``work(world)`` on every rank. Returns the results by rank; raises the first error."""
+def run_ranks(size, work, kind=ThreadedRanks):
+    """Run ``work(world)`` on every rank, where ``world`` is of this kind. Returns the results by rank; raises the first error."""
     barrier, table = threading.Barrier(size), [None] * size
     results, errors = [None] * size, []
 
     def run(rank):
         try:
-            results[rank] = work(ThreadedRanks(rank, size, barrier, table))
+            results[rank] = work(kind(rank, size, barrier, table))
         except BaseException as error:
             barrier.abort()
             errors.append(error)
