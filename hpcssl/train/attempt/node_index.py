@@ -37,7 +37,7 @@ def open_on_node(folder: Path | str, world: World) -> ShardSet:
     if world.size == 1:
         return ShardSet.open(folder)
     offers: dict[str, NodeMemory] = {}
-    shards, error = None, None
+    shards, error, node = None, None, node_name()
     if world.local_rank == 0:
         try:
             shards = ShardSet.open(folder, keep=lambda name, content: _offer(offers, name, content))
@@ -45,7 +45,7 @@ def open_on_node(folder: Path | str, world: World) -> ShardSet:
             error = caught
     try:
         own = {
-            "node": node_name(),
+            "node": node,
             "error": error.to_json() if error else None,
             "files": {name: offer.address for name, offer in offers.items()},
         }
@@ -55,7 +55,7 @@ def open_on_node(folder: Path | str, world: World) -> ShardSet:
         for report in reports:
             if report["error"]:
                 raise HpcsslError.from_json(report["error"])
-        shards = shards or _attach(folder, reports, own["node"]) or ShardSet.open(folder)
+        shards = shards or _attach(folder, reports, node) or ShardSet.open(folder)
         world.barrier()  # all have mapped what this process offers
     finally:
         for offer in offers.values():
