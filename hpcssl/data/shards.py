@@ -44,6 +44,7 @@ ROWS, TARGETS = "index.npy", "targets.npy"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """File suffixes that count as images."""
 _ROWS_AT_A_TIME = 2**20
+_HEADER_BYTES = 2**16  # of a .npy file, at most
 _NAME = re.compile(r"\w[\w.-]*\.tar", re.ASCII)
 
 ROW = np.dtype(
@@ -240,6 +241,12 @@ class ShardSet:
                     folder, _, base = member.name.rpartition("/")
                     return f"{folder}/{base.split('.')[0]}".lstrip("/")
         return None
+
+
+def max_index_bytes(meta: dict[str, Any], name: str) -> int:
+    """An upper bound of the bytes of an index file, from the content of ``index.json``."""
+    samples = sum(int(shard["samples"]) for shard in meta["shards"])
+    return _HEADER_BYTES + samples * (ROW.itemsize if name == ROWS else len(meta["classes"]))
 
 
 def index_digest(meta: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ class ThreadedRanks(Collectives):
 
 
 def run_ranks(size, work, kind=ThreadedRanks):
-    """Run ``work(world)`` on every rank, where ``world`` is of this kind. Returns the results by rank; raises the first error."""
+    """Run ``work(world)`` on every rank, with worlds of this kind. Returns the results by rank, or raises an error."""
     barrier, table = threading.Barrier(size), [None] * size
     results, errors = [None] * size, []
 
