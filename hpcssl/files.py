@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import time
@@ -90,7 +91,7 @@ def _set_path(error: BaseException, part: Path, path: Path) -> None:
         error.filename = os.fspath(path)
 
 
-def atomic_write(path: Path | str, content: bytes | str) -> None:
+def atomic_write(path: Path | str, content: bytes | mmap.mmap | str) -> None:
     """Write all of ``content`` to ``path``, or leave ``path`` as it was. Raises ``OSError``."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

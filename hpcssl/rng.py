@@ -10,6 +10,7 @@ Only the raw output of Philox is used: NumPy guarantees its stream forever, but 
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,11 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+MAX_SORTED = 2**22
+"""Up to this many numbers, ``permutation`` sorts random words. Changing it changes the order of every larger run."""
+_ROUNDS = 8  # of the Feistel network, twice the four that make it indistinguishable from random for few entries
+_GAMMA, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_CHUNK = 2**16  # entries at a time, which stay in the cache
 _UNIT = 2.0**-53
 _WORD = 2**64 - 1
 
@@ -60,9 +66,51 @@ def uniform(key: int, n: int) -> npt.NDArray[np.float64]:
 def permutation(key: int, n: int) -> npt.NDArray[np.int64]:
     """A random permutation of ``range(n)``, int64 [n].
 
-    It is the order of n random words; ties, one in 2^64, are broken by position.
+    Up to ``MAX_SORTED`` numbers, it is the order of n random words; ties, one in 2^64, are broken by position. Beyond,
+    it is a Feistel network, each of whose entries can be computed without the others (``permutation_slice``).
     """
-    return np.argsort(raw(key, n), kind="stable")
+    if n <= MAX_SORTED:
+        return np.argsort(raw(key, n), kind="stable")
+    order = np.empty(n, np.int64)
+    for start in range(0, n, _CHUNK):
+        order[start : start + _CHUNK] = permutation_slice(key, n, start, min(n, start + _CHUNK))
+    return order
+
+
+def permutation_slice(key: int, n: int, start: int, stop: int) -> npt.NDArray[np.int64]:
+    """The entries ``start`` .. ``stop`` - 1 of ``permutation(key, n)``, int64 [stop - start].
+
+    Beyond ``MAX_SORTED`` numbers, time and memory depend on ``stop`` - ``start`` only.
+    """
+    if n <= MAX_SORTED:
+        return permutation(key, n)[start:stop]
+    side = math.isqrt(n - 1) + 1
+    sides = np.uint64(side), np.uint64(-(-n // side))
+    keys = raw(key, _ROUNDS)
+    entries = _feistel(np.arange(start, stop, dtype=np.uint64), keys, sides)
+    while len(outside := np.flatnonzero(entries >= n)):  # cycle walking; at most one in sqrt(n) entries
+        entries[outside] = _feistel(entries[outside], keys, sides)
+    return entries.astype(np.int64)
+
+
+def _feistel(
+    x: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], sides: tuple[np.uint64, np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """A keyed permutation of ``range(a * b)``: the generalized Feistel network of Black and Rogaway (2002), section 5.
+
+    Each round adds to one half, modulo its side, a function of the other half: the output of SplitMix64 with the round
+    key as the seed and the other half as the counter.
+    """
+    halves = [x % sides[0], x // sides[0]]
+    for number, round_key in enumerate(keys):
+        changed, other = number % 2, 1 - number % 2
+        z = halves[other] * _GAMMA + round_key
+        z = (z ^ (z >> np.uint64(30))) * _MIX_1
+        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+        z ^= z >> np.uint64(31)
+        # 63 bits, so that the sum does not overflow
+        halves[changed] = (halves[changed] + (z >> np.uint64(1))) % sides[changed]
+    return halves[0] + sides[0] * halves[1]
 
 
 def generator(key: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ FOREIGN = "it was saved under another recipe"
 """Why ``latest_valid`` skips a whole checkpoint of another run."""
 FORMAT, MANIFEST = 1, "manifest.json"
 """Version of the format, and name of the file that completes a checkpoint."""
+_CHUNK_ENTRIES = 1 << 24  # entries that ``digest`` reads at a time
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
@@ -126,9 +129,16 @@ class SavedCheckpoint:
         for name in self.names:
             entry = self.manifest["tensors"][name]
             total.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-            raw = self.rows(name).contiguous().reshape(-1).view(torch.uint8).numpy()
-            total.update(raw)  # type: ignore[arg-type]  # NumPy's stub has no buffer protocol
+            for rows in self._chunks(name, entry["shape"]):
+                raw = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+                total.update(raw)  # type: ignore[arg-type]  # NumPy's stub has no buffer protocol
         return total.hexdigest()
+
+    def _chunks(self, name: str, shape: list[int]) -> Iterator[Tensor]:
+        """The rows of a tensor in chunks of a limited size."""
+        step = max(1, _CHUNK_ENTRIES // max(1, math.prod(shape[1:])))
+        for first in range(0, shape[0], step) if shape else (0,):
+            yield self.rows(name, first, min(step, shape[0] - first) if shape else None)
 
 
 def _find_spans(entry: dict[str, Any]) -> list[tuple[int, int, int]]:

@@ -7,6 +7,9 @@ secret and nothing that a shell would interpret.
 from __future__ import annotations
 
 import re
+import urllib.error
+import urllib.request
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from hpcssl.errors import ConfigError
@@ -122,3 +125,63 @@ def _check_parts(address: str, key: str) -> None:
             expected="an address without blanks, brackets and shell syntax",
             fix="write such a character as %XX; to run a command, use pipe:COMMAND with --allow-pipe",
         )
+
+
+# -- failed transfers -------------------------------------------------------------------------------------------
+
+_CURL_ERRORS = {
+    6: "host not found",
+    7: "connection refused",
+    18: "transfer cut short",
+    22: "HTTP error",
+    28: "timeout",
+    35: "TLS handshake failed",
+    52: "empty answer",
+    56: "connection lost",
+    60: "unknown certificate",
+}
+
+
+class TransferError(Exception):
+    """A transfer that failed.
+
+    Args:
+        message: What arrived instead of the file.
+        final: Whether a retry cannot succeed.
+    """
+
+    def __init__(self, message: str, *, final: bool = False):
+        super().__init__(message)
+        self.final = final
+
+
+def exit_error(code: int, address: str) -> TransferError:
+    """Make the error for a program that ended a transfer with an exit code."""
+    program = {"pipe": "the command", "gs": "gsutil"}.get(address.partition(":")[0], "curl")
+    meaning = f" ({_CURL_ERRORS[code]})" if program == "curl" and code in _CURL_ERRORS else ""
+    answer, final = probe_server(address)
+    return TransferError(f"exit code {code} of {program}{meaning}{answer}", final=final and code == 22)
+
+
+def probe_server(address: str) -> tuple[str, bool]:
+    """Request one byte from an http server to find out why a transfer failed; curl and webdataset do not report it.
+
+    Returns:
+        A clause for the error message, empty where there is nothing to add, and whether a retry cannot succeed.
+    """
+    from webdataset.gopen import rewrite_url
+
+    address = rewrite_url(address)
+    if not address.startswith(("http:", "https:")):
+        return "", False
+    try:
+        request = urllib.request.Request(address, headers={"Range": "bytes=0-0"})
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            code = answer.status
+    except urllib.error.HTTPError as error:
+        code = error.code
+    except (OSError, ValueError, HTTPException):
+        return "; a second request got no answer", False
+    if code < 400:
+        return "", False
+    return f"; a second request got HTTP {code}", code < 500 and code not in (408, 425, 429)

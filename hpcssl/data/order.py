@@ -6,7 +6,6 @@ of processes that divides the global batch sees the same batches, and starting a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -14,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcssl import rng
+from hpcssl.data.shuffle.epochs import ShuffledEpochs
 from hpcssl.errors import ConfigError, DataError, WorldError
-
-_CACHED_EPOCHS = 2  # a loader reads ahead across the border of two epochs
 
 Indices = npt.NDArray[np.int64]
 
@@ -80,42 +78,16 @@ class Order:
                 fix="use a smaller optim.batch (the batch over all processes) or a larger data set",
             )
         self.steps_per_epoch = self.samples // self.global_batch
-        self._ends = np.cumsum(counts)
-        self._starts = self._ends - counts
-        self._permutations: dict[int, Indices] = {}
-        self._lock = threading.Lock()
+        self._counts = counts
+        self._epochs = ShuffledEpochs(counts, self.seed, None if window == "all" else self._shards_per_window)
 
     def epoch_of(self, step: int) -> int:
         """The epoch of global step ``step``, from 0."""
         return step // self.steps_per_epoch
 
     def permutation(self, epoch: int) -> Indices:
-        """The order of all samples in an epoch, int64 [samples], read-only."""
-        with self._lock:
-            if epoch not in self._permutations:
-                while len(self._permutations) >= _CACHED_EPOCHS:
-                    self._permutations.pop(next(iter(self._permutations)))
-                self._permutations[epoch] = self._draw_permutation(epoch)
-                self._permutations[epoch].flags.writeable = False
-            return self._permutations[epoch]
-
-    def _draw_permutation(self, epoch: int) -> Indices:
-        if self.window == "all":
-            return rng.permutation(rng.key(self.seed, "order", epoch), self.samples)
-        parts = []
-        for number, shards in enumerate(self._windows(epoch)):
-            indices = np.concatenate([np.arange(self._starts[s], self._ends[s]) for s in shards])
-            key = rng.key(self.seed, "order", epoch, "window", number * self._shards_per_window)
-            parts.append(indices[rng.permutation(key, len(indices))])
-        return np.concatenate(parts)
-
-    def _windows(self, epoch: int) -> list[Indices]:
-        """The shard numbers of each window of an epoch."""
-        if self.window == "all":
-            return [np.arange(len(self._starts))]
-        shards = rng.permutation(rng.key(self.seed, "order", epoch, "shards"), len(self._starts))
-        width = self._shards_per_window
-        return [shards[first : first + width] for first in range(0, len(shards), width)]
+        """The order of all samples in an epoch, int64 [samples]. ``batch`` computes its part only."""
+        return self._epochs.entries(epoch, 0, self.samples)
 
     def upcoming_windows(self, step: int, stop: int) -> Iterator[Indices]:
         """Yield the windows that steps ``step`` .. ``stop`` - 1 read, through all epochs.
@@ -126,15 +98,15 @@ class Order:
         epoch, place = divmod(step, self.steps_per_epoch)
         remaining = place * self.global_batch  # samples of the epoch before ``step``
         while epoch * self.steps_per_epoch < stop:
-            for shards in self._windows(epoch):
-                remaining -= int((self._ends - self._starts)[shards].sum())
+            for shards in self._epochs.windows(epoch):
+                remaining -= int(self._counts[shards].sum())
                 if remaining < 0:
                     yield shards
             epoch, remaining = epoch + 1, 0
 
     def max_shards_read(self, steps: int) -> int:
         """An upper bound of the number of shards that ``steps`` consecutive steps read."""
-        counts = np.sort(self._ends - self._starts)
+        counts = np.sort(self._counts)
         if self.window == "all":
             return len(counts)
         samples = steps * self.global_batch + self.global_batch  # and those that the end of an epoch drops
@@ -145,7 +117,7 @@ class Order:
     def batch(self, step: int) -> Indices:
         """Global indices of the batch of all processes at ``step``, int64 [global_batch]."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        return self.permutation(epoch)[place * self.global_batch : (place + 1) * self.global_batch]
+        return self._epochs.entries(epoch, place * self.global_batch, (place + 1) * self.global_batch)
 
     def rows_per_rank(self, size: int) -> int:
         """Samples per rank and step among ``size`` processes.
@@ -212,7 +184,7 @@ class SupportOrder:
         cached_step, samples = self._cached
         if cached_step != training_step:
             count = self.per_step * self.global_batch
-            samples = rng.permutation(rng.key(self.seed, training_step), self.samples)[:count]
+            samples = rng.permutation_slice(rng.key(self.seed, training_step), self.samples, 0, count)
             self._cached = training_step, samples
         return samples[place * self.global_batch : (place + 1) * self.global_batch]
 

@@ -17,8 +17,8 @@ With targets, KEY.json also holds the sample's row of them, as "targets". A samp
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import mmap
 import re
 import tarfile
 from collections.abc import Callable
@@ -31,18 +31,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hpcssl.data.index_files.checks import INDEX as INDEX  # a name of this module, for others to import
+from hpcssl.data.index_files.checks import check_is_shard_folder, load_array, read_index, unreadable_error
 from hpcssl.errors import DataError
-from hpcssl.files import sha256_of_file
 
-ReadIndexFile = Callable[[str, str], "bytes | Path"]
+ReadIndexFile = Callable[[str, str], "bytes | mmap.mmap | Path"]
 """Gets an index file by its name and sha256."""
 FORMAT = 1
 """Version of the format, in ``index.json``."""
-INDEX, ROWS, TARGETS = "index.json", "index.npy", "targets.npy"
-"""Names of the index files."""
+ROWS, TARGETS = "index.npy", "targets.npy"
+"""Names of the index files beside ``INDEX``."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 """File suffixes that count as images."""
-_REWRITE = "write the shards again with the same command; finished shards are kept"
+_ROWS_AT_A_TIME = 2**20
+_HEADER_BYTES = 2**16  # of a .npy file, at most
 _NAME = re.compile(r"\w[\w.-]*\.tar", re.ASCII)
 
 ROW = np.dtype(
@@ -122,7 +124,14 @@ class ShardSet:
         self.classes: list[str] = meta["classes"]
 
     @classmethod
-    def open(cls, root: Path | str, *, check_sizes: bool = True, mapped: bool = False) -> ShardSet:
+    def open(
+        cls,
+        root: Path | str,
+        *,
+        check_sizes: bool = True,
+        mapped: bool = False,
+        keep: Callable[[str, bytes], bytes | mmap.mmap] = lambda _, content: content,
+    ) -> ShardSet:
         """Open a folder that ``hpcssl-shard`` wrote.
 
         Args:
@@ -130,14 +139,18 @@ class ShardSet:
             check_sizes: Whether to compare every tar's size with the index (one stat each). This finds missing and
                 truncated shards before training; ``hpcssl-shard verify`` compares contents.
             mapped: Whether to map the index into memory; only for files that nobody else writes to.
+            keep: Called with the name and content of each index file that is read; returns where to keep the content.
 
         Raises:
             DataError: If there is no shard folder, its index cannot be read, or a shard is missing or truncated.
         """
         name, root, what = str(root), Path(root).absolute(), f"shard folder {Path(root).absolute()}"
-        _check_is_shard_folder(what, name, root)
-        text = _read_index(what, root / INDEX)
-        shards = cls.from_index(what, root, text, lambda n, _: root / n if mapped else (root / n).read_bytes())
+        check_is_shard_folder(what, name, root)
+        text = read_index(what, root / INDEX)
+        keep(INDEX, text.encode())
+        shards = cls.from_index(
+            what, root, text, lambda name, _: root / name if mapped else keep(name, (root / name).read_bytes())
+        )
         if check_sizes:
             for shard in shards.shards:
                 _check_size(root / shard.name, shard)
@@ -169,14 +182,19 @@ class ShardSet:
             digests = {ROWS: meta["rows_sha256"]}
             if "targets_sha256" in meta:
                 digests[TARGETS] = meta["targets_sha256"]
-            arrays = [_load_array(what, name, read(name, sha256), sha256) for name, sha256 in digests.items()]
+            arrays = [load_array(what, name, read(name, sha256), sha256) for name, sha256 in digests.items()]
             shards = cls(root, meta, *arrays)
-            counts = np.bincount(shards.rows["shard"], minlength=len(shards.shards)).tolist()
-            if counts != [shard.samples for shard in shards.shards]:  # the order of the training depends on them
+            counts = np.zeros(len(shards.shards), np.int64)
+            for start in range(0, len(shards.rows), _ROWS_AT_A_TIME):
+                numbers = shards.rows["shard"][start : start + _ROWS_AT_A_TIME]
+                counts += np.bincount(numbers, minlength=len(counts))
+            if counts.tolist() != [
+                shard.samples for shard in shards.shards
+            ]:  # the order of the training depends on them
                 raise ValueError(f"other numbers of samples per shard than {ROWS}")
             return shards
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(what, error) from error
+            raise unreadable_error(what, error) from error
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -225,52 +243,16 @@ class ShardSet:
         return None
 
 
+def max_index_bytes(meta: dict[str, Any], name: str) -> int:
+    """An upper bound of the bytes of an index file, from the content of ``index.json``."""
+    samples = sum(int(shard["samples"]) for shard in meta["shards"])
+    return _HEADER_BYTES + samples * (ROW.itemsize if name == ROWS else len(meta["classes"]))
+
+
 def index_digest(meta: dict[str, Any]) -> str:
     """``ShardSet.digest`` of the set that ``meta``, the content of an ``index.json``, describes."""
     text = json.dumps([[shard["sha256"] for shard in meta["shards"]], meta["rows_sha256"], meta["classes"]])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _load_array(what: str, name: str, content: bytes | Path, sha256: str) -> npt.NDArray[Any]:
-    """The array of an index file, read-only. Raises ``DataError`` if the file has another sha256."""
-    digest = sha256_of_file(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-    if digest != sha256:
-        raise DataError(
-            what,
-            got=f"{name} with another sha256 than {INDEX} records",
-            expected=sha256[:12] + "…",
-            fix=_REWRITE,
-        )
-    if isinstance(content, Path):
-        return np.asarray(np.load(content, mmap_mode="r", allow_pickle=False))
-    array: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-    return array
-
-
-def _check_is_shard_folder(what: str, name: str, root: Path) -> None:
-    if re.match(r"[a-z]\w+:/", name):
-        raise DataError(
-            what,
-            got="an address",
-            expected="a folder on this machine",
-            fix="name a folder here; trainings and evaluations also take addresses",
-        )
-    if not root.is_dir():
-        raise DataError(
-            what,
-            got="no such folder",
-            expected="a folder written by hpcssl-shard",
-            fix="check data.train and data.val, or write one with `hpcssl-shard images SRC OUT`",
-        )
-    if not (root / INDEX).exists():
-        inside = sorted(path.name for path in root.iterdir())[:3]
-        hint = ", and name OUT/train or OUT/val" if "train" in inside else ""
-        raise DataError(
-            what,
-            got=f"no {INDEX} (it holds {', '.join(inside) or 'nothing'})",
-            expected="a folder written by hpcssl-shard",
-            fix=f"write one with `hpcssl-shard images SRC OUT`{hint}",
-        )
 
 
 def _check_size(path: Path, shard: Shard) -> None:
@@ -282,19 +264,3 @@ def _check_size(path: Path, shard: Shard) -> None:
             expected=f"{shard.bytes} bytes",
             fix="copy it again, or write the shards again with the same command",
         )
-
-
-def _read_index(what: str, path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, ValueError) as error:
-        raise _unreadable(what, error) from error
-
-
-def _unreadable(what: str, error: Exception) -> DataError:
-    return DataError(
-        what,
-        got=f"an unreadable index ({type(error).__name__}: {error})",
-        expected=f"{INDEX} and the .npy files beside it as hpcssl-shard wrote them",
-        fix=_REWRITE,
-    )

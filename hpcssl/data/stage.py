@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -106,7 +107,7 @@ def stage_index(remote: Remote, text: str, folder: Path) -> ShardSet:
         DataError: If a file cannot be downloaded or written, or the index files do not agree with each other.
     """
 
-    def write(name: str, body: bytes | str) -> None:
+    def write(name: str, body: bytes | mmap.mmap | str) -> None:
         try:
             atomic_write(folder / name, body)
         except OSError as error:
@@ -115,7 +116,7 @@ def stage_index(remote: Remote, text: str, folder: Path) -> ShardSet:
     def read(name: str, sha256: str) -> Path:
         path = folder / name
         if not path.exists() or sha256_of_file(path) != sha256:
-            write(name, remote.read_file(name, sha256))
+            write(name, remote.read_file(text, name, sha256))
         return path
 
     with hold_lock(folder / "lock"):

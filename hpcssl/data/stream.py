@@ -14,52 +14,28 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import re
 import select
 import subprocess
+import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpcssl.data.address import check_address
+from hpcssl.data.address import TransferError, check_address, exit_error, probe_server
 from hpcssl.data.node_folder import mark_verified
-from hpcssl.data.shards import INDEX, Shard, ShardSet
+from hpcssl.data.shards import INDEX, Shard, ShardSet, max_index_bytes
 from hpcssl.errors import ConfigError, DataError
 from hpcssl.files import atomic_file
 
 LOG = logging.getLogger("hpcssl")
 _Result = TypeVar("_Result")
-_BLOCK, _INDEX_LIMIT = 1 << 20, 1 << 30  # bytes per read; the largest index file that is accepted
+_BLOCK, _INDEX_LIMIT = 1 << 20, 1 << 30  # bytes per read; the largest index.json that is accepted
 _PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0  # before the second attempt, doubled for each further one up to the maximum
 _FIX = "check that the server works and holds the shards that its index describes, then run the same command again"
-_CURL_ERRORS = {
-    6: "host not found",
-    7: "connection refused",
-    18: "transfer cut short",
-    22: "HTTP error",
-    28: "timeout",
-    35: "TLS handshake failed",
-    52: "empty answer",
-    56: "connection lost",
-    60: "unknown certificate",
-}
-
-
-class TransferError(Exception):
-    """A transfer that failed.
-
-    Args:
-        message: What arrived instead of the file.
-        final: Whether a retry cannot succeed.
-    """
-
-    def __init__(self, message: str, *, final: bool = False):
-        super().__init__(message)
-        self.final = final
 
 
 class Remote:
@@ -102,7 +78,7 @@ class Remote:
         """
 
         def download() -> str:
-            body = self._read_small(INDEX)
+            body = b"".join(self._index_blocks(INDEX, _INDEX_LIMIT))
             try:
                 json.loads(body)
                 return body.decode()
@@ -125,21 +101,36 @@ class Remote:
         Raises:
             DataError: If the index files cannot be downloaded or do not agree with each other.
         """
-        what = f"the index of {self.address}"
-        return ShardSet.from_index(what, self.address, self.read_index() if text is None else text, self.read_file)
+        what, text = f"the index of {self.address}", self.read_index() if text is None else text
+        return ShardSet.from_index(what, self.address, text, partial(self.read_file, text))
 
-    def read_file(self, name: str, sha256: str) -> bytes:
-        """Download a small file of the folder and verify its sha256.
+    def read_file(self, text: str, name: str, sha256: str) -> mmap.mmap:
+        """Download an index file and verify its sha256.
+
+        Args:
+            text: The content of ``index.json``, which limits the size of the file.
+            name: The file.
+            sha256: Its sha256.
+
+        Returns:
+            The content, mapped from a temporary file without a name: it may be larger than the memory.
 
         Raises:
             DataError: If no attempt gives a file with this sha256.
+            OSError: If the temporary file cannot be written.
         """
+        most = max_index_bytes(json.loads(text), name)
 
-        def download() -> bytes:
-            body = self._read_small(name)
-            if hashlib.sha256(body).hexdigest() != sha256:
-                raise TransferError(f"{len(body)} bytes with another sha256")
-            return body
+        def download() -> mmap.mmap:
+            digest = hashlib.sha256()
+            with tempfile.TemporaryFile() as file:
+                for block in self._index_blocks(name, most):
+                    digest.update(block)
+                    file.write(block)
+                file.flush()
+                if digest.hexdigest() != sha256:
+                    raise TransferError(f"{file.tell()} bytes with another sha256")
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
         return self._retry(name, download, expected=f"sha256 {sha256[:12]}… as recorded in {INDEX}", fix=_FIX)
 
@@ -169,14 +160,13 @@ class Remote:
         expected = f"{shard.bytes} bytes with sha256 {shard.sha256[:12]}… as recorded in {INDEX}"
         self._retry(shard.name, download, expected=expected, fix=_FIX)
 
-    def _read_small(self, name: str) -> bytes:
-        parts, count = [], 0
+    def _index_blocks(self, name: str, most: int) -> Iterator[bytes]:
+        count = 0
         for block in self._blocks(name):
-            parts.append(block)
             count += len(block)
-            if count > _INDEX_LIMIT:
-                raise TransferError(f"more than {_INDEX_LIMIT} bytes")
-        return b"".join(parts)
+            if count > most:
+                raise TransferError(f"more than {most} bytes")
+            yield block
 
     def _retry(self, name: str, download: Callable[[], _Result], *, expected: str, fix: str) -> _Result:
         pause = _PAUSE_S
@@ -236,7 +226,7 @@ class Remote:
             while block := self._next_block(stream, address):
                 yield block
             if process is not None and (code := self._wait_for_exit(process)):
-                raise _exit_error(code, address)
+                raise exit_error(code, address)
         finally:
             if process is not None:
                 process.kill()
@@ -253,7 +243,7 @@ class Remote:
             if self.stopped():
                 raise TransferError("stopped, because the attempt ends", final=True)
             if time.monotonic() > deadline:
-                raise TransferError(f"no byte for {self.stall_s:g} s{_probe_server(address)[0]}")
+                raise TransferError(f"no byte for {self.stall_s:g} s{probe_server(address)[0]}")
         try:
             block: bytes = stream.read1(_BLOCK)
         except OSError as error:
@@ -267,34 +257,3 @@ class Remote:
                 return process.wait(min(0.2, self.stall_s))
         message = f"a command that is still running {self.stall_s:g} s after its last byte"
         raise TransferError(message, final=self.stopped())
-
-
-def _exit_error(code: int, address: str) -> TransferError:
-    program = {"pipe": "the command", "gs": "gsutil"}.get(address.partition(":")[0], "curl")
-    meaning = f" ({_CURL_ERRORS[code]})" if program == "curl" and code in _CURL_ERRORS else ""
-    answer, final = _probe_server(address)
-    return TransferError(f"exit code {code} of {program}{meaning}{answer}", final=final and code == 22)
-
-
-def _probe_server(address: str) -> tuple[str, bool]:
-    """Request one byte from an http server to find out why a transfer failed; curl and webdataset do not report it.
-
-    Returns:
-        A clause for the error message, empty where there is nothing to add, and whether a retry cannot succeed.
-    """
-    from webdataset.gopen import rewrite_url
-
-    address = rewrite_url(address)
-    if not address.startswith(("http:", "https:")):
-        return "", False
-    try:
-        request = urllib.request.Request(address, headers={"Range": "bytes=0-0"})
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            code = answer.status
-    except urllib.error.HTTPError as error:
-        code = error.code
-    except (OSError, ValueError, HTTPException):
-        return "; a second request got no answer", False
-    if code < 400:
-        return "", False
-    return f"; a second request got HTTP {code}", code < 500 and code not in (408, 425, 429)

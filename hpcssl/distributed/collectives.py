@@ -9,7 +9,7 @@ in the same order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,35 @@ class Collectives:
             else:
                 dist.all_gather(list(gathered.chunk(self.size)), sent)
         return gathered.to(x.dtype)
+
+    def all_to_all(
+        self, x: Tensor, to_send: Sequence[int] | None = None, to_receive: Sequence[int] | None = None
+    ) -> Tensor:
+        """Send different rows to every rank, without gradient. Bits are copied.
+
+        gloo and NCCL both have this collective in this form; gloo lacks only the one over lists of tensors.
+
+        Args:
+            x: The rows to send [n, …], those for rank 0 first.
+            to_send: Number of rows for each rank; None sends every rank equally many.
+            to_receive: Number of rows from each rank; None with ``to_send``.
+
+        Returns:
+            The rows that this rank received, those of rank 0 first.
+        """
+        x = x.detach().contiguous()
+        if self.size == 1:
+            return x
+        received = x.new_empty((len(x) if to_receive is None else sum(to_receive), *x.shape[1:]))
+        # the number of rows may differ between ranks, which is no mismatch
+        with self._collective("all_to_all", x if to_send is None else x.new_empty((0, *x.shape[1:]))):
+            dist.all_to_all_single(
+                received,
+                x,
+                None if to_receive is None else list(to_receive),
+                None if to_send is None else list(to_send),
+            )
+        return received
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """The tensor of rank ``source``, on every rank. Other ranks pass one of the same shape and dtype."""

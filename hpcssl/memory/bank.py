@@ -22,6 +22,7 @@ from hpcssl.errors import ConfigError, require_choice
 from hpcssl.memory import search
 from hpcssl.memory.columns import ColumnSpec
 from hpcssl.memory.ring_buffer import RingBuffer
+from hpcssl.memory.shard_exchange import exchange_candidates, sum_local_rows
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,8 @@ class Bank(RingBuffer):
         )
         slot = torch.where(slot < 0, slot, slot + self.first)
         if self.sharded:
-            slot = self._merge_ranks(score, slot, k)
-        rows = self._fetch(column, slot)
-        if self.sharded:
-            slot, rows = self.world.local_rows(slot), self.world.local_rows(rows)
-        return _neighbors(query, slot, rows)
+            slot = search.merge(*exchange_candidates(self.world, score, slot), k)[1]
+        return _neighbors(query, slot, self.get(column, slot))
 
     @torch.no_grad()
     def rerank(self, query: Tensor, slot: Tensor, k: int, *, column: str = "key") -> Neighbors:
@@ -153,17 +151,8 @@ class Bank(RingBuffer):
         allowed = (self._rows[among[0]][:filled], value)
         total, count = search.sums(self._rows[column][:filled], allowed, max_rows=self.size)
         if self.sharded:
-            total = self.world.local_rows(self.world.all_reduce_sum(total))
-            count = self.world.local_rows(self.world.all_reduce_sum(count))
+            total, count = sum_local_rows(self.world, total), sum_local_rows(self.world, count)
         return (total / count.clamp(min=1).unsqueeze(1)).to(self._rows[column].dtype), count
-
-    def _merge_ranks(self, score: Tensor, slot: Tensor, k: int) -> Tensor:
-        """Return the slots [W·b, k] of the best of every rank's candidates [W·b, k], on every rank."""
-
-        def concatenate_candidates(x: Tensor) -> Tensor:
-            return torch.unflatten(self.world.all_gather(x), 0, (self.world.size, -1)).transpose(0, 1).flatten(1)
-
-        return search.merge(concatenate_candidates(score), concatenate_candidates(slot), k)[1]
 
     def _check_query(self, query: Tensor, k: int, column: str) -> None:
         width = self._check_column(column).dim

@@ -2,9 +2,9 @@
 
     N slots, W ranks, b rows per rank and step, D entries per row
 
-Each push gathers the rows of all ranks in the order of the global batch and writes them at the pointer, over the oldest
-ones. ``replicated`` keeps all N slots on every rank, ``sharded`` one block of them. Both hold the same rows on any
-number of ranks, and each can load what the other saved.
+Each push writes the rows of all ranks, in the order of the global batch, at the pointer, over the oldest ones.
+``replicated`` keeps all N slots on every rank, which gathers all rows; ``sharded`` one block of them, and each row goes
+to its owner only. Both hold the same rows on any number of ranks, and each can load what the other saved.
 
 Methods are collectives unless they say otherwise: all ranks call them, in the same order, with equally many rows.
 """
@@ -24,11 +24,11 @@ from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError, ResumeError, WorldError, require_choice, suggest
 from hpcssl.memory.checkpointed import RowReader
 from hpcssl.memory.columns import ColumnSpec
+from hpcssl.memory.shard_exchange import PushRoute, fetch_rows
 from hpcssl.memory.slots import allocate, block_of, chosen_pieces, fill_randomly, next_pieces
 
 PLACEMENTS = ("replicated", "sharded")
 INITS = ("random", "empty")
-_BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.int64: torch.int64}
 _RNG_NAMES = {"previous_epoch": "twin", "second_modality": "twin"}  # former names, kept: another key changes every run
 _READ_ROWS = 2**16  # rows that ``load`` reads at a time, which bounds the memory it takes
 
@@ -128,13 +128,18 @@ class RingBuffer:
                 expected=f"at most its {self.size} slots",
                 fix="raise bank.size to the global batch or more",
             )
-        if slots is None:
-            pieces = next_pieces(self.pointer, count, self.size, self.first, self.last)
-        else:
+        route, pieces = None, []
+        if slots is not None:
             pieces = chosen_pieces(slots, self.first, self.last)
+        elif self.sharded and self.world.size > 1:
+            route = PushRoute(self.world, self.pointer, count, self.size, self.layout)
+            pieces = [(slice(None), route.place)]
+        else:
+            pieces = next_pieces(self.pointer, count, self.size, self.first, self.last)
         replaced = {}
         for name, stored in self._rows.items():
-            batch = self.world.all_gather_rows(rows[name].to(stored.dtype), self.layout)
+            row = rows[name].to(stored.dtype)
+            batch = route.send(row) if route else self.world.all_gather_rows(row, self.layout)
             replaced[name] = [stored[place].clone() for _, place in pieces]
             for source, place in pieces:
                 stored[place] = batch[source]
@@ -156,7 +161,7 @@ class RingBuffer:
         """
         if self.filled < self.size:
             return None
-        return torch.from_numpy(rng.permutation(key, self.size)[:count]).to(self.world.device)
+        return torch.from_numpy(rng.permutation_slice(key, self.size, 0, count)).to(self.world.device)
 
     def undo(self, push: PushUndo) -> None:
         """Undo the last push, bit for bit. Not a collective.
@@ -190,9 +195,14 @@ class RingBuffer:
             The shape of ``slot``, with a last dimension D for vectors.
         """
         self._check_column(column)
-        if not self.sharded:
-            return self._fetch(column, slot)
-        return self.world.local_rows(self._fetch(column, self.world.all_gather(slot)))
+        stored = self._rows[column]
+        if self.sharded:
+            values = fetch_rows(self.world, stored, slot.flatten(), self.size).view(*slot.shape, *stored.shape[1:])
+        else:
+            values = stored[slot.clamp(0, self.size - 1)]
+            missing = (slot < 0) | (slot >= self.size)
+            values = values.masked_fill(missing if stored.dim() == 1 else missing.unsqueeze(-1), 0)
+        return values.masked_fill(slot < 0, -1) if stored.dim() == 1 else values
 
     def all_rows(self, column: str) -> Tensor:
         """Return every filled slot's value, [filled, D] or [filled], in slot order and without gradient.
@@ -211,23 +221,6 @@ class RingBuffer:
     def _filled_here(self) -> int:
         """Number of filled slots that this rank holds."""
         return max(0, min(self.last, self.filled) - self.first)
-
-    def _fetch(self, column: str, slot: Tensor) -> Tensor:
-        """Return the values at ``slot``, which is the same on all ranks of a sharded buffer.
-
-        Each rank fills in the rows that it owns and zeros elsewhere. They are added as integers, so that every bit
-        arrives.
-        """
-        stored = self._rows[column]
-        here = (slot >= self.first) & (slot < self.last)
-        if len(stored):
-            values = stored[(slot - self.first).clamp(0, len(stored) - 1)]
-        else:  # the last ranks of a large world may own no slot
-            values = stored.new_zeros(*slot.shape, *stored.shape[1:])
-        values = values.masked_fill(~here if stored.dim() == 1 else ~here.unsqueeze(-1), 0)
-        if self.sharded:
-            values = self.world.all_reduce_sum(values.view(_BITS[stored.dtype])).view(stored.dtype)
-        return values.masked_fill(slot < 0, -1) if stored.dim() == 1 else values
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from hpcssl.data.stream import Remote
 from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError, DataError, ResumeError, Stopped
 from hpcssl.run_dir import RunDir
+from hpcssl.train.attempt.node_index import open_on_node
 from hpcssl.train.attempt.shard_check import check_shards
 from hpcssl.train.builders import build_method, build_view_plan
 from hpcssl.train.options import DataOptions
@@ -31,28 +32,25 @@ from hpcssl.train.recipe import Recipe
 LOG = logging.getLogger("hpcssl")
 
 
-def open_train_shards(recipe: Recipe, *, allow_pipe: bool = False) -> ShardSet:
+def open_train_shards(recipe: Recipe, *, allow_pipe: bool = False, world: World | None = None) -> ShardSet:
     """Open the training shards of a recipe. Of shards at an address only the index is downloaded.
 
     Args:
         recipe: Its ``data.train`` is opened.
         allow_pipe: Whether ``data.train`` may be a shell command.
+        world: Processes that open it together; None for one process.
 
     Raises:
         ConfigError: ``data.train`` is empty, or an address that is not allowed.
         DataError: The shards are damaged, or lack the second modality that the method needs.
     """
     if not recipe.data.train:
-        raise ConfigError(
-            "data.train",
-            got="no folder",
-            expected="a folder written by hpcssl-shard",
-            fix="add data.train=FOLDER to the command",
-        )
+        fix = "add data.train=FOLDER to the command"
+        raise ConfigError("data.train", got="no folder", expected="a folder written by hpcssl-shard", fix=fix)
     if is_remote(recipe.data.train):
         shards = _remote(recipe.data, allow_pipe).open()
     else:
-        shards = ShardSet.open(recipe.data.train)
+        shards = open_on_node(recipe.data.train, world or World.single_process())
     _check_modalities(shards, recipe)
     return shards
 
@@ -133,7 +131,7 @@ class DataPipeline:
             self.shards, restore = self.cache.shards, self.cache.refetch
             _check_modalities(self.shards, recipe)
         else:
-            self.shards = original = open_train_shards(recipe)
+            self.shards = original = open_train_shards(recipe, world=world)
             if data.stage_dir:
                 self.shards = staged = _stage(original, data.stage_dir, world, stop)
                 restore = partial(restage_shard, original, staged)

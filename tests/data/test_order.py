@@ -1,8 +1,11 @@
 """The global batch is a pure function of (seed, epoch, step)."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from hpcssl import rng
 from hpcssl.data.order import Order, SequentialOrder
 from hpcssl.errors import ConfigError, DataError, WorldError
 from tests.printed import numbers_in
@@ -86,12 +89,35 @@ def test_every_sample_is_equally_likely_at_every_position():
 
 
 def test_a_late_step_draws_one_permutation_only(monkeypatch):
-    order, drawn = make(), []
-    draw = order._draw_permutation
-    monkeypatch.setattr(order, "_draw_permutation", lambda epoch: drawn.append(epoch) or draw(epoch))
+    order, drawn, permutation = make(window="all"), [], rng.permutation
+    monkeypatch.setattr(rng, "permutation", lambda key, n: drawn.append(key) or permutation(key, n))
     order.batch(6 * 1_000_000 + 3)
     order.batch(6 * 1_000_000 + 4)
-    assert drawn == [1_000_000]
+    assert drawn == [rng.key(3, "order", 1_000_000)]
+
+
+@pytest.mark.parametrize("window", [2, "all"])
+def test_a_window_beyond_the_sorted_size_is_a_permutation_too(window, monkeypatch):
+    monkeypatch.setattr(rng, "MAX_SORTED", 12)
+    order = make(window=window)
+    assert sorted(order.permutation(4)) == list(range(49))
+    np.testing.assert_array_equal(np.concatenate([order.batch(t) for t in range(6, 12)]), order.permutation(1)[:48])
+    shard = np.repeat(np.arange(5), COUNTS)[order.permutation(4)]
+    windows = [set(shards.tolist()) for shards in order.upcoming_windows(4 * 6, 4 * 6 + 1)]
+    samples = sum(COUNTS[s] for s in windows[0])
+    assert set(shard[:samples].tolist()) == windows[0] and len(windows[0]) == (2 if window == 2 else 5)
+
+
+@pytest.mark.parametrize("window", [16, "all"])
+def test_a_hundred_million_samples_take_no_memory_per_sample(window):
+    counts = np.full(100_000, 1000)
+    order = make(window=window, counts=counts, batch=4096)
+    tracemalloc.start()
+    batches = [order.batch(step) for step in (0, 24_413, 1_000_000)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(len(np.unique(batch)) == 4096 and batch.min() >= 0 and batch.max() < 10**8 for batch in batches)
+    assert peak < 64 * len(counts)  # bytes; one number per sample would be 800 MB
 
 
 def test_an_empty_set_is_refused():

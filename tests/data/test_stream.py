@@ -38,6 +38,19 @@ def test_http_gives_the_same_set(shards, server, tmp_path):
     assert fetch(remote(server.url), shards, 3, tmp_path)
 
 
+def test_an_index_may_be_larger_than_the_memory_but_not_than_its_samples(shards, server, monkeypatch):
+    """The index is mapped from a file. A server that sends more than the described samples need is refused."""
+    monkeypatch.setattr(stream, "_INDEX_LIMIT", (shards.root / "index.json").stat().st_size)  # of index.json only
+    opened = remote(server.url).open()
+    assert opened.digest == shards.digest and not opened.rows.flags.owndata
+    with open(server.folder / "index.npy", "ab") as file:
+        file.write(bytes(2**16))
+    with pytest.raises(DataError) as caught:
+        remote(server.url, tries=1).open()
+    assert caught.value.what == f"index.npy of {server.url}"
+    assert numbers_in(caught.value.got)[0] == 2**16 + len(shards) * shards.rows.itemsize
+
+
 def test_a_transfer_works_with_more_than_1024_open_files(shards, server, tmp_path):
     """A reader keeps the files of all shards open, of which a set may have thousands."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 
 from hpcssl import files
 from hpcssl.distributed.key_value_store import KeyValueStore
-from hpcssl.distributed.liveness import activity, cpu_time, exchange, hang_monitor, limits
+from hpcssl.distributed.liveness import activity, cpu_time, exchange, hang_monitor, heartbeat, limits, record
 from hpcssl.distributed.liveness.activity import Activity
 from hpcssl.distributed.liveness.exchange import RecordExchange
 from hpcssl.distributed.liveness.hang_monitor import DEAD_S, MIN_CPU_SHARE, PEER_WAIT_S, HangMonitor
@@ -87,6 +87,60 @@ def run_until_an_end(clock, ranks, seconds):
         for rank in ranks:
             rank.tick()
     return [end for rank in ranks for end in rank.ends]
+
+
+# -- which rank is to blame after a collective has failed -----------------------------------------------------------
+
+
+class CountingStore(KeyValueStore):
+    """A store that knows how many records its rank has read at once."""
+
+    most_read = 0
+
+    def get(self, keys):
+        self.most_read = max(self.most_read, len(keys := list(keys)))
+        return super().get(keys)
+
+
+@pytest.mark.parametrize("reader", ["any", "dead"])
+def test_one_rank_reads_all_records_and_tells_the_others(monkeypatch, reader):
+    """Of eight ranks, rank 5 is dead. Where it was to read the records, another rank does so.
+
+    Which records are old is given here, so that a busy machine does not make other ranks look dead.
+    """
+    size, dead, hash_store = 8, 5, HashStore()
+    monkeypatch.setattr(heartbeat, "MIN_OBSERVATION_S", 0.1)
+    monkeypatch.setattr(heartbeat, "READER_PATIENCE", 40 if reader == "dead" else 600)
+    monkeypatch.setattr(RecordExchange, "silent_ranks", lambda self, *_: {dead: 9.0} if dead in self._newest else {})
+    for rank in range(size):
+        hash_store.set(record.key(rank), record.first_record(rank))
+    if reader == "dead":
+        hash_store.set("reader/0", str(dead))
+    living = [rank for rank in range(size) if rank != dead]
+    stores = {rank: CountingStore(hash_store) for rank in living}
+    beats = {
+        rank: heartbeat.Heartbeat(
+            stores[rank], rank, size, limits=PhaseLimits(HANG_S), leave=lambda *_: None, interval_s=0.05
+        ).start()
+        for rank in living
+    }
+    explanations = {}
+
+    def fail(rank):
+        cause, sentence = explanations[rank] = beats[rank].explain_collective_error()
+        beats[rank].report_failure(sentence, cause)
+
+    threads = [threading.Thread(target=fail, args=(rank,)) for rank in living]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for beat in beats.values():
+        beat.close()
+    assert len(explanations) == len(living) and len(set(explanations.values())) == 1
+    cause, sentence = explanations[0]
+    assert cause == "killed" and sentence.startswith(f"rank {dead} on ")
+    assert sorted(store.most_read for store in stores.values()) == [1] * (len(living) - 1) + [size]
 
 
 # -- dead ranks -----------------------------------------------------------------------------------------------------

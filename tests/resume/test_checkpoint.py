@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from hpcssl import files
-from hpcssl.checkpoint import manager
+from hpcssl.checkpoint import manager, reader
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
 from hpcssl.checkpoint.reader import MANIFEST, SavedCheckpoint, folders, latest_valid
 from hpcssl.checkpoint.shard import TensorShard
@@ -55,11 +55,15 @@ def test_saved_tensors_are_read_back_bit_for_bit(run):
     assert saved.rows("bank.index", 7, 0).shape == (0,)
 
 
-def test_the_digest_depends_on_the_state_and_not_on_the_folder(run, tmp_path):
+def test_the_digest_depends_on_the_state_and_not_on_the_folder(run, tmp_path, monkeypatch):
     save_steps(run, 3)
     other = RunDir(tmp_path / "other")
     save_steps(other, 1, 3)
     assert checkpoint_digest(run) == checkpoint_digest(other)
+    whole = checkpoint_digest(run)
+    for entries in (1, 3, 10):  # read in pieces of other sizes
+        monkeypatch.setattr(reader, "_CHUNK_ENTRIES", entries)
+        assert checkpoint_digest(run) == whole
     changed = RunDir(tmp_path / "changed")
     changed_state = state(3)
     changed_state.tensors["net.half"].tensor[0] += 1

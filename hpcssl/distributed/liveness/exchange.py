@@ -27,7 +27,9 @@ class RecordExchange:
     Attributes:
         last_answer: Time at which the store last answered, seconds of the monotonic clock.
         reading_all_since: Since when all ranks' records are read, not only rank 0's; None while they are not.
-        failed: A collective of this rank has failed, so all records are read.
+        failed: A collective of this rank has failed, so one of the ranks to which that happened reads all records.
+        takeovers: How many ranks that were to read all records have not reported what they found.
+        is_reader: This rank is the one that reads them.
         lost: The store is gone.
         end: How some rank ended the attempt, as JSON (``cause``, ``rank``, ``why``); empty while none has.
     """
@@ -36,7 +38,8 @@ class RecordExchange:
         self.activity, self.size = activity, size
         self.last_answer = time.monotonic()
         self.reading_all_since: float | None = None
-        self.failed = self.lost = False
+        self.failed = self.lost = self.is_reader = False
+        self.takeovers = 0
         self.end = ""
         self._store, self._closed = store, closed
         self._rank, self._interval_s = activity.record.rank, activity.interval_s
@@ -61,7 +64,10 @@ class RecordExchange:
 
     def _exchange(self) -> None:
         self._store.set(record.key(self._rank), self.activity.next_record())
-        ranks = range(self.size) if self.failed or self.reading_all_since is not None else (0,)
+        if self.failed:  # the first rank to ask reads: if all W did, they would read W x W records from rank 0
+            self.is_reader = self._store.set_once(f"reader/{self.takeovers}", str(self._rank)) == str(self._rank)
+        reads_all = self.is_reader if self.failed else self.reading_all_since is not None
+        ranks = range(self.size) if reads_all else (0,)
         now = time.monotonic()
         for text in self._store.get([record.key(rank) for rank in ranks]):
             newest = HeartbeatRecord(**json.loads(text))

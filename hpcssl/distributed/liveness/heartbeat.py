@@ -31,6 +31,9 @@ SILENT_INTERVALS, SILENT_S = 4, 20.0
 MIN_OBSERVATION_S = 2.0
 """Minimum time in seconds for which records are read after a collective has failed: a node may be busy."""
 
+READER_PATIENCE, MAX_TAKEOVERS = 4, 2
+"""After so many times the observation, another rank reads the records; and how often that may happen."""
+
 
 class Heartbeat:
     """Heartbeat of one rank, with two threads.
@@ -146,13 +149,16 @@ class Heartbeat:
 
     # -- failures -------------------------------------------------------------------------------------------
 
-    def report_failure(self, sentence: str) -> None:
+    def report_failure(self, sentence: str, cause: str = "error") -> None:
         """Report to the other ranks, which may wait for this one, why it fails. Returns within a few intervals."""
         if self._exchange is not None and not self._exchange.lost:
-            self._exchange.post_end("error", sentence)
+            self._exchange.post_end(cause, sentence)
 
     def explain_collective_error(self) -> tuple[str, str]:
         """Find out which rank is to blame after a collective has failed on this rank.
+
+        One rank reads the records of all; the others wait for what it reports with ``report_failure``. If it is gone as
+        well, another one reads.
 
         Returns:
             The cause (``error``, ``hang`` or ``killed``) and a sentence that names the rank: it has reported its own
@@ -162,18 +168,35 @@ class Heartbeat:
         exchange = self._exchange
         if exchange is None:
             return "", ""
-        interval_s = self.activity.interval_s
-        began, exchange.failed = time.monotonic(), True
-        enough_s = max(2.5 * interval_s, MIN_OBSERVATION_S)
-        exchange.wake()
-        while exchange.last_answer < began + enough_s and time.monotonic() < began + 2 * enough_s:
-            if exchange.lost or exchange.end:
+        enough_s = max(2.5 * self.activity.interval_s, MIN_OBSERVATION_S)
+        exchange.failed = True
+        for takeovers in range(MAX_TAKEOVERS + 1):
+            exchange.takeovers = takeovers
+            if self._wait_for_reader(exchange, enough_s):
                 break
-            time.sleep(interval_s / 4)
         if exchange.end:
             end = json.loads(exchange.end)
             return end["cause"], end["why"]
         silent, records = exchange.silent_ranks(time.monotonic(), 0.8 * enough_s), exchange.records()
+        if not exchange.is_reader:  # of the others, only the record of rank 0 is new
+            silent = {rank: age for rank, age in silent.items() if rank == 0}
+            return ("killed", hang_report.describe_silent_ranks(silent, records)) if silent else ("error", "")
         if silent:
             return "killed", hang_report.describe_silent_ranks(silent, records)
         return "error", hang_report.describe_mismatch(records)
+
+    def _wait_for_reader(self, exchange: RecordExchange, enough_s: float) -> bool:
+        """Wait until all records were read for ``enough_s``, by this rank, or by another one that has reported.
+
+        Returns:
+            False if the rank that was to read has not reported.
+        """
+        began = time.monotonic()
+        exchange.wake()
+        while (elapsed := time.monotonic() - began) < READER_PATIENCE * enough_s:
+            if exchange.lost or exchange.end or (exchange.is_reader and exchange.last_answer >= began + enough_s):
+                return True
+            if elapsed >= 2 * enough_s and time.monotonic() - exchange.last_answer > 0.8 * enough_s:
+                return True  # the store does not answer
+            time.sleep(self.activity.interval_s / 4)
+        return exchange.is_reader

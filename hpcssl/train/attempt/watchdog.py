@@ -59,7 +59,8 @@ def watchdog(
     except BaseException as error:
         cause, culprit = heartbeat.explain_collective_error() if world.is_collective_error(error) else ("", "")
         message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        heartbeat.report_failure(culprit or f"rank {world.rank} on {heartbeat.record.host}: {message}")
+        reported = culprit or f"rank {world.rank} on {heartbeat.record.host}: {message}"
+        heartbeat.report_failure(reported, cause or "error")
         if not culprit:
             raise
         lost = RankLost(

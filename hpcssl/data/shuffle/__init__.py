@@ -1,0 +1,1 @@
+"""The shuffled order of the samples of an epoch."""

@@ -1,0 +1,106 @@
+"""What the ranks of a sharded ring buffer send each other, so that each rank receives only what belongs to its rows.
+
+    N slots, W ranks, n = b·k slots that a rank asks for
+
+A rank owns one block of slots, and asks for rows in slots of any block. Requests are gathered by all ranks, because
+8 bytes per slot are few beside the D entries of a row; the rows themselves go to the rank that asked for them only.
+Everything is copied, nothing is added, so that every bit arrives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpcssl.distributed.batch_layout import BatchLayout
+from hpcssl.distributed.world import World
+
+
+def share_of(world: World, size: int) -> int:
+    """Return the slots per rank, ⌈N/W⌉: slot s belongs to rank s // share. The last ranks may have fewer, or none."""
+    return -(-size // world.size)
+
+
+def fetch_rows(world: World, stored: Tensor, slots: Tensor, size: int) -> Tensor:
+    """Fetch this rank's own choice of rows from their owners.
+
+    The numbers of rows to send are needed on the host, for which a GPU is waited for once.
+
+    Args:
+        world: the ranks.
+        stored: the rows that this rank owns, [⌈N/W⌉ or fewer] or [⌈N/W⌉ or fewer, D].
+        slots: the slots [n] int64 that this rank asks for; n is the same on all ranks.
+        size: number of slots of all ranks, N.
+
+    Returns:
+        The rows [n] or [n, D]; zeros for slots that do not exist.
+    """
+    share = share_of(world, size)
+    requests = world.all_gather(slots).unflatten(0, (world.size, -1))  # type: ignore[no-untyped-call]
+    first = world.rank * share
+    is_here = (requests >= first) & (requests < first + len(stored))
+    exists = (slots >= 0) & (slots < size)
+    owner = torch.where(exists, slots // share, world.size)
+    owner, order = owner.sort(stable=True)
+    limits = torch.searchsorted(owner, torch.arange(world.size + 1, device=slots.device))
+    to_send, to_receive = torch.stack([is_here.sum(1), limits.diff()]).tolist()
+    # the owner sends in the order of the requests, which the stable sort keeps among the slots of one owner
+    received = world.all_to_all(stored[requests[is_here] - first], to_send, to_receive)
+    rows = stored.new_zeros(len(slots), *stored.shape[1:])
+    rows[order[: len(received)]] = received
+    return rows
+
+
+def exchange_candidates(world: World, score: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each rank the candidates that all ranks have found for its queries.
+
+    Args:
+        world: the ranks.
+        score: scores [W·b, k] float64 of this rank's candidates for the queries of all ranks.
+        slot: their slots [W·b, k] int64.
+
+    Returns:
+        (scores [b, W·k], slots [b, W·k]) for the b queries of this rank.
+    """
+    k = score.shape[1]
+    both = torch.cat([score.view(torch.int64), slot], 1)
+    by_rank = world.all_to_all(both).unflatten(0, (world.size, -1)).transpose(0, 1)  # type: ignore[no-untyped-call]
+    score, slot = by_rank[..., :k].flatten(1), by_rank[..., k:].flatten(1)
+    return score.view(torch.float64), slot
+
+
+def sum_local_rows(world: World, x: Tensor) -> Tensor:
+    """Return this rank's rows [b, …] of the sum over ranks of x [W·b, …], for sums that are exact in any order."""
+    parts: Tensor = world.all_to_all(x).unflatten(0, (world.size, -1))  # type: ignore[no-untyped-call]
+    return parts.sum(0)
+
+
+class PushRoute:
+    """Which rows of a push go to which rank, if the next ``count`` slots are written. Known without communication.
+
+    Args:
+        world: the ranks.
+        pointer: the first slot.
+        count: rows of all ranks, W·b.
+        size: number of slots, N.
+        layout: how the global batch is split; None for one micro-batch.
+
+    Attributes:
+        place: the local rows [m] int64 of the m rows that this rank receives, in the order in which it receives them.
+    """
+
+    def __init__(self, world: World, pointer: int, count: int, size: int, layout: BatchLayout | None):
+        self.world, share = world, share_of(world, size)
+        parts = 1 if layout is None else layout.micro_batches
+        position = torch.arange(count).view(parts, world.size, -1)  # in the order of the global batch
+        slots = ((pointer + position) % size).transpose(0, 1).flatten(1)  # [W, b]: of each rank's rows
+        owner = slots // share
+        own, self._order = owner[world.rank].sort(stable=True)
+        self._to_send: list[int] = torch.bincount(own, minlength=world.size).tolist()
+        arriving = owner == world.rank
+        self._to_receive: list[int] = arriving.sum(1).tolist()
+        self.place = (slots[arriving] - world.rank * share).to(world.device)
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Send this rank's rows [b, …] to their owners, and return the rows [m, …] that this rank owns."""
+        return self.world.all_to_all(rows[self._order.to(rows.device)], self._to_send, self._to_receive)
