@@ -34,6 +34,7 @@ LAYERS = (  # the lowest first; a module belongs to the longest name listed here
     "hpcssl.evals.finetune hpcssl.evals.frozen",
     "hpcssl.evals",  # options, registry, resolve, rows, run and online_knn, which know all evaluations
     "hpcssl.results hpcssl.preparation",
+    "hpcssl.report",
     "hpcssl.inference",
     "hpcssl.run",
     "hpcssl.planning hpcssl.preparation.branches",
