@@ -154,8 +154,8 @@ def _draw_points(points: npt.NDArray[np.float32], groups: Sequence[npt.NDArray[n
         axes.plot(x, y, marker, color=color, markersize=3.5, fillstyle="none", gid=f"points-{k}")
         if len(x):
             middle = points[group][np.abs(points[group][:, None] - points[group]).sum((1, 2)).argmin()]
-            place = {"ha": "center", "va": "center", "gid": f"label-{k}"}
-            axes.text(float(middle[0]), float(middle[1]), name[:20], parse_math=False, **place)
+            x, y = middle.tolist()
+            axes.text(x, y, name[:20], ha="center", va="center", gid=f"label-{k}", parse_math=False)
     axes.set_axis_off()
     figure.draw_without_rendering()
     text = f"{len(points)} points in {len(names)} classes: {', '.join(name[:40] for name in names)}."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpcssl.report.markup import escape
 from hpcssl.results.curves import COLORS
@@ -44,7 +44,7 @@ def to_svg(figure: Figure, name: str, title: str, description: str, axes: Axes |
     import matplotlib as mpl
 
     out = io.StringIO()
-    settings = {
+    settings: Any = {  # the names of the keys are checked by matplotlib
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "path.simplify": False,  # every point of a line is drawn
@@ -71,7 +71,9 @@ def _scale(axes: Axes) -> str:
     """The attributes ``data-x`` and ``data-y``. The figure was drawn before, so that its layout is final."""
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
     (left, bottom), (right, top) = axes.transData.transform([(x0, y0), (x1, y1)])
-    height = axes.figure.get_size_inches()[1] * DPI  # SVG counts from the top
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # axes that were drawn have one
+    height = figure.get_size_inches()[1] * DPI  # SVG counts from the top
     return (
         f' data-x="{x0:.17g} {x1:.17g} {left:.17g} {right:.17g}"'
         f' data-y="{y0:.17g} {y1:.17g} {height - bottom:.17g} {height - top:.17g}"'
