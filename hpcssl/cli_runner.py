@@ -34,6 +34,7 @@ EPILOG = "Also: --version prints the version, and --debug shows the traceback of
 RETIRED_OPTIONS: dict[str, str] = {
     "hpcssl-shard --second": "--second-modality",
     "hpcssl-shard --under": "--subdir",
+    "hpcssl --html": "hpcssl report RUN --to FILE",
 }
 """Former options, as ``program --option``, and the options that replace them. They are refused with the new name."""
 

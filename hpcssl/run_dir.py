@@ -134,6 +134,10 @@ class RunDir:
         """File of the encoder exported at a step."""
         return self.weights / f"step-{step:08d}.safetensors"
 
+    def tracking(self, name: str) -> Path:
+        """What was sent to an experiment tracker."""
+        return self.root / "tracking" / f"{name}.json"
+
     def eval_rows(self, name: str) -> Path:
         """Results of an evaluation, as JSON lines."""
         return self.evals / f"{name}.jsonl"

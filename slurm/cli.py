@@ -127,42 +127,28 @@ def submit(
 def status(
     runs: RunFolders = None,
     time: Annotated[bool, typer.Option("--time", help="Show where the allocated time went, one line per run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; with --watch one line per refresh.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of --json.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print the state again and again, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Time between refreshes.")] = 10.0,
 ) -> None:
     """Show job, state, attempt, step, last end and evaluations of runs, and what to do where a run needs help."""
-    from slurm.manage import status
+    from slurm.manage import status_view
 
-    folders = [RunDir(path) for path in runs] if runs else _find_runs(Path())
-    for folder in folders:
-        _require_run(folder.root)
-    rows = [status.query_run(folder) for folder in folders]
-    if time:
-        for row in rows:
-            print(f"{row.run.root}\t{row.uptime.describe() if row.uptime else 'no attempt yet'}")
+    if schema:
+        status_view.write_schema()
         return
-    if not sys.stdout.isatty():
-        for row in rows:
-            print(row.line())
-        return
-    from hpcssl.terminal.tables import print_table
-
-    print_table(
-        ["run", "job", "state", "attempt", "step", "effective", "last end", "evaluations", "hint"],
-        [
-            [
-                str(row.run.root),
-                row.job,
-                row.state,
-                str(row.attempt),
-                f"{row.step}/{row.steps or '?'}",
-                f"{row.uptime.share:.1%}" if row.uptime else "",
-                row.last_end,
-                "\n".join(f"{name} {state}" for name, state in row.evals.items()),
-                row.hint,
-            ]
-            for row in rows
-        ],
-        wrapped={"state": 12, "last end": 20, "hint": 24},
-    )
+    if time and as_json:
+        raise ConfigError("status", got="--time and --json", expected="one of them", fix="leave --time out")
+    for path in runs or []:
+        _require_run(path)
+    while True:
+        # looked for at each refresh, since new runs may have come
+        folders = [RunDir(path) for path in runs] if runs else _find_runs(Path())
+        status_view.write_status(folders, as_json=as_json, time=time, watch=watch)
+        if not watch:
+            return
+        sleep(every)
 
 
 @app.command()

@@ -51,7 +51,7 @@ def main(words: list[str]) -> int:
         code = _train(run, data, "--evals", "knn,linear", "evals.knn_every_epochs=20")
         if code == EXIT_DONE:
             _run_command("hpcssl", "results", _relative(run.root), "--write", _relative(run.root / "RESULTS.md"))
-            _run_command("hpcssl", "results", _relative(run.root), "--html", _relative(run.root / PAGE))
+            _run_command("hpcssl", "report", _relative(run.root), "--to", _relative(run.root / PAGE), "--compute")
             pair = [RunDir(run.root.with_name(f"{run.root.name}-{kind}")) for kind in ("preempted", "undisturbed")]
             _remove_unusable(pair)
             length = f"schedule.epochs={PAIR_EPOCHS}"

@@ -15,7 +15,7 @@ LAYERS = (  # the lowest first; a module belongs to the longest name listed here
     "hpcssl hpcssl.errors hpcssl.rng hpcssl.signals hpcssl.storage",  # hpcssl alone means hpcssl/__init__.py
     "hpcssl.attempts hpcssl.files hpcssl.terminal hpcssl.recipes",
     "hpcssl.cli_runner hpcssl.code_version hpcssl.config hpcssl.config_docs hpcssl.json_lines hpcssl.run_dir",
-    "hpcssl.timing",
+    "hpcssl.timing hpcssl.tracking",
     "hpcssl.distributed.batch_layout hpcssl.distributed.key_value_store "
     "hpcssl.distributed.launch hpcssl.distributed.straggler",
     "hpcssl.distributed.liveness",
@@ -34,6 +34,7 @@ LAYERS = (  # the lowest first; a module belongs to the longest name listed here
     "hpcssl.evals.finetune hpcssl.evals.frozen",
     "hpcssl.evals",  # options, registry, resolve, rows, run and online_knn, which know all evaluations
     "hpcssl.results hpcssl.preparation",
+    "hpcssl.report",
     "hpcssl.inference",
     "hpcssl.run",
     "hpcssl.planning hpcssl.preparation.branches",

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from hpcssl import cli_runner
-from hpcssl.cli import encoder, inference, init, tables, train
+from hpcssl.cli import encoder, inference, init, report, tables, track, train
 from hpcssl.terminal.help_pages import CommandGroup
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.command("embed")(inference.embed)
 app.command("search")(inference.search)
 app.command("digest")(train.digest)
 app.command("results")(tables.results)
+app.command("report")(report.report)
+app.command("track")(track.track)
 app.command("recipes")(tables.recipes)
 app.command("show")(tables.show)
 

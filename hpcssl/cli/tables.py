@@ -31,10 +31,6 @@ def results(
             help="Draw validation images with their nearest training images into this .png instead; takes one run."
         ),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(help="Write one page with scores, curves and nearest neighbors instead; takes one run."),
-    ] = None,
 ) -> None:
     """Print tables or draw pictures of the results of runs, beside the results of the papers."""
     from hpcssl.results import command
@@ -48,7 +44,6 @@ def results(
         published=published,
         plots=plots,
         gallery=gallery,
-        html=html,
     )
 
 

@@ -23,7 +23,6 @@ def main(
     published: bool = False,
     plots: Path | None = None,
     gallery: Path | None = None,
-    html: Path | None = None,
 ) -> None:
     """Print a table of the runs, or draw pictures and print their paths.
 
@@ -36,13 +35,12 @@ def main(
         published: Print or write the tables of the papers instead; takes no runs.
         plots: Folder for pictures of learning curves.
         gallery: PNG file for validation images with their nearest training images; takes one run.
-        html: HTML file for scores, curves and neighbors; takes one run.
 
     Raises:
         ConfigError: The options exclude each other.
         EvalError: A path is not a run folder, or no run has results.
     """
-    _check_options(runs, as_csv, as_json, published, write, {"plots": plots, "gallery": gallery, "html": html})
+    _check_options(runs, as_csv, as_json, published, write, {"plots": plots, "gallery": gallery})
     out = sys.stdout
     if plots is not None:
         from hpcssl.results import curves
@@ -52,11 +50,7 @@ def main(
         from hpcssl.results import gallery as pictures
 
         out.write(f"{pictures.draw_gallery(runs[0], gallery)}\n")
-    if html is not None:
-        from hpcssl.results import html_page
-
-        out.write(f"{html_page.write_html(runs[0], html)}\n")
-    if plots is not None or gallery is not None or html is not None:
+    if plots is not None or gallery is not None:
         return
     style = "csv" if as_csv else "json" if as_json else ""
     if published:
@@ -128,9 +122,8 @@ def _check_options(
         raise ConfigError(
             what,
             got="a table and a picture",
-            expected="--plots, --gallery and --html without --write, --csv and --json",
+            expected="--plots and --gallery without --write, --csv and --json",
             fix="run the command once for the tables and once for the pictures",
         )
-    for name in ("gallery", "html"):
-        if pictures[name] is not None and len(runs) > 1:
-            raise ConfigError(f"{what} --{name}", got=f"{len(runs)} runs", expected="one", fix="name one run folder")
+    if pictures["gallery"] is not None and len(runs) > 1:
+        raise ConfigError(f"{what} --gallery", got=f"{len(runs)} runs", expected="one", fix="name one run folder")

@@ -30,18 +30,21 @@ LOG = logging.getLogger("hpcssl")
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_SCALARS = {"epoch": float, **dict.fromkeys(("loss", "spread", "purity", "lr"), float | str)}  # a text: "nan", "inf"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
+"""As many as make the first 44 pairs of line style and marker different."""
+_JOURNAL = ("loss", "spread", "purity", "lr", "images_per_s")
+_SCALARS = {"epoch": float, **dict.fromkeys(_JOURNAL, float | str)}  # a text: "nan", "inf"
 WINDOWS = 100  # a noisy curve is averaged over windows of 1/WINDOWS of its steps
 
 AXES = {
     "loss": "training loss",
     "knn": "k-NN top-1 (%)",
-    "spread": "spread of embeddings (0 collapsed, 1 even)",
-    "purity": "neighbors with the query's label (%)",
+    "spread": "spread (0 collapsed, 1 even)",
+    "purity": "same-label neighbors (%)",
     "lr": "learning rate",
+    "images_per_s": "images per second",
 }
-LIMITS = {"spread": (0, 1), "purity": (0, 100), "lr": (0, None)}
+LIMITS = {"spread": (0, 1), "purity": (0, 100), "lr": (0, None), "images_per_s": (0, None)}
 _NOISY = ("loss", "spread", "purity")
 
 
@@ -58,10 +61,12 @@ class RunGroup:
     Attributes:
         label: Name for the legend.
         curves: The points of each run, by quantity and line.
+        runs: The run folders.
     """
 
     label: str
     curves: dict[str, dict[str, list[Points]]]
+    runs: tuple[RunDir, ...] = ()
 
 
 def draw_curves(runs: Sequence[Path | str], folder: Path | str) -> list[Path]:
@@ -89,7 +94,7 @@ def draw_curves(runs: Sequence[Path | str], folder: Path | str) -> list[Path]:
             expected="a run that has trained",
             fix="draw it after its first steps",
         )
-    groups = _groups({run: lines for run, lines in curves.items() if lines})
+    groups = group_by_seed({run: lines for run, lines in curves.items() if lines})
     logged = [name for name in AXES if any(name in group.curves for group in groups)]
     return [
         _draw_picture(Path(folder) / f"{stem}.png", groups, names)
@@ -100,7 +105,8 @@ def draw_curves(runs: Sequence[Path | str], folder: Path | str) -> list[Path]:
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _groups(curves: dict[RunDir, Curves]) -> list[RunGroup]:
+def group_by_seed(curves: dict[RunDir, Curves]) -> list[RunGroup]:
+    """Group the curves of runs that differ only in the seed, in the order of the runs."""
     runs_by_key: dict[str, list[RunDir]] = {}
     for run in curves:
         recipe = config.read_yaml(run.config)
@@ -114,7 +120,7 @@ def _groups(curves: dict[RunDir, Curves]) -> list[RunGroup]:
             for name, lines in curves[run].items():
                 for line, points in lines.items():
                     joined.setdefault(name, {}).setdefault(line, []).append(points)
-        groups.append(RunGroup(label, joined))
+        groups.append(RunGroup(label, joined, tuple(members)))
     return groups
 
 
@@ -144,7 +150,7 @@ def read_curves(run: RunDir) -> Curves:
         return {}
     per_epoch = _steps_per_epoch(journal)
     curves: Curves = {}
-    for name in ("loss", "spread", "purity", "lr"):
+    for name in _JOURNAL:
         points = [(line["step"] / per_epoch, _to_float(line[name])) for line in journal if name in line]
         if points:
             epochs, values = np.array(points).T
@@ -234,8 +240,9 @@ def draw_panel(axes: Axes, groups: Sequence[RunGroup], name: str) -> None:
     kinds: dict[str, Any] = {}  # legend of the k of k-NN lines: by style, in gray
     for i, group in enumerate(groups):
         for j, (kind, members) in enumerate(group.curves.get(name, {}).items()):
-            epochs, mean, spread = _mean(members)
+            epochs, mean, spread = average_members(members)
             color, style = COLORS[i % len(COLORS)], STYLES[(j if kind else i) % len(STYLES)]
+            every = 1 if name == "knn" else max(1, len(epochs) // 6)  # a curve with hundreds of markers is a bar
             axes.plot(
                 epochs,
                 mean,
@@ -243,8 +250,10 @@ def draw_panel(axes: Axes, groups: Sequence[RunGroup], name: str) -> None:
                 linestyle=style,
                 linewidth=1.6,
                 label=group.label,
-                marker=MARKERS[i % len(MARKERS)] if name == "knn" else None,
+                marker=MARKERS[i % len(MARKERS)] if name == "knn" or len(groups) > 1 else None,
+                markevery=(i % every, every),
                 markersize=4,
+                gid=f"line-{i}-{j}",
             )
             if len(members) > 1:
                 axes.fill_between(epochs, mean - spread, mean + spread, color=color, alpha=0.18, linewidth=0)
@@ -262,7 +271,7 @@ def draw_panel(axes: Axes, groups: Sequence[RunGroup], name: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _mean(
+def average_members(
     members: Sequence[Points],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return the epochs that all members have, and their mean and sample deviation there."""

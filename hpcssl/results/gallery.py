@@ -21,10 +21,11 @@ from hpcssl import config, files, rng
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ShardSet
 from hpcssl.distributed.world import World
-from hpcssl.errors import ConfigError
+from hpcssl.errors import ConfigError, EvalError
 from hpcssl.evals.checks import check_labels
 from hpcssl.evals.common.encoder import FrozenEncoder
-from hpcssl.evals.common.extract import extract_features
+from hpcssl.evals.common.extract import are_stored, extract_features
+from hpcssl.evals.common.features import Features
 from hpcssl.evals.frozen import knn
 from hpcssl.evals.resolve import load_options, resolve_evaluation
 from hpcssl.nets.run_weights import find_weights
@@ -65,16 +66,31 @@ class NeighborRows:
         return same
 
 
-def find_neighbors(run: RunDir, queries: int, neighbors: int) -> NeighborRows:
-    """Compare random validation images with the training images, by the last weights of a run.
+@dataclass(frozen=True)
+class EncodedSets:
+    """The training and validation images of a run as features of its last weights.
+
+    Attributes:
+        step: Training step of the encoder.
+        sets: The shards, ``train`` and ``val``.
+        features: Their features, by the same names.
+    """
+
+    step: int
+    sets: dict[str, ShardSet]
+    features: dict[str, Features]
+
+
+def encode_sets(run: RunDir, *, compute: bool = True) -> EncodedSets:
+    """Read the features of ``hpcssl eval knn`` of the last weights of a run from its folder.
 
     Args:
         run: The run folder.
-        queries: Number of validation images.
-        neighbors: Neighbors of each.
+        compute: Compute and store features that are missing there.
 
     Raises:
-        EvalError: The run has no weights, or the shards have no labels.
+        EvalError: The run has no weights, the shards have no labels, or features are missing and not to be computed.
+        ConfigError: The recipe has no validation shards.
         DataError: The shards cannot be read.
     """
     overrides, sets = resolve_evaluation("knn", config.read_yaml(run.config))
@@ -84,17 +100,37 @@ def find_neighbors(run: RunDir, queries: int, neighbors: int) -> NeighborRows:
     try:
         options = load_options("knn", overrides)
         encoder = FrozenEncoder.open(find_weights(run), world)
+        step = encoder.meta["step"]
+        if not compute and not all(are_stored(encoder, sets[kind], options, run.features) for kind in sets):
+            raise EvalError(
+                f"features of {run.root}",
+                got=f"none in the run folder for the weights of step {step}",
+                expected="stored features, or time to compute them",
+                fix="--compute computes and stores them, with a GPU if there is one",
+            )
         threads = len(os.sched_getaffinity(0))
-        bank, images = (
-            extract_features(encoder, sets[kind], options, world, root=run.features, threads=threads)
+        features = {
+            kind: extract_features(encoder, sets[kind], options, world, root=run.features, threads=threads)
             for kind in ("train", "val")
-        )
-        chosen = choose_queries(images.labels.numpy(), queries)
-        unit = F.normalize(images.rows(torch.as_tensor(chosen)), dim=1).to(world.device)
-        similarity, index = knn.nearest_neighbors(unit, bank, min(neighbors, len(bank)))
+        }
     finally:
         world.close()
-    return NeighborRows(encoder.meta["step"], sets, chosen, index.cpu().numpy(), similarity.cpu().numpy())
+    return EncodedSets(step, sets, features)
+
+
+def find_neighbors(encoded: EncodedSets, queries: int, neighbors: int) -> NeighborRows:
+    """Compare random validation images with the training images.
+
+    Args:
+        encoded: The images.
+        queries: Number of validation images.
+        neighbors: Neighbors of each.
+    """
+    bank, images = encoded.features["train"], encoded.features["val"]
+    chosen = choose_queries(images.labels.numpy(), queries)
+    unit = F.normalize(images.rows(torch.as_tensor(chosen)), dim=1)
+    similarity, index = knn.nearest_neighbors(unit, bank, min(neighbors, len(bank)))
+    return NeighborRows(encoded.step, encoded.sets, chosen, index.numpy(), similarity.numpy())
 
 
 def draw_gallery(folder: Path | str, path: Path | str) -> Path:
@@ -120,7 +156,7 @@ def draw_gallery(folder: Path | str, path: Path | str) -> Path:
             expected=".png",
             fix=f"write --gallery {path.with_suffix('.png')}",
         )
-    files.atomic_write(path, _draw_picture(run, find_neighbors(run, QUERIES, NEIGHBORS)))
+    files.atomic_write(path, _draw_picture(run, find_neighbors(encode_sets(run), QUERIES, NEIGHBORS)))
     return path
 
 

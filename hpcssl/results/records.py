@@ -137,7 +137,7 @@ def _read_run(run: RunDir) -> list[Record]:
     recipe = config.read_yaml(run.config)
     records: list[Record] = []
     identities = set()
-    changed = _changed_keys(run, recipe) if rows else []
+    changed = changed_keys(run, recipe) if rows else []
     for row in sorted(rows, key=lambda row: (row["step"], row["eval"] in columns.OWN_DATA, row["time"])):
         if row["identity"] in identities:  # two jobs ran the same evaluation at the same time
             continue
@@ -243,7 +243,7 @@ def _has_published_size(record: Record, recipe: dict[str, Any]) -> bool:
     return bool(record["step"] == steps)
 
 
-def _changed_keys(run: RunDir, recipe: dict[str, Any]) -> list[str]:
+def changed_keys(run: RunDir, recipe: dict[str, Any]) -> list[str]:
     """Return ``key=value`` for what differs from the packaged recipe of that name; none for a user's own recipe."""
     from hpcssl.train import recipe as recipes
 

@@ -15,6 +15,7 @@ import os
 import pwd
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,14 @@ def is_same_job(run: RunDir, job: Job, state: JobState) -> bool:
     return same_user and owner.job_name == format_job_name(run, job.what, job.options) and _is_same(logs, run.logs)
 
 
-def find_unrecorded_jobs(run: RunDir) -> list[tuple[str, dict[str, Any], bool]]:
+def find_unrecorded_jobs(
+    run: RunDir, list_jobs: Callable[[str | None], dict[str, str]] | None = None
+) -> list[tuple[str, dict[str, Any], bool]]:
     """Return queued and running jobs that SLURM has accepted from a submission that could not record them.
+
+    Args:
+        run: The run folder.
+        list_jobs: Returns the ids of this user's jobs on a cluster by token; None for ``list_tokens``.
 
     Returns:
         The id of each job, the values of its request, and whether another job was submitted in its place since then.
@@ -88,7 +95,7 @@ def find_unrecorded_jobs(run: RunDir) -> list[tuple[str, dict[str, Any], bool]]:
     """
     requests = job_log.open_requests(run)
     clusters = {job_log.get_cluster(request.get("options") or {}) for request, _ in requests}
-    jobs = {token: job for cluster in clusters for token, job in _list_tokens(cluster).items()}
+    jobs = {token: job for cluster in clusters for token, job in (list_jobs or list_tokens)(cluster).items()}
     return [(jobs[r["token"]], r, is_replaced) for r, is_replaced in requests if r["token"] in jobs]
 
 
@@ -116,13 +123,13 @@ def record_unrecorded_jobs(run: RunDir) -> None:
 def find_accepted_job(token: str, cluster: str | None) -> tuple[str | None, bool]:
     """Return the id of the queued or running job with this token, or None; and whether SLURM has answered."""
     try:
-        return _list_tokens(cluster).get(token), True
+        return list_tokens(cluster).get(token), True
     except SubmitError:
         return None, False
 
 
-def _list_tokens(cluster: str | None) -> dict[str, str]:
-    """Ids of this user's queued and running jobs, by token."""
+def list_tokens(cluster: str | None) -> dict[str, str]:
+    """Return the ids of this user's queued and running jobs, by token."""
     words = ("-h", "-a", "-t", "all", "-u", current_user(), "-o", "%i %T %k")
     answer = scheduler.run_command("squeue", *words, cluster=cluster)
     if answer.returncode:

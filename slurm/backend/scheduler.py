@@ -47,6 +47,9 @@ ACTIVE_STATES = (
 CONTINUING_STATES = ("RUNNING", "SUSPENDED", "CONFIGURING", "SIGNALING", "RESIZING", "STOPPED", "UNKNOWN")
 """States of a job that SLURM has not begun to end. SIGNALING lasts for a moment after a signal was sent (measured)."""
 
+LASTING_REASONS = ("DependencyNeverSatisfied", "NodeDown")
+"""Reasons that still hold after the end of a job."""
+
 
 @dataclass(frozen=True)
 class JobState:
@@ -176,7 +179,7 @@ def parse_job(job: str, text: str) -> JobState:
     fields = dict(reversed(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", without_name)))
     reason = fields.get("Reason", "None")
     state = fields.get("JobState", GONE)
-    if state not in ACTIVE_STATES and reason not in ("DependencyNeverSatisfied", "NodeDown"):
+    if state not in ACTIVE_STATES and reason not in LASTING_REASONS:
         reason = "None"  # SLURM still shows what the job waited for before
     code, _, signal = fields.get("ExitCode", "0:0").partition(":")
     run_time, limit = _parse_seconds(fields.get("RunTime", "")), _parse_seconds(fields.get("TimeLimit", ""))

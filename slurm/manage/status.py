@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from slurm.backend.scheduler import JobState
 from slurm.log import attempts, job_log, retry
 from slurm.log.attempts import Attempt
 from slurm.log.job_log import Job
+from slurm.manage.queue_snapshot import QueueSnapshot
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class RunStatus:
         evals: State of each evaluation, by its text. Concurrent ones are counted by state, under ``NAME@*``.
         hint: What a user should know or do; empty if nothing.
         uptime: Where the time of the training went; None before its first attempt.
+        expected_start: When SLURM expects to start the queued training (Unix time); None if unknown.
     """
 
     run: RunDir
@@ -48,6 +52,7 @@ class RunStatus:
     evals: dict[str, str]
     hint: str
     uptime: Uptime | None = None
+    expected_start: float | None = None
 
     def line(self) -> str:
         """Return one line of ``name=value``, separated by tabs, for pipes."""
@@ -64,36 +69,64 @@ class RunStatus:
         return "\t".join(words + ([f"hint={self.hint}"] if self.hint else []))
 
 
-def query_job(run: RunDir, job: Job) -> JobState:
+def query_runs(runs: Sequence[RunDir]) -> list[RunStatus]:
+    """Return the states of runs and of their evaluations, by one call of squeue for all of them (per cluster)."""
+    queue = QueueSnapshot(job for run in runs for job in job_log.latest_jobs(run).values() if not _is_done(run, job))
+    list_jobs = functools.cache(identity.list_tokens)  # asked for where the submission of a job was interrupted
+    return [query_run(run, queue, list_jobs) for run in runs]
+
+
+def query_job(run: RunDir, job: Job, queue: QueueSnapshot | None = None) -> JobState:
     """Return the state of a job, local or on SLURM. The run folder replaces what SLURM has forgotten.
 
     If SLURM has another job under its id, it has forgotten the one that was submitted.
+
+    Args:
+        run: The run folder.
+        job: The job.
+        queue: What SLURM reports about this job and others; None to ask about this one.
     """
     if job.is_local:
         state = local.query_job(run, job)
         outlived_supervisor = state.name == local.LOST and job.what == job_log.TRAIN and run.finished
         return JobState("COMPLETED", exit_code=EXIT_DONE) if outlived_supervisor else state
-    own_attempts = [a for a in attempts.read_attempts(run, job.what) if a.job_key == job.key]
-    is_done = bool(own_attempts) and own_attempts[-1].cause == "done"
-    if job.what != job_log.TRAIN and is_done:  # not asked of SLURM: there may be many of these
+    if _is_done(run, job):
         return JobState("COMPLETED", exit_code=EXIT_DONE)
-    state = scheduler.query_job_or_unknown(job.id, job.cluster)
+    state = queue.query(job) if queue is not None else scheduler.query_job_or_unknown(job.id, job.cluster)
     is_other = not identity.is_same_job(run, job, state)
     if state.name != scheduler.GONE and not is_other:
         return state
-    if (job.what == job_log.TRAIN and run.finished) or is_done:
+    if job.what == job_log.TRAIN and (run.finished or _has_ended_well(run, job)):
         return JobState("COMPLETED", exit_code=EXIT_DONE)
     new_user = f", and gave its number to a job of {state.owner.user}" if is_other and state.owner else ""
     hint = f"SLURM has forgotten it{new_user}: submit again with the same command to continue"
     return JobState(scheduler.GONE, hint=hint, exit_code=EXIT_FAILED)
 
 
-def query_run(run: RunDir) -> RunStatus:
-    """Return the state of a run and of its evaluations."""
+def _is_done(run: RunDir, job: Job) -> bool:
+    """Whether an evaluation has recorded that it is done. SLURM is not asked about these: there may be many."""
+    return job.what != job_log.TRAIN and not job.is_local and _has_ended_well(run, job)
+
+
+def _has_ended_well(run: RunDir, job: Job) -> bool:
+    own_attempts = [a for a in attempts.read_attempts(run, job.what) if a.job_key == job.key]
+    return bool(own_attempts) and own_attempts[-1].cause == "done"
+
+
+def query_run(
+    run: RunDir, queue: QueueSnapshot | None = None, list_jobs: Callable[[str | None], dict[str, str]] | None = None
+) -> RunStatus:
+    """Return the state of a run and of its evaluations.
+
+    Args:
+        run: The run folder.
+        queue: What SLURM reports about the run's jobs; None to ask about each.
+        list_jobs: See ``identity.find_unrecorded_jobs``.
+    """
     history = attempts.read_attempts(run)
     train = job_log.latest_jobs(run).get(job_log.TRAIN)
-    state = query_job(run, train) if train else JobState("COMPLETED" if run.finished else "NONE")
-    evals, hints = _query_evaluations(run)
+    state = query_job(run, train, queue) if train else JobState("COMPLETED" if run.finished else "NONE")
+    evals, hints = _query_evaluations(run, queue)
     decision = retry.decide_retry(history)
     has_given_up = bool(history) and not state.is_active and not decision.retry and history[-1].is_crash
     hints = [
@@ -101,7 +134,7 @@ def query_run(run: RunDir) -> RunStatus:
         *hints,
         decision.reason if has_given_up else "",
         "" if run.finished else retry.describe_no_progress(history),
-        _describe_unrecorded_jobs(run),
+        _describe_unrecorded_jobs(run, list_jobs),
     ]
     return RunStatus(
         run,
@@ -114,6 +147,7 @@ def query_run(run: RunDir) -> RunStatus:
         evals,
         "; ".join(hint for hint in hints if hint),
         measure_uptime(run, time.time() if state.is_active else last_written(run)),
+        queue.expected_start(train) if queue is not None and train is not None else None,
     )
 
 
@@ -146,17 +180,17 @@ def describe_last_end(history: list[Attempt]) -> str:
     return f"{ended[-1].cause}" + (f" ({ended[-1].error})" if ended[-1].error else "")
 
 
-def _describe_unrecorded_jobs(run: RunDir) -> str:
+def _describe_unrecorded_jobs(run: RunDir, list_jobs: Callable[[str | None], dict[str, str]] | None) -> str:
     """What to do about jobs whose submission was interrupted; empty if there are none."""
     try:
-        jobs = identity.find_unrecorded_jobs(run)
+        jobs = identity.find_unrecorded_jobs(run, list_jobs)
     except SubmitError as error:
         return str(error)
     names = " and ".join(f"job {job} ({request.get('what')})" for job, request, _ in jobs)
     return names and f"the submission of {names} was interrupted: submit again with the same command, or cancel the run"
 
 
-def _query_evaluations(run: RunDir) -> tuple[dict[str, str], list[str]]:
+def _query_evaluations(run: RunDir, queue: QueueSnapshot | None) -> tuple[dict[str, str], list[str]]:
     """States by evaluation, and hints."""
     states: dict[str, str] = {}
     hints = []
@@ -164,7 +198,7 @@ def _query_evaluations(run: RunDir) -> tuple[dict[str, str], list[str]]:
     for what, job in job_log.latest_jobs(run).items():
         if what == job_log.TRAIN:
             continue
-        state = query_job(run, job)
+        state = query_job(run, job, queue)
         hint = state.hint
         for attempt in attempts.read_attempts(run, what)[-1:]:
             if not hint and attempt.job_key == job.key and attempt.is_crash and not state.is_active:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from hpcssl import files
 from hpcssl.errors import ConfigError, EvalError
 from hpcssl.nets import resnet, weights
 from hpcssl.nets.resnet import Arch
-from hpcssl.results import curves, gallery, html_page
+from hpcssl.results import curves, gallery
 from hpcssl.run_dir import RunDir
 
 STEPS, PER_EPOCH = 40, 10
@@ -85,14 +84,14 @@ def test_seeds_share_a_line_and_other_settings_have_their_own(tmp_path):
         make_run(tmp_path / "c", lr=0.2),
         make_run(tmp_path / "x" / "c", name="other"),
     ]
-    groups = curves._groups({run: curves.read_curves(run) for run in runs})
+    groups = curves.group_by_seed({run: curves.read_curves(run) for run in runs})
     assert [len(g.curves["loss"][""]) for g in groups] == [2, 1, 1]
     assert len({g.label for g in groups}) == 3, "labels of two folders with the same name differ"
-    epochs, mean, spread = curves._mean(groups[0].curves["loss"][""])
+    epochs, mean, spread = curves.average_members(groups[0].curves["loss"][""])
     np.testing.assert_allclose(mean, 2.0 - epochs / 10)
     np.testing.assert_allclose(spread, np.sqrt(2.0))
     short = (epochs[:5], mean[:5])
-    assert len(curves._mean([groups[0].curves["loss"][""][0], short])[0]) == 5, (
+    assert len(curves.average_members([groups[0].curves["loss"][""][0], short])[0]) == 5, (
         "up to the last epoch of the shorter one"
     )
 
@@ -201,65 +200,3 @@ def test_a_gallery_without_png_suffix_weights_or_validation_shards_is_refused(sc
         gallery.draw_gallery(run.root, tmp_path / "gallery.png")
     assert shards.value.what == "evaluation knn, val shards"
     assert not (tmp_path / "gallery.png").exists()
-
-
-# -- page ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("method", "uses_labels"),
-    [
-        ({"name": "cmsf", "rule": "two_queues"}, False),
-        ({"name": "cmsf", "rule": "supervised"}, True),
-        ({"name": "cmsf", "rule": "semi_supervised"}, True),
-        ({"name": "nnclr", "neighbors": {"rule": "nearest"}}, False),
-        ({"name": "nnclr", "neighbors": {"rule": "oracle"}}, True),
-    ],
-)
-def test_the_page_says_whether_the_training_used_labels(method, uses_labels):
-    recipe = {"model": {"arch": "tiny"}, "optim": {"batch": 8}, "bank": {"size": 9}, "schedule": {"epochs": 4}}
-    text = html_page._describe_recipe(recipe | {"method": method})
-    assert text.endswith("Training used labels.") is uses_labels and ("no labels" in text) is not uses_labels
-
-
-def test_the_page_has_curves_scores_and_neighbors_and_requests_nothing(scored_run, tmp_path):
-    run, _ = scored_run
-    logged = make_run(tmp_path / "logged")
-    sections = {"model": {"arch": "tiny"}, "optim": {"batch": 8}, "bank": {"size": 9}, "method": {"name": "msf"}}
-    recipe = json.loads(run.config.read_text()) | sections | {"schedule": {"epochs": 4}}
-    files.atomic_write(run.config, json.dumps(recipe | {"name": "<mine>"}))
-    for name in ("journal", "attempts"):
-        files.atomic_write(getattr(run, name), getattr(logged, name).read_text() if name == "journal" else "")
-    write_lines(run.eval_rows("knn"), files.read_lines(logged.eval_rows("knn")))
-    ends = [(1, 0, "preempted"), (2, 13, "done")]
-    write_lines(
-        run.attempts,
-        [
-            line
-            for number, step, cause in ends
-            for line in (
-                {"attempt": number, "event": "start", "first_step": step},
-                {"attempt": number, "event": "end", "cause": cause},
-            )
-        ],
-    )
-    text = html_page.write_html(run.root, tmp_path / "page.html").read_text()
-    # every picture lies in the file, and nothing else is named that a browser would load
-    assert not re.search(r"https?:|//[a-z]|<link|<script|@import|url\((?!#)", text)
-    assert set(re.findall(r"src=.(.{21})", text)) == {"data:image/png;base64,"[:21]}
-    assert "name=viewport" in text and "prefers-color-scheme:dark" in text
-    assert "<mine>" not in text and "&lt;mine&gt;" in text
-    assert text.count("<svg") == 3 and "var(--curve)" in text and "#000000" not in text
-    assert "attempt 1 from step 0: preempted; attempt 2 from step 13: done" in text
-    assert "40.0 %" in text and "80.0 %" in text and html_page.ONE_LABEL in text
-    found = gallery.find_neighbors(run, gallery.QUERIES, gallery.NEIGHBORS)
-    assert text.count("<img class=same") == found.is_same_label.sum() > 0
-    assert text.count("<img class=other") == (~found.is_same_label).sum() > 0
-    assert text.count("<img class=query") == len(found.queries) == 10
-
-
-def test_a_page_of_a_run_without_steps_is_refused(scored_run, tmp_path):
-    run, _ = scored_run
-    with pytest.raises(EvalError) as caught:
-        html_page.write_html(run.root, tmp_path / "page.html")
-    assert caught.value.what == f"run folder {run.root}" and not (tmp_path / "page.html").exists()

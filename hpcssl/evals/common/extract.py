@@ -125,6 +125,20 @@ def extract_features(
     return Features([parts[i] for i in range(len(parts))], data.labels, data.classes)
 
 
+def are_stored(encoder: FrozenEncoder, data: ShardSet, options: FeatureOptions, root: Path) -> bool:
+    """Return whether ``extract_features`` would find a file for every part of a set. The files are not verified.
+
+    Args:
+        encoder: The frozen backbone.
+        data: The images.
+        options: View, precision, and batch of the forward pass.
+        root: The folder of ``extract_features``.
+    """
+    folder = _cache_folder(root, encoder, data, options)
+    parts = feature_cache.plan_parts(len(data), options.forward_batch)
+    return folder is not None and all(feature_cache.part_path(folder, i).exists() for i in range(len(parts)))
+
+
 def _cache_folder(root: Path | None, encoder: FrozenEncoder, data: ShardSet, options: FeatureOptions) -> Path | None:
     if root is None:
         return None

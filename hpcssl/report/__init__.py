@@ -1,0 +1,1 @@
+"""``hpcssl report``: one page about one or several runs, as an HTML file that needs nothing else."""
