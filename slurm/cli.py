@@ -20,6 +20,7 @@ from hpcssl.terminal.help_pages import CommandGroup
 from slurm import command_line
 from slurm.backend import sbatch_options
 from slurm.cli_options import EvalEvery, Evals, EvalSbatch, RecipeAndValues, RunFolder, RunFolders, SpareNodes
+from slurm.doctor import cli as doctor_cli
 from slurm.log import job_log
 from slurm.log.job_log import Job, SbatchOptions
 
@@ -185,6 +186,11 @@ def logs(
         sleep(0.5)
         for path in control.find_logs(RunDir(run), job, rank):
             positions[path] = control.print_new_lines(path, positions.get(path, 0), print)
+
+
+app.command(cls=doctor_cli.SplitDoctorOptions, context_settings=doctor_cli.SETTINGS, epilog=doctor_cli.EPILOG)(
+    doctor_cli.doctor
+)
 
 
 def _group_by_evaluation(texts: list[str]) -> dict[str, SbatchOptions]:

@@ -41,6 +41,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {  # pattern: files in which it may appe
         "hpcssl/cli_runner.py",
         "slurm/cli.py",
         "slurm/demo.py",
+        "slurm/doctor/cli.py",
         "slurm/job/epilogue.py",  # a job's standard output is its log
         "slurm/job/task.py",
     ),

@@ -54,7 +54,7 @@ LAYERS = (  # the lowest first; a module belongs to the longest name listed here
     "slurm.manage",
     "slurm.job",
     "slurm.submission",
-    "slurm.demo slurm.submit",
+    "slurm.demo slurm.doctor slurm.submit",
     "slurm.api",
     "slurm.cli",
     "slurm.__main__",
