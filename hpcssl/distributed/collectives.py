@@ -64,12 +64,13 @@ class Collectives:
         if span not in self._neighbors:
             first = self.rank // span * span
             # with local synchronization a rank creates its own group only, and not the W / span groups of all ranks
-            group = dist.new_group(
-                list(range(first, first + span)),
-                timeout=timedelta(seconds=self.timeout_s),
-                use_local_synchronization=True,
-                group_desc=f"{span} neighbors",
-            )
+            with self._collective("new_group", torch.empty(0)):
+                group = dist.new_group(
+                    list(range(first, first + span)),
+                    timeout=timedelta(seconds=self.timeout_s),
+                    use_local_synchronization=True,
+                    group_desc=f"{span} neighbors",
+                )
             assert not isinstance(group, int)  # what torch returns to ranks that are no members
             self._neighbors[span] = Collectives(self.rank - first, span, self.device, group, self.timeout_s)
         found = self._neighbors[span]

@@ -256,3 +256,24 @@ def test_a_fault_leads_to_the_plain_kernels_with_its_reason(monkeypatch, caplog)
     assert "a compile error on cuda" in caught.value.got
     monkeypatch.setattr(selection, "find_fault", lambda _: "")
     assert selection.use_fast_kernels("auto", world) and selection.use_fast_kernels("fast", world)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ghost_groups_on_a_gpu_equal_one_group_after_the_other(dtype):
+    assert selection.find_fault(CUDA) == ""
+    world, results = World(0, 1, 0, CUDA), []
+    generator = torch.Generator(CUDA).manual_seed(0)
+    x, grad = (torch.randn(64, 256, 28, 28, device=CUDA, generator=generator).to(dtype) for _ in range(2))
+    for fast in (True, False):
+        layer = norm.BatchNorm(256, group=16, world=world, fast=fast).to(CUDA)
+        leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = layer(leaf)
+        y.backward(grad)
+        norm.commit_pending([layer], world)
+        results.append([y, leaf.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    tolerance = rounding(torch.float32, 2 * 16 * 28 * 28 * 4)
+    for name, ours, theirs in zip(["y", "dx", "dw", "db", "mean", "var"], *results, strict=True):
+        stored = torch.finfo(dtype).eps if name in ("y", "dx") else 0.0
+        largest = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=(tolerance + stored) * max(1.0, largest))

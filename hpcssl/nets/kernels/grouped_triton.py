@@ -22,6 +22,10 @@ _PROGRAMS = 1024
 """Programs that the kernels that read everything are split into, at least: some seven per multiprocessor of an H200."""
 _MAX_SPLITS = 256
 
+# Without this, triton compiles again for every kind of number here: 1, multiples of 16, and others. The number of
+# channels is left out, because it decides whether a kernel may read several values at once.
+_compiled = triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
+
 
 @triton.jit
 def _tile(pointer, g, row, channel, rows, channels, end):
@@ -30,7 +34,7 @@ def _tile(pointer, g, row, channel, rows, channels, end):
     return pointer + offset, (row[:, None] < end) & (channel[None, :] < channels)
 
 
-@triton.jit
+@_compiled
 def _sum_moments(x, partial, rows, channels, split_rows, splits, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Mean and sum of squared deviations of each split, to ``partial`` [G, 2, S, C] (Chan et al. 1979)."""
     split, g, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -56,7 +60,7 @@ def _sum_moments(x, partial, rows, channels, split_rows, splits, ROWS: tl.conste
     tl.store(place + splits * channels, squares, mask=channel < channels)
 
 
-@triton.jit
+@_compiled
 def _join_moments(
     partial, moments, statistics, rows, channels, split_rows, splits, eps, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -80,7 +84,7 @@ def _join_moments(
     tl.store(statistics + out + channels, total / (rows - 1), mask=stored)
 
 
-@triton.jit
+@_compiled
 def _normalize(
     x, y, moments, weight, bias, rows, channels, AFFINE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -100,7 +104,7 @@ def _normalize(
     tl.store(pointers, normal.to(y.dtype.element_ty), mask=exists)
 
 
-@triton.jit
+@_compiled
 def _sum_gradients(
     grad, x, moments, partial, rows, channels, split_rows, splits, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -127,7 +131,7 @@ def _sum_gradients(
     tl.store(place + splits * channels, dot, mask=known)
 
 
-@triton.jit
+@_compiled
 def _join_gradients(
     partial, sums, grad_weight, grad_bias, groups, channels, splits, SPLITS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -150,7 +154,7 @@ def _join_gradients(
     tl.store(grad_bias + channel, all_total, mask=known)
 
 
-@triton.jit
+@_compiled
 def _propagate(
     grad,
     x,
@@ -195,7 +199,7 @@ class _Layout:
         wanted = min(wanted, _MAX_SPLITS, triton.cdiv(self.rows, _ROWS))
         self.split_rows = triton.cdiv(triton.cdiv(self.rows, wanted), _ROWS) * _ROWS
         self.splits = triton.cdiv(self.rows, self.split_rows)
-        self.padded_splits = triton.next_power_of_2(self.splits)
+        self.padded_splits = max(16, triton.next_power_of_2(self.splits))  # few numbers: few compilations
         self.whole = (triton.cdiv(self.rows, _ROWS), groups, self.blocks)
         self.partial = x.new_empty((groups, 2, self.splits, self.channels), dtype=torch.float32)
 
