@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,20 +22,60 @@ from hpcssl.distributed.liveness.heartbeat import Heartbeat
 
 
 class Collectives:
-    """Collectives over tensors among the ranks of the default process group. ``World`` adds how it is set up.
+    """Collectives over tensors among the ranks of a process group. ``World`` adds how the default one is set up.
 
     Args:
-        rank: Index of this process among all, from 0.
-        size: Number of processes, W.
+        rank: Index of this process among those of the group, from 0.
+        size: Number of processes in the group, W.
         device: Device on which this process computes.
+        group: The process group; None for the default one, of all processes.
+        timeout_s: Seconds that a collective of a group made by ``neighbors`` may take.
 
     Attributes:
         heartbeat: Receives this rank's phases and collectives while a watchdog runs; else None.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device):
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        timeout_s: float = 1800.0,
+    ):
+        self.rank, self.size, self.device, self.timeout_s = rank, size, device, timeout_s
         self.heartbeat: Heartbeat | None = None
+        self._group = group
+        self._neighbors: dict[int, Collectives] = {}
+
+    def neighbors(self, span: int) -> Collectives:
+        """The collectives among this rank's ``span`` neighbors: ranks 0 to span - 1, span to 2·span - 1, and so on.
+
+        The first call with a span creates the group, and is a collective; later ones return it. Only the members of a
+        group talk to each other, so that what travels does not grow with the number of all ranks. On a GPU even all
+        ranks get a communicator of their own: in the default one, a small collective of a backward pass would wait for
+        the gradients that DDP sends.
+
+        Args:
+            span: Ranks per group, a divisor of the number of ranks.
+        """
+        if span == self.size and (span == 1 or self.device.type == "cpu"):
+            return self
+        if span not in self._neighbors:
+            first = self.rank // span * span
+            # with local synchronization a rank creates its own group only, and not the W / span groups of all ranks
+            with self._collective("new_group", torch.empty(0)):
+                group = dist.new_group(
+                    list(range(first, first + span)),
+                    timeout=timedelta(seconds=self.timeout_s),
+                    use_local_synchronization=True,
+                    group_desc=f"{span} neighbors",
+                )
+            assert not isinstance(group, int)  # what torch returns to ranks that are no members
+            self._neighbors[span] = Collectives(self.rank - first, span, self.device, group, self.timeout_s)
+        found = self._neighbors[span]
+        found.heartbeat = self.heartbeat
+        return found
 
     @contextlib.contextmanager
     def _collective(self, kind: str, x: Tensor) -> Iterator[None]:
@@ -57,9 +98,9 @@ class Collectives:
         gathered = sent.new_empty((self.size * len(sent), *sent.shape[1:]))
         with self._collective("all_gather", sent):
             if self.device.type == "cuda":
-                dist.all_gather_into_tensor(gathered, sent)
+                dist.all_gather_into_tensor(gathered, sent, group=self._group)
             else:
-                dist.all_gather(list(gathered.chunk(self.size)), sent)
+                dist.all_gather(list(gathered.chunk(self.size)), sent, group=self._group)
         return gathered.to(x.dtype)
 
     def all_to_all(
@@ -88,6 +129,7 @@ class Collectives:
                 x,
                 None if to_receive is None else list(to_receive),
                 None if to_send is None else list(to_send),
+                group=self._group,
             )
         return received
 
@@ -96,7 +138,7 @@ class Collectives:
         x = x.detach().clone(memory_format=torch.contiguous_format)
         if self.size > 1:
             with self._collective("broadcast", x):
-                dist.broadcast(x, source)
+                dist.broadcast(x, group=self._group, group_src=source)
         return x
 
     def all_gather_with_grad(self, x: Tensor) -> Tensor:
@@ -153,7 +195,7 @@ class Collectives:
             return x.detach()
         x = x.detach().clone(memory_format=torch.contiguous_format)
         with self._collective("all_reduce_sum", x):
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._group)
         return x
 
     def all_reduce_mean(self, x: Tensor) -> Tensor:
@@ -166,7 +208,7 @@ class Collectives:
         if self.size == 1:
             return PendingReduction(x, None)
         with self._collective("all_reduce_max", x):
-            work = dist.all_reduce(x, op=dist.ReduceOp.MAX, async_op=True)
+            work = dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return PendingReduction(x, work, self.heartbeat)
 
     def any(self, flag: bool) -> bool:

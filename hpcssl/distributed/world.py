@@ -37,12 +37,19 @@ class World(Collectives):
         local_rank: Index of this process among those of its node.
         device: Device on which this process computes.
         info: How the ranks found each other; None without a process group.
+        timeout_s: Seconds that a collective may take.
     """
 
     def __init__(
-        self, rank: int, size: int, local_rank: int, device: torch.device, info: launch.LaunchInfo | None = None
+        self,
+        rank: int,
+        size: int,
+        local_rank: int,
+        device: torch.device,
+        info: launch.LaunchInfo | None = None,
+        timeout_s: float = 1800.0,
     ):
-        super().__init__(rank, size, device)
+        super().__init__(rank, size, device, timeout_s=timeout_s)
         self.local_rank = local_rank
         self._info = info
 
@@ -99,13 +106,13 @@ class World(Collectives):
             )
         except (RuntimeError, dist.DistError) as error:
             raise _connection_error(info, error) from error
-        return cls(info.rank, info.size, info.local_rank, device, info)
+        return cls(info.rank, info.size, info.local_rank, device, info, timeout_s)
 
     def close(self) -> None:
         """Destroy the process group. Other ranks may have to wait for it, so call it only after a good end."""
         if self._info is not None:
-            dist.destroy_process_group()
-            self._info = None
+            dist.destroy_process_group()  # and with it those of ``neighbors``
+            self._info, self._neighbors = None, {}
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> World:
         return self  # a network that is copied stays in the same world

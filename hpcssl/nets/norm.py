@@ -7,8 +7,9 @@ A *group* is a run of consecutive samples of the global batch that share their s
 * ``local``: one group per rank.
 * ``ghost``: groups of a given size. This reproduces a paper's "64 images per GPU" on any number of GPUs.
 
-A group that is larger than a rank's rows spans ranks. Its statistics are combined through ``World``, because torch's
-SyncBatchNorm refuses CPU tensors.
+A group that is larger than a rank's rows spans ranks, which exchange statistics among themselves alone. No activation
+is sent. The arithmetic is in ``kernels``: plain code, which runs everywhere and defines the results, and kernels that
+only a GPU has.
 
 The running statistics are equal on all ranks. Each step's group means and variances wait in ``pending`` until all ranks
 agree to take the step. ``commit_pending`` then averages them over groups and ranks in one small reduction, or takes
@@ -21,13 +22,15 @@ Letters in shapes: b rows of this rank, C channels, R ranks of a group, V views 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcssl.distributed.world import World
+from hpcssl.nets.kernels import grouped
+from hpcssl.nets.kernels.grouped import GroupedNorm
+from hpcssl.nets.kernels.spanning import CudaSpanningNorm, PlainSpanningNorm
 
 SCOPES = ("local", "sync", "ghost")
 """Values of the recipe key ``model.norm``."""
@@ -92,6 +95,8 @@ class BatchNorm(nn.Module):
         momentum: Weight of a step's statistics in the running ones, as in torch: 0.1 keeps 90 % of the old value.
         affine: Whether there are a trainable ``weight`` (1 at first) and ``bias`` (0 at first).
         running: Whose statistics enter the running ones: the mean over ``all_groups``, or those of the ``first_group``.
+        fast: Whether CUDA tensors are normalized by the kernels that ``kernels.selection`` has tried. The same on all
+            ranks.
 
     Attributes:
         running_mean: float [C], 0 at first.
@@ -99,7 +104,7 @@ class BatchNorm(nn.Module):
         micro_batches: Forward passes that make up one batch of a step (gradient accumulation).
         rows_per_sample: Consecutive rows of each sample in a forward pass: more than 1 where several views pass
             together and share their statistics.
-        pending: [2, C] per forward pass since the last commit: mean and unbiased variance, averaged over this rank's
+        pending: [2·C] per forward pass since the last commit: means and unbiased variances, averaged over this rank's
             groups, or those of its first group.
     """
 
@@ -116,10 +121,11 @@ class BatchNorm(nn.Module):
         momentum: float = 0.1,
         affine: bool = True,
         running: str = "all_groups",
+        fast: bool = False,
     ):
         super().__init__()
         self.channels, self.group, self.world, self.eps, self.momentum = channels, group, world, eps, momentum
-        self.running = running
+        self.running, self.fast = running, fast
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -149,80 +155,39 @@ class BatchNorm(nn.Module):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         group = self.group * self.rows_per_sample
         if group > len(x):
-            return self._spanning(x, group)
-        parts, statistics = zip(*(self._one_group(part) for part in torch.split(x, group)), strict=True)
-        self.pending.append(statistics[0] if self.running == "first_group" else torch.stack(statistics).mean(0))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _one_group(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # with momentum 1, torch writes this group's mean and unbiased variance into the two buffers
-        statistics_2C = torch.zeros(2, self.channels, dtype=self.running_mean.dtype, device=x.device)
-        mean_C, var_C = statistics_2C
-        y = F.batch_norm(x, mean_C, var_C, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
-        return y, statistics_2C
-
-    def _spanning(self, x: Tensor, group: int) -> Tensor:
-        y: Tensor
-        y, mean_C, var_C = _SpanningNorm.apply(x, self.weight, self.bias, self.eps, group // len(x), self.world)
-        count = group * (x.numel() // x.shape[0] // x.shape[1])
-        self.pending.append(torch.stack((mean_C, var_C * (count / (count - 1)))).to(self.running_mean.dtype))
+            y, statistics = self._spanning(x, group)
+        elif group == len(x):
+            y, statistics = self._one_group(x)
+        else:
+            y, statistics = self._several_groups(x, group)
+        self.pending.append(statistics)
         return y
 
+    def _one_group(self, x: Tensor, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalize all of ``x`` with its own statistics, which go to ``statistics``, zeros [2·C]."""
+        if statistics is None:
+            statistics = torch.zeros(2 * self.channels, dtype=self.running_mean.dtype, device=x.device)
+        # with momentum 1, torch writes the group's mean and unbiased variance into the two buffers
+        mean_C, var_C = statistics.chunk(2)
+        y = F.batch_norm(x, mean_C, var_C, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        return y, statistics
 
-class _SpanningNorm(torch.autograd.Function):
-    """One group over ``span`` neighboring ranks. Statistics are combined in rank order (Chan et al. 1979)."""
+    def _several_groups(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        groups = len(x) // group
+        if self.fast and x.device.type == "cuda" and grouped.takes(x):
+            y, statistics = GroupedNorm.apply(x, groups, self.weight, self.bias, self.eps)
+            statistics = statistics.to(self.running_mean.dtype)
+        else:
+            statistics = torch.zeros(groups, 2 * self.channels, dtype=self.running_mean.dtype, device=x.device)
+            parts = zip(torch.split(x, group), statistics.unbind(), strict=True)
+            y = torch.cat([self._one_group(part, of_part)[0] for part, of_part in parts])
+        return y, statistics[0] if self.running == "first_group" else statistics.mean(0)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, span: int, world: World
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        axes, shape = _reduced_axes(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        var_C, mean_C = torch.var_mean(wide, axes, correction=0)
-        means_RC, vars_RC = _gather_group(torch.stack((mean_C, var_C)), span, world)
-        mean_C = means_RC.mean(0)
-        var_C = vars_RC.mean(0) + (means_RC - mean_C).square().mean(0)
-        invstd_C = (var_C + eps).rsqrt()
-        scale_C = invstd_C if weight is None else invstd_C * weight
-        shift_C = -mean_C * scale_C if bias is None else bias - mean_C * scale_C
-        ctx.save_for_backward(x, weight, mean_C, invstd_C)
-        ctx.span, ctx.world = span, world
-        ctx.mark_non_differentiable(mean_C, var_C)
-        return (wide * scale_C.view(shape) + shift_C.view(shape)).to(x.dtype), mean_C, var_C
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean_C, invstd_C = ctx.saved_tensors
-        axes, shape = _reduced_axes(x)
-        wide, grad_wide = x.to(mean_C.dtype), grad.to(mean_C.dtype)
-        normal = (wide - mean_C.view(shape)) * invstd_C.view(shape)
-        sum_C, dot_C = grad_wide.sum(axes), (grad_wide * normal).sum(axes)
-        sums_RC, dots_RC = _gather_group(torch.stack((sum_C, dot_C)), ctx.span, ctx.world)
-        count = ctx.span * (x.numel() // x.shape[1])
-        mean_grad_C, mean_dot_C = sums_RC.sum(0) / count, dots_RC.sum(0) / count
-        scale_C = invstd_C if weight is None else invstd_C * weight
-        grad_x = (grad_wide - mean_grad_C.view(shape) - normal * mean_dot_C.view(shape)) * scale_C.view(shape)
-        # weight and bias keep this rank's sums: DDP averages them over ranks like every other gradient
-        return (
-            grad_x.to(x.dtype),
-            None if weight is None else dot_C.to(weight.dtype),
-            None if weight is None else sum_C.to(weight.dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def _reduced_axes(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
-    """The axes that statistics reduce, and the shape that broadcasts [C] over ``x``."""
-    return [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-
-
-def _gather_group(pair_2C: Tensor, span: int, world: World) -> Tensor:
-    """Gather [2, C] of every rank of this rank's group as [2, R, C], in rank order."""
-    all_W2C = world.all_gather(pair_2C[None])
-    first = world.rank // span * span
-    return all_W2C[first : first + span].transpose(0, 1)
+    def _spanning(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        peers = self.world.neighbors(group // len(x))
+        norm = CudaSpanningNorm if self.fast and x.device.type == "cuda" else PlainSpanningNorm
+        y, statistics = norm.apply(x, self.weight, self.bias, self.eps, peers)
+        return y, statistics.to(self.running_mean.dtype)
 
 
 def find_norms(networks: Iterable[nn.Module]) -> list[BatchNorm]:
@@ -251,19 +216,24 @@ def commit_pending(norms: list[BatchNorm], world: World) -> None:
     norms = [norm for norm in norms if norm.pending]
     if not norms:
         return
-    batches = [torch.unflatten(torch.stack(norm.pending), 0, (norm.micro_batches, -1)) for norm in norms]
-    if norms[0].running == "first_group":
-        local = [statistics[0] if world.rank == 0 else torch.zeros_like(statistics[0]) for statistics in batches]
-        flat = world.all_reduce_sum(torch.cat([statistics_V2C.flatten() for statistics_V2C in local]))
+    local = [statistics for norm in norms for statistics in _average_micro_batches(norm)]
+    flat = torch.cat(local)  # by norm, then by view: [2·C] each
+    if norms[0].running == "all_groups":
+        flat = world.all_reduce_mean(flat)
     else:
-        local = [statistics.mean(0) for statistics in batches]
-        flat = world.all_reduce_mean(torch.cat([statistics_V2C.flatten() for statistics_V2C in local]))
-    chunks = torch.split(flat, [statistics_V2C.numel() for statistics_V2C in local])
-    means = [chunk.view_as(statistics_V2C) for chunk, statistics_V2C in zip(chunks, local, strict=True)]
-    for view in range(max(map(len, means))):
-        updates = [
-            (norm, *means_V2C[view]) for norm, means_V2C in zip(norms, means, strict=True) if view < len(means_V2C)
-        ]
-        running = [norm.running_mean for norm, _, _ in updates] + [norm.running_var for norm, _, _ in updates]
-        torch._foreach_lerp_(running, [m for _, m, _ in updates] + [v for _, _, v in updates], norms[0].momentum)
+        flat = world.all_reduce_sum(flat if world.rank == 0 else torch.zeros_like(flat))
+    halves = iter(torch.split(flat, [len(statistics) // 2 for statistics in local for _ in range(2)]))
+    updates = [[(next(halves), next(halves)) for _ in norm.pending[:: norm.micro_batches]] for norm in norms]
+    for view in range(max(map(len, updates))):
+        seen = [(norm, *of_norm[view]) for norm, of_norm in zip(norms, updates, strict=True) if view < len(of_norm)]
+        running = [norm.running_mean for norm, _, _ in seen] + [norm.running_var for norm, _, _ in seen]
+        torch._foreach_lerp_(running, [m for _, m, _ in seen] + [v for _, _, v in seen], norms[0].momentum)
     discard_pending(norms)
+
+
+def _average_micro_batches(norm: BatchNorm) -> list[Tensor]:
+    """A layer's pending statistics by view, [2·C] each: averaged over micro-batches, or those of the first one."""
+    views = len(norm.pending) // norm.micro_batches
+    if norm.micro_batches == 1 or norm.running == "first_group":
+        return norm.pending[:views]
+    return list(torch.unflatten(torch.stack(norm.pending), 0, (norm.micro_batches, views)).mean(0))

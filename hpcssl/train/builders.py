@@ -18,6 +18,7 @@ from hpcssl.memory.columns import ColumnSpec
 from hpcssl.methods import METHODS
 from hpcssl.methods.base import BankSpec, Method
 from hpcssl.nets import heads, norm, resnet
+from hpcssl.nets.kernels import selection
 from hpcssl.nets.pair import Encoder, EncoderPair
 from hpcssl.train.recipe import Recipe
 from hpcssl.views import mix
@@ -82,9 +83,11 @@ def build_encoders(
         group_size: Samples of the global batch that share batch norm statistics.
 
     Raises:
-        ConfigError: A key of the ``model`` or ``views`` section that this method cannot use.
+        ConfigError: A key of the ``model`` or ``views`` section that this method cannot use, or
+            ``machine.kernels=fast`` where the fast kernels cannot be used.
     """
     options = recipe.model
+    fast = selection.use_fast_kernels(recipe.machine.kernels, world)
 
     def norm_layer(channels: int, affine: bool = True) -> nn.Module:
         return norm.BatchNorm(
@@ -94,6 +97,7 @@ def build_encoders(
             momentum=options.norm_momentum,
             affine=affine,
             running=options.norm_running,
+            fast=fast,
         )
 
     def encoder(prefix: str, second: Encoder | None) -> Encoder:

@@ -238,6 +238,7 @@ class TrainState:
             "cudnn": torch.backends.cudnn.version() if gpu else None,  # type: ignore[no-untyped-call]
             "world": self.world.size,
             "deterministic": machine.deterministic if gpu else None,
+            "fast_norms": any(layer.fast for layer in self.norms) if gpu else None,
             "channels_last": machine.channels_last,
             "accumulation_steps": machine.accumulation_steps,
         }

@@ -36,7 +36,7 @@ class LiteralSwav:
         self.moment = {name: torch.zeros_like(p) for name, p in self.f.named_parameters()}
         for layer in norm.find_norms([self.f]):  # one group, whatever the rows
             layer.group = 10**9
-            layer._spanning = lambda x, _group, of=layer: of._one_group(x)[0]
+            layer._spanning = lambda x, _group, of=layer: of._one_group(x)
 
     def step(self, batch):
         crops, weight = self.t.images(batch), self.f.predictor.vectors.weight

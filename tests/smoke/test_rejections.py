@@ -110,6 +110,7 @@ CASES = {  # recipe, overrides, what the message names
         "machine.keep_every_steps",
     ),
     "checkpoints at negative times": ("digits_msf", ["machine.checkpoint_steps=-1"], "machine.checkpoint_steps"),
+    "kernels of a GPU on a CPU": ("digits_msf", ["machine.kernels=fast", "machine.devices=cpu"], "machine.kernels"),
     "no time to wait for each other": ("digits_msf", ["machine.timeout_minutes=0"], "machine.timeout_minutes"),
     "digest without a file": ("digits_msf", ["model.weights_sha256=ab"], "model.weights_sha256"),
     "weights that do not exist": ("digits_msf", ["model.weights=nowhere.pth"], "model.weights"),

@@ -23,6 +23,7 @@ from hpcssl.evals.common.sync import StopCheck, as_eval_error, raise_on_any_rank
 from hpcssl.evals.finetune.protocols import FinetuneProtocol
 from hpcssl.evals.linear.heads import count_correct, draw_initial_weights
 from hpcssl.nets import norm
+from hpcssl.nets.kernels import selection
 from hpcssl.nets.norm import BatchNorm
 from hpcssl.optim import build
 from hpcssl.optim.schedule import learning_rate
@@ -70,10 +71,11 @@ def build_network(
         dtype: Precision of the parameters.
     """
     backbone = copy.deepcopy(encoder.backbone).requires_grad_()
+    fast = selection.use_fast_kernels("auto", world)
     for module in list(backbone.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
-                synced = BatchNorm(child.num_features, group=protocol.batch, world=world, eps=child.eps)
+                synced = BatchNorm(child.num_features, group=protocol.batch, world=world, eps=child.eps, fast=fast)
                 synced.load_state_dict({k: v for k, v in child.state_dict().items() if k in synced.state_dict()})
                 setattr(module, name, synced)
     head = nn.Linear(encoder.width, classes)

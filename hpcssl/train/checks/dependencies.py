@@ -103,6 +103,8 @@ def _machine_rules(recipe: Recipe) -> Iterator[Rule]:
         yield key, 0 <= value < math.inf, "0 or more", f"set {key}=0"
     holds = 0 < machine.timeout_minutes < math.inf
     yield "machine.timeout_minutes", holds, "minutes above 0", "set machine.timeout_minutes=30"
+    holds = machine.kernels != "fast" or machine.devices != "cpu"
+    yield "machine.kernels", holds, "auto or plain with machine.devices=cpu", "set machine.kernels=auto"
     if machine.keep_every_steps:
         every = machine.checkpoint_steps
         yield (
