@@ -57,12 +57,19 @@ def uniform(key: int, n: int) -> npt.NDArray[np.float64]:
     return (raw(key, n) >> np.uint64(11)) * _UNIT  # type: ignore[return-value]  # NumPy's stub loses the width
 
 
-def permutation(key: int, n: int) -> npt.NDArray[np.int64]:
-    """A random permutation of ``range(n)``, int64 [n].
+def permutation(key: int, n: int, count: int | None = None) -> npt.NDArray[np.int64]:
+    """A random permutation of ``range(n)``, int64 [n], or its first ``count`` entries.
 
-    It is the order of n random words; ties, one in 2^64, are broken by position.
+    It is the order of n random words; ties, one in 2^64, are broken by position. Few of many entries are found without
+    sorting all words.
     """
-    return np.argsort(raw(key, n), kind="stable")
+    words = raw(key, n)
+    if count is None or count >= n:
+        return np.argsort(words, kind="stable")[:count]
+    if count == 0:
+        return np.empty(0, np.int64)
+    smallest = np.flatnonzero(words <= np.partition(words, count - 1)[count - 1])
+    return smallest[np.argsort(words[smallest], kind="stable")[:count]]
 
 
 def generator(key: int, device: torch.device | str = "cpu") -> torch.Generator:

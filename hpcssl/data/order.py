@@ -212,7 +212,7 @@ class SupportOrder:
         cached_step, samples = self._cached
         if cached_step != training_step:
             count = self.per_step * self.global_batch
-            samples = rng.permutation(rng.key(self.seed, training_step), self.samples)[:count]
+            samples = rng.permutation(rng.key(self.seed, training_step), self.samples, count)
             self._cached = training_step, samples
         return samples[place * self.global_batch : (place + 1) * self.global_batch]
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcssl.distributed.world import World
+from hpcssl.optim.masked import unchanged_unless
 
 SCOPES = ("local", "sync", "ghost")
 """Values of the recipe key ``model.norm``."""
@@ -237,7 +238,7 @@ def discard_pending(norms: list[BatchNorm]) -> None:
 
 
 @torch.no_grad()
-def commit_pending(norms: list[BatchNorm], world: World) -> None:
+def commit_pending(norms: list[BatchNorm], world: World, taken: Tensor | None = None) -> None:
     """Fold the pending statistics into the running ones, with the same bits on every rank. A collective.
 
     Each view counts as one update, as its forward pass would in torch. The micro-batches of a view are averaged first;
@@ -247,6 +248,7 @@ def commit_pending(norms: list[BatchNorm], world: World) -> None:
         norms: Layers with equal ``momentum`` and ``running``; those without pending statistics are left alone. Must be
             the same layers on all ranks.
         world: The processes that train together.
+        taken: bool [] on the device; where it is false, the running statistics stay as they are. None means True.
     """
     norms = [norm for norm in norms if norm.pending]
     if not norms:
@@ -260,10 +262,11 @@ def commit_pending(norms: list[BatchNorm], world: World) -> None:
         flat = world.all_reduce_mean(torch.cat([statistics_V2C.flatten() for statistics_V2C in local]))
     chunks = torch.split(flat, [statistics_V2C.numel() for statistics_V2C in local])
     means = [chunk.view_as(statistics_V2C) for chunk, statistics_V2C in zip(chunks, local, strict=True)]
-    for view in range(max(map(len, means))):
-        updates = [
-            (norm, *means_V2C[view]) for norm, means_V2C in zip(norms, means, strict=True) if view < len(means_V2C)
-        ]
-        running = [norm.running_mean for norm, _, _ in updates] + [norm.running_var for norm, _, _ in updates]
-        torch._foreach_lerp_(running, [m for _, m, _ in updates] + [v for _, _, v in updates], norms[0].momentum)
+    with unchanged_unless(taken, [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]):
+        for view in range(max(map(len, means))):
+            updates = [
+                (norm, *means_V2C[view]) for norm, means_V2C in zip(norms, means, strict=True) if view < len(means_V2C)
+            ]
+            running = [norm.running_mean for norm, _, _ in updates] + [norm.running_var for norm, _, _ in updates]
+            torch._foreach_lerp_(running, [m for _, m, _ in updates] + [v for _, _, v in updates], norms[0].momentum)
     discard_pending(norms)

@@ -32,6 +32,7 @@ class KMeansRule:
 
     vectors: ClassVar[tuple[str, ...]] = ()
     numbers: ClassVar[tuple[str, ...]] = ("group",)
+    heeds_taken = True
 
     def __init__(self, options: CmsfOptions):
         self.options = options
@@ -59,7 +60,7 @@ class KMeansRule:
 
     def after_step(self, targets: dict[int, Embedding], ctx: StepContext) -> None:
         """Keep the embeddings for the next clustering."""
-        ctx.memories["embedding_table"].write(ctx.index_B, targets[1].z)
+        ctx.memories["embedding_table"].write(ctx.index_B, targets[1].z, ctx.taken)
 
     def neighbors(self, target: Embedding, ctx: StepContext) -> ConstrainedNeighbors:
         """Find the nearest rows of the query's cluster."""
