@@ -16,6 +16,7 @@ from hpcssl.methods.base import Embedding, MemoryContext, StepContext
 from hpcssl.methods.cmsf.clusters import ClusterAssignments, kmeans, require_faiss
 from hpcssl.methods.cmsf.constraint import ConstrainedNeighbors, find_constrained
 from hpcssl.methods.cmsf.options import CmsfOptions
+from hpcssl.methods.cmsf.split_kmeans import split_kmeans
 
 _IMAGES_PER_CLUSTER = 25.6  # 50,000 clusters for the 1,281,167 images of ImageNet
 
@@ -50,8 +51,10 @@ class KMeansRule:
         assignments = ctx.memories["clusters"]
         number = self.options.num_clusters or max(1, round(assignments.images / _IMAGES_PER_CLUSTER))
         seed = rng.key(ctx.seed, "kmeans", ctx.step)
-        cluster = partial(kmeans, clusters=number, iterations=self.options.kmeans_iterations, seed=seed)
-        assignments.update(ctx.memories["embedding_table"], cluster)
+        on_gpu = ctx.world.device.type == "cuda"
+        compute = partial(split_kmeans, world=ctx.world) if on_gpu else kmeans
+        cluster = partial(compute, clusters=number, iterations=self.options.kmeans_iterations, seed=seed)
+        assignments.update(ctx.memories["embedding_table"], cluster, split=on_gpu)
         ctx.bank.rewrite("group", "index", assignments.cluster_of)
 
     def bank_columns(self, target: Embedding, ctx: StepContext) -> dict[str, Tensor]:
