@@ -1,7 +1,8 @@
 """Run logging: console, JSON lines, TensorBoard and progress bar.
 
-Scalars may be tensors on the device. They are fetched together at the next flush, so that a step never waits for its
-own loss. When a run resumes, the journal is truncated to the step of the checkpoint, so that each step has one line.
+Scalars may be tensors on the device. They are averaged and fetched together, so that a step never waits for its own
+loss. A GPU copies them while the host goes on, and their lines are written with the next step; on a CPU at once. When a
+run resumes, the journal is truncated to the step of the checkpoint, so that each step has one line.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from hpcssl.distributed.batch_layout import BatchLayout
+from hpcssl.distributed.collectives import PendingReduction
+from hpcssl.distributed.devices import stack_scalars, to_device
 from hpcssl.distributed.liveness.record import node_name
 from hpcssl.distributed.straggler import StragglerDetector
 from hpcssl.distributed.world import World
@@ -74,6 +78,7 @@ class Journal:
         self.run, self.world, self.every, self.batch = run, world, every, batch
         self._last = last_step
         self._pending: list[tuple[int, dict[str, torch.Tensor | float]]] = []
+        self._fetching: tuple[PendingReduction, list[int], list[list[str]], float] | None = None
         self._bar: ProgressBar | None = None
         self._file: JsonLinesWriter | None = None
         self._samples: JsonLinesWriter | None = None
@@ -109,46 +114,54 @@ class Journal:
             step: Number of completed steps.
             scalars: Numbers, or tensors with one element on any device.
         """
+        self._finish_flush()
         self._pending.append((step, scalars))
         if step % self.every == 0 or step == self._last:
-            self.flush()
+            self._start_flush()
+            if self.world.device.type == "cpu":
+                self._finish_flush()
 
     def flush(self) -> None:
         """Average the pending scalars over ranks and write them. A collective."""
+        self._finish_flush()
+        self._start_flush()
+        self._finish_flush()
+
+    def _start_flush(self) -> None:
+        """Average the pending scalars over ranks, and begin to copy the means to the host. A collective."""
         if not self._pending:
             return
-        steps = [step for step, _ in self._pending]
-        names = [list(scalars) for _, scalars in self._pending]
-        scalars_S = torch.stack(
-            [
-                torch.as_tensor(v, dtype=torch.float64, device=self.world.device).detach().reshape(())
-                for _, scalars in self._pending
-                for v in scalars.values()
-            ]
-        )
-        self._pending.clear()
-        means = self.world.all_reduce_mean(torch.cat([scalars_S, self._times()])).tolist()
-        values = iter(means)
+        steps, rows = [step for step, _ in self._pending], [scalars for _, scalars in self._pending]
+        self._pending = []
+        now = time.monotonic()
+        rate = (steps[-1] - self._clock_step) * self.batch / max(now - self._clock, 1e-9)
+        self._clock, self._clock_step = now, steps[-1]
+        means = self.world.all_reduce_mean(torch.cat([stack_scalars(rows, self.world.device), self._times()]))
+        self._fetching = PendingReduction(means, None), steps, [list(row) for row in rows], rate
+
+    def _finish_flush(self) -> None:
+        """Write the means that were copied, if there are some. Not a collective."""
+        if self._fetching is None:
+            return
+        (reduction, steps, names, rate), self._fetching = self._fetching, None
+        values = iter(reduction.result().tolist())
         lines: list[dict[str, Any]] = [
             {"step": step, **{name: _finite(next(values)) for name in row}}
             for step, row in zip(steps, names, strict=True)
         ]
-        now = time.monotonic()
-        rate = (steps[-1] - self._clock_step) * self.batch / max(now - self._clock, 1e-9)
-        self._clock, self._clock_step = now, steps[-1]
         lines[-1]["images_per_s"] = round(rate, 1)
         if self.world.is_main:
-            lines[-1] |= self._rank_times(means[len(scalars_S) :])
+            lines[-1] |= self._rank_times(list(values))
             lines[-1] |= self._phase_totals()
             self._write(lines)
 
     def _times(self) -> torch.Tensor:
         """[2·W] float64: this rank's own seconds per step and its wait for data, at its index; 0 for other ranks."""
         world = self.world
-        times = torch.zeros(2, world.size if world.heartbeat is not None else 0, dtype=torch.float64)
+        times = np.zeros((2, world.size if world.heartbeat is not None else 0))
         if world.heartbeat is not None:
-            times[:, world.rank] = torch.tensor(world.heartbeat.clock.take(), dtype=torch.float64)
-        return times.flatten().to(world.device)
+            times[:, world.rank] = world.heartbeat.clock.take()
+        return to_device(times.flatten(), world.device)
 
     def _phase_totals(self) -> dict[str, float]:
         """Seconds that rank 0 has spent in each category of phases, over all attempts."""
@@ -230,6 +243,7 @@ class Journal:
         Not a collective: scalars that were not flushed are dropped.
         """
         self._pending.clear()
+        self._fetching = None  # a collective of a rank that has failed never ends
         for file in (self._file, self._samples):
             if file is not None:
                 self._report(file.path, file.close())

@@ -83,7 +83,11 @@ def permutation_slice(key: int, n: int, start: int, stop: int) -> npt.NDArray[np
     Beyond ``MAX_SORTED`` numbers, time and memory depend on ``stop`` - ``start`` only.
     """
     if n <= MAX_SORTED:
-        return permutation(key, n)[start:stop]
+        words = raw(key, n)
+        if 0 < stop < n:  # the entries up to ``stop`` are found without sorting all words
+            smallest = np.flatnonzero(words <= np.partition(words, stop - 1)[stop - 1])
+            return smallest[np.argsort(words[smallest], kind="stable")[start:stop]]
+        return np.argsort(words, kind="stable")[start:stop]
     side = math.isqrt(n - 1) + 1
     sides = np.uint64(side), np.uint64(-(-n // side))
     keys = raw(key, _ROUNDS)

@@ -243,6 +243,12 @@ class PendingReduction:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
+    def on_device(self) -> Tensor:
+        """Return the reduced values on the device. A GPU waits for them there, without the host."""
+        if self._work is not None:  # on a CPU, where the host computes
+            self.result()
+        return self._x
+
     def result(self) -> Tensor:
         """Wait for the reduced values and return them, on the CPU."""
         if self._heartbeat is not None:

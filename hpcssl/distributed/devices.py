@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -146,3 +148,51 @@ def to_device(numbers: npt.NDArray[Any], device: torch.device) -> Tensor:
     """
     tensor = torch.from_numpy(numbers)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def stack_scalars(rows: Sequence[Mapping[str, Tensor | float]], device: torch.device) -> Tensor:
+    """Put numbers of the host and of the device into one tensor, with one transfer and without waiting.
+
+    Args:
+        rows: Numbers, or tensors with one element on ``device`` or on the CPU.
+        device: The device of the result.
+
+    Returns:
+        float64 [scalars], in the order of the rows and of their entries.
+    """
+    values = [value for row in rows for value in row.values()]
+    on_device = [place for place, value in enumerate(values) if isinstance(value, Tensor) and value.device == device]
+    at = {place: number for number, place in enumerate(on_device)}
+    tensors = [value.detach().reshape(()).double() for value in (values[place] for place in on_device)]
+    host = np.array([0.0 if place in at else float(value) for place, value in enumerate(values)])
+    everything = to_device(host, device)
+    if not tensors:
+        return everything
+    order = np.array([len(values) + at[place] if place in at else place for place in range(len(values))], np.int64)
+    return torch.cat([everything, torch.stack(tensors)])[to_device(order, device)]
+
+
+_copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def copy_images(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy the images of a batch to a device.
+
+    A GPU copies them from page-locked memory on a stream of its own, while it still computes the step before: the host
+    is one step ahead where it reads verdicts late. The current stream waits for the copies.
+
+    Args:
+        images: Tensors on the CPU, in page-locked memory for a GPU. Whoever writes to them again must wait for what is
+            queued on the current stream until then.
+        device: The device.
+    """
+    if device.type != "cuda":
+        return [image.to(device) for image in images]
+    stream = _copy_streams.get(device) or _copy_streams.setdefault(device, torch.cuda.Stream(device))
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copies = [image.to(device, non_blocking=True) for image in images]
+    current.wait_stream(stream)
+    for copy in copies:
+        copy.record_stream(current)  # its memory was allocated for the other stream
+    return copies

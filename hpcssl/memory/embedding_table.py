@@ -56,7 +56,7 @@ class EmbeddingTable:
         )
         self._buffer.filled = images  # every slot can be read; `known` says which were written
 
-    def write(self, index_B: Tensor, z_BD: Tensor) -> None:
+    def write(self, index_B: Tensor, z_BD: Tensor, taken: Tensor | None = None) -> None:
         """Replace the embeddings of every rank's images.
 
         An image may stand twice in the global batch, where it replaces a damaged one. Then the later row is kept.
@@ -64,10 +64,12 @@ class EmbeddingTable:
         Args:
             index_B: [b] int64, image numbers; below 0: not written.
             z_BD: [b, D], embeddings.
+            taken: bool [], equal on all ranks; where it is false, nothing is written. None means True.
         """
         index_N = self.world.all_gather_rows(index_B, self.layout)
         repeated_later = (index_N[:, None] == index_N).triu(1).any(1)
-        self._buffer.push(index_N.masked_fill(repeated_later, -1), z=z_BD, known=torch.ones_like(index_B))
+        left_out = repeated_later if taken is None else repeated_later | ~taken
+        self._buffer.push(index_N.masked_fill(left_out, -1), z=z_BD, known=torch.ones_like(index_B))
 
     def read(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return (embeddings [b, D], whether they are known [b] bool) of this rank's images; zeros where not known."""

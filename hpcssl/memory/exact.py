@@ -75,7 +75,10 @@ def sums(rows: Tensor, among: Among, *, max_rows: int) -> tuple[Tensor, Tensor]:
     grid, value = 2.0 ** (51 - max(1, max_rows - 1).bit_length()), among[1]
     total = rows.new_zeros(len(value), rows.shape[1], dtype=torch.float64)
     count = torch.zeros_like(value)
-    allowed_rows = torch.isin(among[0], value[value >= 0]).nonzero().squeeze(1)  # most rows are allowed to no query
+    if rows.device.type == "cpu":  # most rows are allowed to no query
+        allowed_rows = torch.isin(among[0], value[value >= 0]).nonzero().squeeze(1)
+    else:  # the host would have to wait for their number
+        allowed_rows = torch.arange(len(rows), device=rows.device)
     for chunk in torch.split(allowed_rows, CHUNK):
         part = rows[chunk].to(torch.float64, copy=True).mul_(grid).round_().div_(grid)
         allowed = ~forbidden((among[0][chunk], value), 0, len(chunk))

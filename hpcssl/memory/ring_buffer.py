@@ -12,7 +12,6 @@ Methods are collectives unless they say otherwise: all ranks call them, in the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,36 +19,18 @@ from torch import Tensor
 from hpcssl import rng
 from hpcssl.checkpoint.shard import TensorShard
 from hpcssl.distributed.batch_layout import BatchLayout
+from hpcssl.distributed.devices import to_device
 from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError, ResumeError, WorldError, require_choice, suggest
 from hpcssl.memory.checkpointed import RowReader
 from hpcssl.memory.columns import ColumnSpec
 from hpcssl.memory.shard_exchange import PushRoute, fetch_rows
-from hpcssl.memory.slots import allocate, block_of, chosen_pieces, fill_randomly, next_pieces
+from hpcssl.memory.slots import PushUndo, allocate, block_of, chosen_pieces, fill_randomly, next_pieces
 
 PLACEMENTS = ("replicated", "sharded")
 INITS = ("random", "empty")
 _RNG_NAMES = {"previous_epoch": "twin", "second_modality": "twin"}  # former names, kept: another key changes every run
 _READ_ROWS = 2**16  # rows that ``load`` reads at a time, which bounds the memory it takes
-
-
-@dataclass(frozen=True)
-class PushUndo:
-    """What one push has overwritten on this rank. ``RingBuffer.undo`` restores it.
-
-    Attributes:
-        version: version of the buffer after the push; any later change makes the undo invalid.
-        pointer: the pointer before the push.
-        filled: number of filled slots before the push.
-        places: the local rows that were overwritten, in pieces.
-        replaced: for each column, the old values of these pieces.
-    """
-
-    version: int
-    pointer: int
-    filled: int
-    places: list[slice | Tensor]
-    replaced: dict[str, list[Tensor]]
 
 
 class RingBuffer:
@@ -96,7 +77,9 @@ class RingBuffer:
         self.first, self.last = self._block if self.sharded else (0, size)  # the slots that this rank holds
         self.pointer, self.filled, self._version = 0, size if init == "random" else 0, 0
         self.columns = {name: spec.resolve(name, dtype) for name, spec in columns.items()}
-        self._rows = {name: allocate(spec, self.last - self.first, world.device) for name, spec in self.columns.items()}
+        held = self.last - self.first
+        self._stored = {name: allocate(spec, held, world.device) for name, spec in self.columns.items()}
+        self._rows = {name: stored[:held] for name, stored in self._stored.items()}  # without the spare row
         if init == "random":
             for name, rows in self._rows.items():
                 if rows.dim() == 2:
@@ -104,12 +87,14 @@ class RingBuffer:
 
     # -- writing ----------------------------------------------------------------------------------------------
 
-    def push(self, slots: Tensor | None = None, /, **rows: Tensor) -> PushUndo:
+    def push(self, slots: Tensor | None = None, taken: Tensor | None = None, /, **rows: Tensor) -> PushUndo:
         """Write the rows of every rank over the oldest slots, in the order of the global batch.
 
         Args:
             slots: [W·b] int64, equal on all ranks: write to these slots instead (below 0: nowhere) and leave the
                 pointer where it is. See ``draw_slots``.
+            taken: bool [], equal on all ranks; where it is false, no row is changed although the pointer moves. None
+                means True. It is not read by the host.
             **rows: [b, D] or [b] for every column.
 
         Returns:
@@ -137,12 +122,12 @@ class RingBuffer:
         else:
             pieces = next_pieces(self.pointer, count, self.size, self.first, self.last)
         replaced = {}
-        for name, stored in self._rows.items():
+        for name, stored in self._stored.items():
             row = rows[name].to(stored.dtype)
             batch = route.send(row) if route else self.world.all_gather_rows(row, self.layout)
             replaced[name] = [stored[place].clone() for _, place in pieces]
-            for source, place in pieces:
-                stored[place] = batch[source]
+            for (source, place), old in zip(pieces, replaced[name], strict=True):
+                stored[place] = batch[source] if taken is None else torch.where(taken, batch[source], old)
         self._version += 1
         undo = PushUndo(self._version, self.pointer, self.filled, [place for _, place in pieces], replaced)
         if slots is None:
@@ -161,20 +146,27 @@ class RingBuffer:
         """
         if self.filled < self.size:
             return None
-        return torch.from_numpy(rng.permutation_slice(key, self.size, 0, count)).to(self.world.device)
+        return to_device(rng.permutation_slice(key, self.size, 0, count), self.world.device)
 
-    def undo(self, push: PushUndo) -> None:
+    def undo(self, push: PushUndo, unless: Tensor | None = None) -> None:
         """Undo the last push, bit for bit. Not a collective.
+
+        Args:
+            push: what the push returned.
+            unless: bool [], equal on all ranks; where it is true, the rows stay as they were pushed. It is not read by
+                the host: pointer and filled slots stay those after the push, and the caller restores them once it
+                knows the value. None undoes all.
 
         Raises:
             ValueError: if the buffer has changed since that push.
         """
         if push.version != self._version:
             raise ValueError(f"push {push.version}: only the last push can be undone, and only once")
-        self.pointer, self.filled = push.pointer, push.filled
-        for name, stored in self._rows.items():
+        if unless is None:
+            self.pointer, self.filled = push.pointer, push.filled
+        for name, stored in self._stored.items():
             for place, old in zip(push.places, push.replaced[name], strict=True):
-                stored[place] = old
+                stored[place] = old if unless is None else torch.where(unless, stored[place], old)
         self._version += 1
 
     def rewrite(self, column: str, source: str, function: Callable[[Tensor], Tensor]) -> None:

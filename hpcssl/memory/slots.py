@@ -5,6 +5,8 @@ A rank holds the slots first … last-1: all N of a replicated buffer, its own b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +19,25 @@ Piece = tuple[slice | Tensor, slice | Tensor]
 """Rows of a global batch that are stored on this rank: (rows of the batch, rows of this rank's tensor)."""
 
 _BLOCK = 4096  # slots whose initial rows share an RNG key: changing it changes every run
+
+
+@dataclass(frozen=True)
+class PushUndo:
+    """What one push has overwritten on this rank. ``RingBuffer.undo`` restores it.
+
+    Attributes:
+        version: version of the buffer after the push; any later change makes the undo invalid.
+        pointer: the pointer before the push.
+        filled: number of filled slots before the push.
+        places: the local rows that were overwritten, in pieces.
+        replaced: for each column, the old values of these pieces.
+    """
+
+    version: int
+    pointer: int
+    filled: int
+    places: list[slice | Tensor]
+    replaced: dict[str, list[Tensor]]
 
 
 def block_of(world: World, size: int) -> tuple[int, int]:
@@ -37,13 +58,21 @@ def next_pieces(pointer: int, count: int, size: int, first: int, last: int) -> l
 
 
 def chosen_pieces(slots: Tensor, first: int, last: int) -> list[Piece]:
-    """Return where the rows of a batch are stored that go to ``slots`` [W·b]; slots below 0 are stored nowhere."""
-    source = ((slots >= first) & (slots < last)).nonzero()[:, 0]
-    return [(source, slots[source] - first)]
+    """Return where the rows of a batch are stored that go to ``slots`` [W·b]; slots below 0 are stored nowhere.
+
+    All rows are written, so that the host need not know how many belong to this rank: those that do not go to the spare
+    row ``last - first`` (see ``allocate``).
+    """
+    here = (slots >= first) & (slots < last)
+    return [(slice(None), torch.where(here, slots - first, last - first))]
 
 
 def allocate(spec: ColumnSpec, rows: int, device: torch.device) -> Tensor:
-    """Return a tensor for a number of rows of a column: zeros for vectors, -1 for integers."""
+    """Return a tensor for a number of rows of a column and one spare row: zeros for vectors, -1 for integers.
+
+    The spare row is written by ``chosen_pieces`` and never read.
+    """
+    rows += 1
     if spec.dim is None:
         return torch.full((rows,), -1, dtype=spec.dtype, device=device)
     return torch.zeros(rows, spec.dim, dtype=spec.dtype, device=device)

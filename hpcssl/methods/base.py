@@ -111,6 +111,8 @@ class StepContext:
         metrics: scalars that are logged with the step, by name.
         target_embeddings: embeddings of all target views, by view.
         memories: what the method keeps besides the bank, by name; see ``StateHooks``.
+        taken: bool [] on the device, equal on all ranks, after the backward pass of a step whose verdict the host has
+            not read: whether the step is taken (``train/verdict.py``). None where it is known to be.
     """
 
     step: int
@@ -128,6 +130,7 @@ class StepContext:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     target_embeddings: dict[int, Embedding] = field(default_factory=dict)
     memories: dict[str, Any] = field(default_factory=dict)
+    taken: Tensor | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -265,12 +268,16 @@ class StateHooks:
             pushed. Default: none.
         after_step: called with the target embeddings, by view, after a step that was not discarded: a discarded step
             leaves no trace. Default: does nothing.
+        heeds_taken: an attribute and not a function: whether ``after_step`` changes nothing where ``ctx.taken`` is
+            false. Without it, a GPU run waits for every step before it queues the next. Default: True for a method
+            without ``after_step``, else False.
     """
 
     build_memories: Callable[[MemoryContext], dict[str, CheckpointedMemory]]
     before_step: Callable[[StepContext], None]
     bank_columns: Callable[[Embedding, StepContext], dict[str, Tensor]]
     after_step: Callable[[dict[int, Embedding], StepContext], None]
+    heeds_taken: bool
 
     @classmethod
     def of(cls, owner: object) -> StateHooks:
@@ -280,4 +287,5 @@ class StateHooks:
             before_step=getattr(owner, "before_step", lambda ctx: None),
             bank_columns=getattr(owner, "bank_columns", lambda target, ctx: {}),
             after_step=getattr(owner, "after_step", lambda targets, ctx: None),
+            heeds_taken=getattr(owner, "heeds_taken", not hasattr(owner, "after_step")),
         )

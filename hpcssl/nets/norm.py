@@ -31,6 +31,7 @@ from hpcssl.distributed.world import World
 from hpcssl.nets.kernels import grouped
 from hpcssl.nets.kernels.grouped import GroupedNorm
 from hpcssl.nets.kernels.spanning import CudaSpanningNorm, PlainSpanningNorm
+from hpcssl.optim.masked import unchanged_unless
 
 SCOPES = ("local", "sync", "ghost")
 """Values of the recipe key ``model.norm``."""
@@ -202,7 +203,7 @@ def discard_pending(norms: list[BatchNorm]) -> None:
 
 
 @torch.no_grad()
-def commit_pending(norms: list[BatchNorm], world: World) -> None:
+def commit_pending(norms: list[BatchNorm], world: World, taken: Tensor | None = None) -> None:
     """Fold the pending statistics into the running ones, with the same bits on every rank. A collective.
 
     Each view counts as one update, as its forward pass would in torch. The micro-batches of a view are averaged first;
@@ -212,6 +213,7 @@ def commit_pending(norms: list[BatchNorm], world: World) -> None:
         norms: Layers with equal ``momentum`` and ``running``; those without pending statistics are left alone. Must be
             the same layers on all ranks.
         world: The processes that train together.
+        taken: bool [] on the device; where it is false, the running statistics stay as they are. None means True.
     """
     norms = [norm for norm in norms if norm.pending]
     if not norms:
@@ -224,10 +226,11 @@ def commit_pending(norms: list[BatchNorm], world: World) -> None:
         flat = world.all_reduce_sum(flat if world.rank == 0 else torch.zeros_like(flat))
     halves = iter(torch.split(flat, [len(statistics) // 2 for statistics in local for _ in range(2)]))
     updates = [[(next(halves), next(halves)) for _ in norm.pending[:: norm.micro_batches]] for norm in norms]
-    for view in range(max(map(len, updates))):
-        seen = [(norm, *of_norm[view]) for norm, of_norm in zip(norms, updates, strict=True) if view < len(of_norm)]
-        running = [norm.running_mean for norm, _, _ in seen] + [norm.running_var for norm, _, _ in seen]
-        torch._foreach_lerp_(running, [m for _, m, _ in seen] + [v for _, _, v in seen], norms[0].momentum)
+    with unchanged_unless(taken, [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]):
+        for view in range(max(map(len, updates))):
+            seen = [(norm, *of_norm[view]) for norm, of_norm in zip(norms, updates, strict=True) if view < len(of_norm)]
+            running = [norm.running_mean for norm, _, _ in seen] + [norm.running_var for norm, _, _ in seen]
+            torch._foreach_lerp_(running, [m for _, m, _ in seen] + [v for _, _, v in seen], norms[0].momentum)
     discard_pending(norms)
 
 

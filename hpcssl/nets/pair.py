@@ -20,6 +20,7 @@ from hpcssl.distributed.batch_layout import BatchLayout
 from hpcssl.distributed.world import World
 from hpcssl.nets import norm
 from hpcssl.nets.heads import Prototypes
+from hpcssl.optim import masked
 
 Embedded = tuple[Tensor, Tensor | None]
 """Projection z and prediction u of a view: [b, D] each, of unit length. With prototypes, u holds the scores [b, C].
@@ -223,22 +224,32 @@ class EncoderPair(nn.Module):
         return z_per_view
 
     @torch.no_grad()
-    def update_ema(self, momentum: float) -> None:
+    def update_ema(self, momentum: float, taken: Tensor | None = None) -> None:
         """Move the target encoder toward the online one; nothing without a moving average.
 
         target ← momentum · target + (1 − momentum) · online, for parameters only. Statistics of the norms are the
         target encoder's own.
+
+        Args:
+            momentum: From 0 to 1.
+            taken: bool [] on the device; where it is false, nothing is changed. None means True.
         """
         if self.target is None:
             return
         target: list[Tensor] = list(self.target.parameters())
         online: list[Tensor] = [p for name, p in self.online.named_parameters() if "predictor" not in name.split(".")]
-        torch._foreach_lerp_(target, online, 1 - momentum)
+        with masked.unchanged_unless(taken, target):
+            torch._foreach_lerp_(target, online, 1 - momentum)
 
-    def normalize_prototypes(self) -> None:
-        """Scale prototypes, where the predictor is made of them, to unit length. To be called after every update."""
+    def normalize_prototypes(self, taken: Tensor | None = None) -> None:
+        """Scale prototypes, where the predictor is made of them, to unit length. To be called after every update.
+
+        Args:
+            taken: bool [] on the device; where it is false, nothing is changed. None means True.
+        """
         if isinstance(self.online.predictor, Prototypes):
-            self.online.predictor.normalize_prototypes()
+            with masked.unchanged_unless(taken, list(self.online.predictor.parameters())):
+                self.online.predictor.normalize_prototypes()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Keep gradients of this backward pass on their rank; for all micro-batches but the last."""

@@ -15,15 +15,17 @@ import torch
 from hpcssl import config, files
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState
 from hpcssl.data.batch import Batch
-from hpcssl.errors import HpcsslError, ResumeError
+from hpcssl.errors import ResumeError
 from hpcssl.journal import Journal
 from hpcssl.nets import weights
 from hpcssl.run_dir import RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train import replicas
 from hpcssl.train.damage_log import DamageLog
-from hpcssl.train.step import StepFlags, StepReport, train_step
+from hpcssl.train.step import launch_step
+from hpcssl.train.step_queue import StepQueue
 from hpcssl.train.train_state import TrainState
+from hpcssl.train.verdict import NonFiniteError, StepFlags, StepReport
 
 LOG = logging.getLogger("hpcssl")
 
@@ -39,10 +41,6 @@ class OnlineEvaluation(Protocol):
 
     def __call__(self, path: Path, step: int) -> Mapping[str, float] | None:
         """Return scores of the exported weights at ``path`` by name, or None if a stop came first. A collective."""
-
-
-class NonFiniteError(HpcsslError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +96,27 @@ class Loop:
             return LoopResult(finished=False)
         saved_at = time.monotonic()
         batches = iter(self.batches(t.step, t.last_step, self.stop.is_set))
+        steps = StepQueue(t, launch_step, self._is_boundary)
         while t.step < t.last_step:
             t.world.set_phase("data", t.step + 1)
             batch = next(batches)
             t.world.set_phase("step")
             save_due = machine.checkpoint_minutes > 0 and time.monotonic() - saved_at > machine.checkpoint_minutes * 60
-            report = train_step(t, batch, partial(self._step_flags, batch, save_due))
-            if report.abandoned:
-                return self._save_and_stop()
-            self._record_step(batch, report)
+            stop = save = False
+            for batch_of_step, report in steps.take(batch, partial(self._step_flags, batch, save_due)):
+                if report.abandoned:
+                    return self._save_and_stop()
+                self._record_step(batch_of_step, report)
+                stop, save = stop or report.flags.stop, save or report.flags.save_due
+            if not steps.is_settled:
+                continue
             if t.step == t.last_step:
                 break
-            if report.flags.stop:
+            if stop:
                 return self._save_and_stop()
             by_steps = machine.checkpoint_steps > 0 and t.step % machine.checkpoint_steps == 0
             # No save after a step that was not taken: a run that diverges keeps the checkpoints from before.
-            if report.taken and (report.flags.save_due or by_steps):
+            if report.taken and (save or by_steps):
                 self._begin_save()
                 saved_at = time.monotonic()
             elif machine.replica_check_steps > 0 and t.step % machine.replica_check_steps == 0:
@@ -121,6 +124,12 @@ class Loop:
             if not self._export_and_evaluate():
                 return self._save_and_stop()
         return self._finish()
+
+    def _is_boundary(self, step: int) -> bool:
+        """Whether a save, a comparison, an export or an evaluation may follow after this number of steps."""
+        t, machine = self.training, self.training.recipe.machine
+        intervals = t.steps_per_epoch, machine.checkpoint_steps, machine.replica_check_steps
+        return step == t.last_step or any(every > 0 and step % every == 0 for every in intervals)
 
     def _step_flags(self, batch: Batch, save_due: bool) -> StepFlags:
         """Return what this rank reports to all ranks with the step."""
@@ -135,17 +144,16 @@ class Loop:
     def _record_step(self, batch: Batch, report: StepReport) -> None:
         """Do what follows each step: complete a save, write metrics, count damaged samples, handle bad steps."""
         t = self.training
-        # A save that all ranks have written is completed before the next step counts: a kill right now then loses
-        # one step less.
+        # A save that all ranks have written is completed before the next step counts: a kill then loses one step less.
         if self.checkpoints.saving and not report.flags.save_in_flight:
             self._complete_save()
-        self.journal.write(t.step, epoch=(t.step - 1) / t.steps_per_epoch, **report.scalars)
+        self.journal.write(report.step, epoch=(report.step - 1) / t.steps_per_epoch, **report.scalars)
         if t.recipe.machine.log_sample_ids:
-            self.journal.write_sample_ids(t.step, torch.as_tensor(batch.index), t.layout)
+            self.journal.write_sample_ids(report.step, torch.as_tensor(batch.index), t.layout)
         if report.flags.damaged and self.damage_log is not None:
-            self.damage_log.record(t.step, batch)
+            self.damage_log.record(report.step, batch)
         if not report.taken:
-            LOG.warning("Step %d was skipped on all ranks: %s.", t.step, report.reason)
+            LOG.warning("Step %d was skipped on all ranks: %s.", report.step, report.reason)
             self._handle_nonfinite(batch)
 
     def _handle_nonfinite(self, batch: Batch) -> None:

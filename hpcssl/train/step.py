@@ -1,25 +1,29 @@
 """One training step of any method: embed, compute targets and loss, backward, update, feed the bank.
 
-The step knows no method by name. All ranks take it together or skip it together.
+The step knows no method by name. All ranks take it together or skip it together; ``verdict`` explains how they find
+out, and when the host does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hpcssl import rng
 from hpcssl.data.batch import Batch
-from hpcssl.memory.ring_buffer import PushUndo
+from hpcssl.memory.slots import PushUndo
 from hpcssl.methods.base import Embedding, StepContext
 from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
+from hpcssl.optim import masked
+from hpcssl.train import verdict
 from hpcssl.train.train_state import TrainState
+from hpcssl.train.verdict import HostState, LaunchedStep, StepFlags, StepReport, Verdict
 from hpcssl.views import mix
 from hpcssl.views.mix import MixPairing, Mixture
 from hpcssl.views.plan import Term
@@ -28,42 +32,18 @@ Mixtures = dict[int, tuple[Mixture, MixPairing]]
 """For each mixed view, by its number: how it was mixed, and with which images."""
 
 
-class StepFlags(NamedTuple):
-    """What ranks exchange with a step. A flag that one rank raises holds on all of them.
-
-    Attributes:
-        stop: A stop was requested.
-        save_due: The time for a checkpoint has come.
-        save_in_flight: A checkpoint is still being written.
-        damaged: The batch has a damaged sample that is not in the log yet.
-    """
-
-    stop: bool = False
-    save_due: bool = False
-    save_in_flight: bool = False
-    damaged: bool = False
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """The result of a step, equal on all ranks except for ``scalars``.
-
-    Attributes:
-        taken: Whether the update was made.
-        flags: The flags that some rank raised.
-        scalars: This rank's metrics by name.
-        reason: Why the step was not taken; empty if it was.
-        abandoned: Whether some rank gave up waiting for its batch. The step then does not count at all.
-    """
-
-    taken: bool
-    flags: StepFlags
-    scalars: dict[str, Tensor | float] = field(default_factory=dict)
-    reason: str = ""
-    abandoned: bool = False
-
-
 def train_step(t: TrainState, batch: Batch, flags: Callable[[], StepFlags] = StepFlags) -> StepReport:
+    """``launch_step``, and wait for its verdict. A collective.
+
+    Returns:
+        The result of the step.
+    """
+    return launch_step(t, batch, flags).conclude()
+
+
+def launch_step(
+    t: TrainState, batch: Batch, flags: Callable[[], StepFlags] = StepFlags, after: LaunchedStep | None = None
+) -> LaunchedStep:
     """Take step ``t.step + 1`` with the global batch, or skip it on all ranks. A collective.
 
     A step with a loss, target or gradient that is not finite on one rank changes neither parameters, target encoder,
@@ -75,7 +55,12 @@ def train_step(t: TrainState, batch: Batch, flags: Callable[[], StepFlags] = Ste
         batch: This rank's rows of the global batch.
         flags: Returns this rank's flags. It is called late, after the backward pass: all that ranks must agree on
             travels in one reduction per step.
+        after: The step before, if its verdict was not read yet (``t.late_verdicts``).
+
+    Returns:
+        The step, to be concluded before the one after the next is launched.
     """
+    start = HostState.of(t)
     images, ctx = t.images(batch), t.context(batch)
     t.hooks.before_step(ctx)
     if t.bank is not None and t.method.bank is not None and t.method.bank.push == "refill":
@@ -86,77 +71,61 @@ def train_step(t: TrainState, batch: Batch, flags: Callable[[], StepFlags] = Ste
     loss, finite = _forward_backward(t, images, mixtures, targets, ctx)
 
     # Gradients are checked as well: those of a finite loss may not be finite.
-    verdict = _pack([~finite, ~t.gradients_are_finite()], [not batch.complete, *flags()])
-    bad_value, bad_gradient, incomplete, *raised = t.world.all_reduce_max(verdict).result().bool().tolist()
-    agreed = StepFlags(*raised)
-    if incomplete:
-        _discard_step(t, push_undo)
-        reason = "some rank gave up waiting for its images"
-        return StepReport(taken=False, flags=agreed, reason=reason, abandoned=True)
-    reason = ""
-    if bad_value or bad_gradient:
-        reason = _skip_step(t, push_undo, finite, bad_value)
-    else:
+    packed = verdict.pack(~finite, ~t.gradients_are_finite(), not batch.complete, flags())
+    step = LaunchedStep(t, start, Verdict(t.world.all_reduce_max(packed)), finite)
+    if t.late_verdicts:
+        step.taken = ctx.taken = step.verdict.taken(None if after is None else after.taken)
+        if push_undo is not None and t.bank is not None:
+            t.bank.undo(push_undo, unless=step.taken)
         _update(t, ctx, momentum)
+    elif (values := step.verdict.read()).taken:
+        _update(t, ctx, momentum)
+    else:
+        step.reason = _skip_step(t, push_undo, values)
     t.step += 1
     if t.scaler.is_enabled():
         ctx.metrics["scale"] = torch.tensor(t.scaler.get_scale())
     target_spread = spread(ctx.target_embeddings[t.plan.targets[0]].z)
-    scalars: dict[str, Tensor | float] = {
-        "loss": loss,
-        "lr": lr,
-        "ema": momentum,
-        "spread": target_spread,
-        **ctx.metrics,
-    }
-    return StepReport(taken=not reason, flags=agreed, scalars=scalars, reason=reason)
+    step.scalars = {"loss": loss, "lr": lr, "ema": momentum, "spread": target_spread, **ctx.metrics}
+    return step
 
 
 def _update(t: TrainState, ctx: StepContext, momentum: float) -> None:
-    """Make the update from the gradients, and everything that follows it."""
+    """Make the update from the gradients, and everything that follows it, unless ``ctx.taken`` is false."""
+    taken = ctx.taken
     predictor_is_frozen = t.step < t.method.heads.frozen_steps
     if predictor_is_frozen and t.pair.online.predictor is not None:
         t.pair.online.predictor.zero_grad()
-    t.scaler.step(t.optimizer)
-    t.scaler.update()
+    if taken is None:
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+    else:
+        masked.step_if(taken, t.optimizer)
     t.optimizer.zero_grad()
-    norm.commit_pending(t.norms, t.world)
+    norm.commit_pending(t.norms, t.world, taken)
     if not predictor_is_frozen:
-        t.pair.normalize_prototypes()
-    t.pair.update_ema(momentum)
+        t.pair.normalize_prototypes(taken)
+    t.pair.update_ema(momentum, taken)
     if t.bank is not None and t.method.bank is not None and t.method.bank.push == "after":
         _push(t, ctx)
     t.hooks.after_step(ctx.target_embeddings, ctx)
-    t.skipped_in_a_row = 0
 
 
-def _skip_step(t: TrainState, push_undo: PushUndo | None, finite: Tensor, bad_value: bool) -> str:
-    """Discard the step and return why, in words.
+def _skip_step(t: TrainState, push_undo: PushUndo | None, values: verdict.Values) -> str:
+    """Discard a step whose verdict is known, and return why where that is not a bad value.
 
-    ``finite`` says whether this rank's loss and targets are finite, ``bad_value`` whether those of some rank are not;
-    otherwise a gradient is not. Gradients that overflow under a loss scale belong to the search for the scale: they
-    lower it, and count as a bad step only when it cannot be lowered any further.
+    Gradients that overflow under a loss scale belong to the search for the scale: they lower it, and count as a bad
+    step only when it cannot be lowered any further.
     """
-    lower_scale = not bad_value and t.scaler.is_enabled() and t.scaler.get_scale() > 1
+    lower_scale = not (values.bad_value or values.incomplete) and t.scaler.is_enabled() and t.scaler.get_scale() > 1
     if lower_scale:
         t.scaler.unscale_(t.optimizer)  # notes the overflow, by which ``update`` lowers the scale
         t.scaler.update()
-    _discard_step(t, push_undo)
-    if lower_scale:
-        return f"the gradients overflowed; the loss scale is lowered to {t.scaler.get_scale():g}"
-    t.skipped_in_a_row += 1
-    if not bad_value:
-        return "a gradient was not finite, with a finite loss"
-    ranks = t.world.all_gather((~finite)[None]).nonzero()[:, 0].tolist()
-    return f"the loss or a target was not finite on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def _discard_step(t: TrainState, push_undo: PushUndo | None) -> None:
-    """Undo what the step has changed so far: bank, pending norm statistics and gradients."""
     if push_undo is not None and t.bank is not None:
         t.bank.undo(push_undo)
     norm.discard_pending(t.norms)
     t.optimizer.zero_grad()
+    return f"the gradients overflowed; the loss scale is lowered to {t.scaler.get_scale():g}" if lower_scale else ""
 
 
 def _compute_ema_targets(
@@ -270,7 +239,9 @@ def _push(t: TrainState, ctx: StepContext) -> PushUndo | None:
         if t.method.bank.replace == "random":
             slots = t.bank.draw_slots(rng.key(ctx.seed, "replace", ctx.step, view), t.recipe.optim.batch)
         columns = t.hooks.bank_columns(target, ctx)
-        push_undo = t.bank.push(slots, key=target.z.detach(), index=ctx.index_B, label=ctx.label_B, **columns)
+        push_undo = t.bank.push(
+            slots, ctx.taken, key=target.z.detach(), index=ctx.index_B, label=ctx.label_B, **columns
+        )
     return push_undo
 
 
@@ -291,10 +262,3 @@ def _concatenate(parts: list[dict[int, Embedding]]) -> dict[int, Embedding]:
         u_BD = None if embedding.u is None else torch.cat(cast(list[Tensor], predictions))
         joined[view] = replace(embedding, z=torch.cat([part[view].z for part in parts]), u=u_BD)
     return joined
-
-
-def _pack(on_device: list[Tensor], on_host: list[bool]) -> Tensor:
-    """Pack flags as float32 [flags], those on the device first, with one transfer of those on the host."""
-    host = torch.tensor([float(flag) for flag in on_host])
-    device = torch.stack(on_device).float()
-    return torch.cat([device, host.to(device.device, non_blocking=True)])

@@ -16,7 +16,7 @@ from hpcssl.checkpoint.reader import SavedCheckpoint
 from hpcssl.checkpoint.shard import TensorShard
 from hpcssl.data.batch import Batch
 from hpcssl.distributed.batch_layout import BatchLayout
-from hpcssl.distributed.devices import to_device
+from hpcssl.distributed.devices import copy_images, to_device
 from hpcssl.distributed.world import World
 from hpcssl.errors import ResumeError
 from hpcssl.memory.bank import Bank
@@ -54,6 +54,7 @@ class TrainState:
         pair: Online and target encoder.
         bank: The memory bank, or None.
         memories: What the method keeps besides the bank, by name.
+        late_verdicts: Whether the host reads one step late whether a step is taken; see ``verdict``.
         skipped_in_a_row: Number of steps in a row that were skipped because of values that are not finite.
         rollbacks: For each rollback so far, the step of the checkpoint and the step from which the run went on.
         parent_fingerprint: Of the run that this one is a branch of (``start.branch``), whose checkpoint it may load.
@@ -104,6 +105,9 @@ class TrainState:
         self.memories: dict[str, CheckpointedMemory] = self.hooks.build_memories(
             MemoryContext(labels, recipe.seed, width, self.dtype, placement, world, self.layout)
         )
+        is_refilled = self.method.bank is not None and self.method.bank.push == "refill"
+        can_be_late = self.hooks.heeds_taken and not self.scaler.is_enabled() and not is_refilled
+        self.late_verdicts = world.device.type == "cuda" and can_be_late
         self.skipped_in_a_row = 0
         self.rollbacks: list[tuple[int, int]] = []
         self.parent_fingerprint: str | None = None
@@ -152,14 +156,16 @@ class TrainState:
         plan = self.plan.views if views is None else [self.plan.views[number] for number in views]
         return [
             augment_batch(
-                image.to(self.world.device, non_blocking=True),
+                image,
                 params,
                 view.augmentation,
                 mean=options.mean,
                 std=options.std,
                 dtype=self.dtype,
             )
-            for image, params, view in zip(batch.images, batch.params, plan, strict=True)
+            for image, params, view in zip(
+                copy_images(batch.images, self.world.device), batch.params, plan, strict=True
+            )
         ]
 
     def context(self, batch: Batch) -> StepContext:

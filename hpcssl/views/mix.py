@@ -27,10 +27,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpcssl import rng
+from hpcssl.distributed.devices import to_device
 from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError, suggest
 from hpcssl.views.plan import Role, Term, ViewPlan
@@ -179,8 +181,8 @@ class MixPairing:
         if options.pairing == "adjacent":
             return cls(world)
         flip = options.pairing == "flip"
-        order = torch.arange(batch).flip(0) if flip else torch.from_numpy(rng.permutation(key, batch))
-        return cls(world, order.to(world.device))
+        order = np.arange(batch)[::-1].copy() if flip else rng.permutation(key, batch)
+        return cls(world, to_device(order, world.device))
 
     def partner_images(self, images: Tensor) -> Tensor:
         """The partners of this rank's images, [b, …] like ``images``. A collective unless pairs are adjacent."""

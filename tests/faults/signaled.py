@@ -194,7 +194,7 @@ class SignalInjector:
         loop.Loop.run = run
 
     def at_step(self):
-        self.arrive_before(loop, "train_step", lambda training, *rest: training.step == SIGNAL_STEP)
+        self.arrive_before(loop, "launch_step", lambda training, *rest: training.step == SIGNAL_STEP)
 
     def at_evaluation(self):
         self.arrive_before(online_knn, "evaluate")

@@ -321,15 +321,15 @@ def test_a_run_folder_that_is_moved_during_training_is_not_created_again(tmp_pat
     run = RunDir(tmp_path / "run")
     run.root.symlink_to(home) if move is swap_link else run.root.mkdir()
     moved, stop = [], StopFlag()
-    train_step = loop.train_step
+    launch_step = loop.launch_step
 
-    def move_after_step_3(training, batch, flags):
+    def move_after_step_3(training, *rest):
         if training.step == 3:
             moved.append((move(run), list_files(run.root) if run.root.exists() else None))
             wait_until(stop.is_set, "the loss of the lock")
-        return train_step(training, batch, flags)
+        return launch_step(training, *rest)
 
-    monkeypatch.setattr(loop, "train_step", move_after_step_3)
+    monkeypatch.setattr(loop, "launch_step", move_after_step_3)
     monkeypatch.setattr(RunLock.__init__, "__kwdefaults__", RunLock.__init__.__kwdefaults__ | {"beat_s": 0.05})
     overrides = [
         f"data.train={shards.root}",

@@ -32,9 +32,9 @@ def train(folder, overrides, *, before=None, allow_pipe=""):
     pid = os.fork()
     if pid == 0:
         try:
-            train_step = loop.train_step
+            launch_step = loop.launch_step
             if before:
-                loop.train_step = lambda state, *rest: (before(state.step), train_step(state, *rest))[1]
+                loop.launch_step = lambda state, *rest: (before(state.step), launch_step(state, *rest))[1]
             composed = recipe.compose("digits_msf", [*BASE, *overrides])
             code, parts = main.train(RunDir(folder), composed, stop=StopFlag(), allow_pipe=allow_pipe), None
         except HpcsslError as error:

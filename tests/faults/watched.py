@@ -90,14 +90,14 @@ def fork_training_rank(scenario, composed, rank, port):
     """Fork one rank, and return its process id."""
 
     def train(stop):
-        train_step, is_target = loop.train_step, rank == scenario["rank"]
+        launch_step, is_target = loop.launch_step, rank == scenario["rank"]
 
-        def faulty_step(training, batch, flags):
+        def faulty_step(training, *rest):
             if training.step == scenario["step"] and (is_target or scenario["fault"] == "mismatch"):
                 FAULTS[scenario["fault"]](training, is_target)
-            return train_step(training, batch, flags)
+            return launch_step(training, *rest)
 
-        loop.train_step = faulty_step
+        loop.launch_step = faulty_step
         arrived = get_arrival_file(scenario, rank)
         if 0 in scenario.get("absent", []):
             arrived.touch()  # no rank hosts the store: this rank only waits for rank 0

@@ -11,6 +11,7 @@ unless the attempt has one of these keys:
   it enters a step.
 - ``stall``: ``{"at": STEP, "rank": RANK}``: From this step on a read of this rank never returns, and the rank gets a
   SIGTERM while it waits for it.
+- ``late``: True: the host reads late whether a step is taken, as on a GPU.
 """
 
 import json
@@ -87,6 +88,17 @@ def stall_reads(at):
     workers.LoaderWorkers._fill = stalled
 
 
+def read_late():
+    """Let the loop read verdicts late."""
+    original = loop.StepQueue
+
+    def late_queue(training, *rest):
+        training.late_verdicts = True
+        return original(training, *rest)
+
+    loop.StepQueue = late_queue
+
+
 FAULTS = {
     "nonfinite_images": nonfinite_images,
     "nonfinite_gradient": nonfinite_gradient,
@@ -106,15 +118,17 @@ def fork_training_rank(run, composed, rank, world, port, attempt, distributed):
             faults = [*faults, {"at": attempt["kill_at"], "rank": attempt["kill_at"] % world, "kind": "kill"}]
         if attempt.get("stall", {}).get("rank") == rank:
             stall_reads(attempt["stall"]["at"])
-        original = loop.train_step
+        if attempt.get("late"):
+            read_late()
+        original = loop.launch_step
 
-        def faulty_step(training, batch, flags):
+        def faulty_step(training, *rest):
             for fault in faults:
                 if fault["at"] == training.step and fault["rank"] in (rank, "all"):
                     FAULTS[fault["kind"]](training)
-            return original(training, batch, flags)
+            return original(training, *rest)
 
-        loop.train_step = faulty_step
+        loop.launch_step = faulty_step
         return main.train(RunDir(run), composed, stop=stop)
 
     variables = launcher_variables(rank, world, port) if world > 1 or distributed else {}

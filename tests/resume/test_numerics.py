@@ -48,6 +48,12 @@ def runs(request, run_scenarios):
         {"name": "images-all", **common, "attempts": [{"faults": faults("nonfinite_images", "all", 3)}]},
         {"name": "gradient-one", **common, "attempts": [{"faults": faults("nonfinite_gradient", last, 3)}]},
         {"name": "rollback", **common, "attempts": [{"faults": three_bad_steps}]},
+        {"name": "rollback-late", **common, "attempts": [{"faults": three_bad_steps, "late": True}]},
+        {
+            "name": "stopped-late",
+            **common,
+            "attempts": [{"faults": faults("stop", 0, 2), "late": True}, {"late": True}],
+        },
         {
             "name": "rollback-killed",
             **common,
@@ -104,6 +110,17 @@ def test_three_bad_steps_in_a_row_roll_back_and_skip_their_batches(runs):
     assert [line["step"] for line in read_lines(RunDir(folder).journal)] == list(range(1, 9))
     assert -9 in killed["codes"][0]
     assert killed["digest"] == result["digest"]
+
+
+def test_verdicts_that_are_read_late_change_nothing(runs):
+    world, results = runs
+    (late, folder), (stopped, _) = results["rollback-late"], results["stopped-late"]
+    assert late["done"] and stopped["done"], late["log"] + stopped["log"]
+    assert rollbacks(folder) == {(3, 2, 6)}
+    assert late["digest"] == results["rollback"][0]["digest"]
+    assert [line["step"] for line in read_lines(RunDir(folder).journal)] == list(range(1, 9))
+    assert stopped["codes"] == [[75] * world, [0] * world]
+    assert stopped["digest"] == results["undisturbed"][0]["digest"]
 
 
 def test_bad_steps_after_the_last_rollback_end_the_run_with_their_samples(runs):

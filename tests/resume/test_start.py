@@ -65,14 +65,14 @@ def own_file(tmp_path_factory):
 
 def fail_at(monkeypatch, step):
     """Let the next attempt fail when it enters this step, as if it was killed there."""
-    original = loop.train_step
+    original = loop.launch_step
 
-    def failing(training, batch, flags):
+    def failing(training, *rest):
         if training.step == step:
             raise RuntimeError("the test ends this attempt")
-        return original(training, batch, flags)
+        return original(training, *rest)
 
-    monkeypatch.setattr(loop, "train_step", failing)
+    monkeypatch.setattr(loop, "launch_step", failing)
 
 
 def change_manifest(folder, change):
@@ -134,11 +134,11 @@ def test_a_killed_run_with_weights_ends_with_the_same_bits(run_scenarios, own_fi
 def test_the_target_encoder_starts_as_a_copy(train, own_file, tmp_path, monkeypatch):
     seen = {}
 
-    def record(training, batch, flags):
+    def record(training, *rest):
         seen.update({name: tensor.clone() for name, tensor in training.pair.target.state_dict().items()})
         raise RuntimeError("the test ends this attempt")
 
-    monkeypatch.setattr(loop, "train_step", record)
+    monkeypatch.setattr(loop, "launch_step", record)
     train("digits_msf", "--run", tmp_path / "run", f"model.weights={own_file}")
     theirs = load_file(own_file)
     assert all(torch.equal(seen[key], theirs[key]) for key in theirs)

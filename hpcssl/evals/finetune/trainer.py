@@ -9,12 +9,14 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcssl.data.batch import Batch
 from hpcssl.data.shards import ShardSet
+from hpcssl.distributed.devices import copy_images, to_device
 from hpcssl.distributed.world import World
 from hpcssl.errors import HpcsslError
 from hpcssl.evals.common.encoder import FrozenEncoder
@@ -146,21 +148,21 @@ class FinetuneTrainer:
         self.step = 0
 
     def prepare(self, batch: Batch, view: ViewSpec) -> tuple[Tensor, Tensor]:
-        """Augmentation a batch of the loader on the device.
+        """Augment a batch of the loader on the device.
 
         Returns:
             Images [b, 3, S, S] and labels, int64 [b].
         """
         device = self.world.device
         x = augment.augment_batch(
-            batch.images[0].to(device, non_blocking=True),
+            copy_images(batch.images[:1], device)[0],
             batch.params[0],
             view.augment,
             mean=self.meta["mean"],
             std=self.meta["std"],
             dtype=self.dtype,
         )
-        return x, torch.from_numpy(batch.label).to(device, non_blocking=True)
+        return x, to_device(batch.label, device)
 
     def logits(self, network: nn.Module, x: Tensor) -> Tensor:
         """Logits [b, C] of images, fp32 (fp64 for that precision)."""
@@ -179,7 +181,7 @@ class FinetuneTrainer:
             failed: Whether this rank could not read its images.
         """
         loss = F.cross_entropy(self.logits(self.ddp_network, x), y)
-        flags = torch.tensor([False, stop, failed], dtype=torch.float32).to(loss.device)
+        flags = to_device(np.array([False, stop, failed], np.float32), loss.device)
         flags[0] = ~loss.detach().isfinite()
         reduction = self.world.all_reduce_max(flags)  # in progress during the backward pass
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch

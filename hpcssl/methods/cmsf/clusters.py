@@ -39,21 +39,24 @@ class ClusterAssignments:
         """Return the clusters of images, int64 in the shape of ``index``; -1 for numbers below 0. Not a collective."""
         return torch.where(index < 0, -1, self._cluster_N[index.clamp(min=0)].to(torch.int64))
 
-    def update(self, table: EmbeddingTable, cluster: Callable[[Tensor], Tensor]) -> None:
+    def update(self, table: EmbeddingTable, cluster: Callable[[Tensor], Tensor], *, split: bool = False) -> None:
         """Cluster the known images of the table; the others have no cluster. A collective.
-
-        Rank 0 computes and sends the result, since other machines could round differently.
 
         Args:
             table: the last embedding of each image.
             cluster: maps embeddings [n, D] to clusters [n] int32.
+            split: each rank clusters its block of images, and ``cluster`` is a collective. Otherwise rank 0 computes
+                and sends the result, since other machines could round differently.
         """
         rows, known = table.all_rows()
-        cluster_N = torch.full_like(self._cluster_N, -1)
-        if self.world.is_main and known.any():
+        first, last = block_of(self.world, self.images) if split else (0, self.images if self.world.is_main else 0)
+        cluster_N = torch.zeros_like(self._cluster_N)
+        cluster_N[first:last] = -1
+        own = known[first:last].nonzero()[:, 0] + first
+        if split or len(own):
             self.world.set_phase("cluster", computing=True)
-            cluster_N[known] = cluster(rows[known]).to(cluster_N)
-        self._cluster_N = self.world.all_reduce_sum(cluster_N if self.world.is_main else cluster_N.zero_())
+            cluster_N[own] = cluster(rows[own]).to(cluster_N)
+        self._cluster_N = self.world.all_reduce_sum(cluster_N)
 
     def state(self) -> tuple[dict[str, TensorShard], dict[str, int]]:
         """See ``CheckpointedMemory.state``."""
@@ -88,7 +91,7 @@ def require_faiss(what: str) -> None:
 
 
 def kmeans(rows: Tensor, clusters: int, *, iterations: int, seed: int) -> Tensor:
-    """Cluster rows by Lloyd's iterations with faiss, on a GPU where faiss supports one.
+    """Cluster rows by Lloyd's iterations with faiss on the CPU. ``split_kmeans`` does the same on GPUs.
 
     Equal rows, seed and thread count give equal clusters.
 
@@ -104,14 +107,12 @@ def kmeans(rows: Tensor, clusters: int, *, iterations: int, seed: int) -> Tensor
     x = rows.float().cpu().contiguous().numpy()
     if faiss.omp_get_max_threads() != torch.get_num_threads():
         faiss.omp_set_num_threads(torch.get_num_threads())
-    gpu = rows.device.type == "cuda" and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
     # train on every row, as the official code does; faiss would draw 256 per cluster, and warn of fewer than 39
     model = faiss.Kmeans(
         x.shape[1],
         min(clusters, len(x)),
         niter=iterations,
         seed=seed & 0x7FFFFFFF,
-        gpu=gpu,
         min_points_per_centroid=1,
         max_points_per_centroid=10**7,
     )

@@ -16,6 +16,7 @@ from hpcssl.methods.base import Embedding, MemoryContext, StepContext
 from hpcssl.methods.cmsf.clusters import ClusterAssignments, kmeans, require_faiss
 from hpcssl.methods.cmsf.constraint import ConstrainedNeighbors, find_constrained
 from hpcssl.methods.cmsf.options import CmsfOptions
+from hpcssl.methods.cmsf.split_kmeans import split_kmeans
 
 _IMAGES_PER_CLUSTER = 25.6  # 50,000 clusters for the 1,281,167 images of ImageNet
 
@@ -32,6 +33,7 @@ class KMeansRule:
 
     vectors: ClassVar[tuple[str, ...]] = ()
     numbers: ClassVar[tuple[str, ...]] = ("group",)
+    heeds_taken = True
 
     def __init__(self, options: CmsfOptions):
         self.options = options
@@ -49,8 +51,10 @@ class KMeansRule:
         assignments = ctx.memories["clusters"]
         number = self.options.num_clusters or max(1, round(assignments.images / _IMAGES_PER_CLUSTER))
         seed = rng.key(ctx.seed, "kmeans", ctx.step)
-        cluster = partial(kmeans, clusters=number, iterations=self.options.kmeans_iterations, seed=seed)
-        assignments.update(ctx.memories["embedding_table"], cluster)
+        on_gpu = ctx.world.device.type == "cuda"
+        compute = partial(split_kmeans, world=ctx.world) if on_gpu else kmeans
+        cluster = partial(compute, clusters=number, iterations=self.options.kmeans_iterations, seed=seed)
+        assignments.update(ctx.memories["embedding_table"], cluster, split=on_gpu)
         ctx.bank.rewrite("group", "index", assignments.cluster_of)
 
     def bank_columns(self, target: Embedding, ctx: StepContext) -> dict[str, Tensor]:
@@ -59,7 +63,7 @@ class KMeansRule:
 
     def after_step(self, targets: dict[int, Embedding], ctx: StepContext) -> None:
         """Keep the embeddings for the next clustering."""
-        ctx.memories["embedding_table"].write(ctx.index_B, targets[1].z)
+        ctx.memories["embedding_table"].write(ctx.index_B, targets[1].z, ctx.taken)
 
     def neighbors(self, target: Embedding, ctx: StepContext) -> ConstrainedNeighbors:
         """Find the nearest rows of the query's cluster."""

@@ -89,6 +89,7 @@ class Cmsf:
         hooks = StateHooks.of(self.rule)
         self.build_memories, self.before_step = hooks.build_memories, hooks.before_step
         self.bank_columns, self.after_step = hooks.bank_columns, hooks.after_step
+        self.heeds_taken = hooks.heeds_taken
         self.bank = BankSpec(push="before", views=(1,), vectors=self.rule.vectors, numbers=self.rule.numbers)
 
     def targets(self, target: Embedding, ctx: StepContext) -> CmsfTargets:

@@ -117,9 +117,12 @@ class LabeledEmbeddings:
         """Return whether the labels of these images may be used, bool [b]. Not a collective."""
         return self._place[index_B] >= 0
 
-    def write(self, index_B: Tensor, z_BD: Tensor) -> None:
-        """Replace the embeddings of every rank's images; those without a visible label are ignored."""
-        self._table.write(self._place[index_B], z_BD)
+    def write(self, index_B: Tensor, z_BD: Tensor, taken: Tensor | None = None) -> None:
+        """Replace the embeddings of every rank's images, as ``EmbeddingTable.write`` does.
+
+        Those without a visible label are ignored.
+        """
+        self._table.write(self._place[index_B], z_BD, taken)
 
     def known_rows(self) -> tuple[Tensor, Tensor]:
         """Return (embeddings [m, D], classes [m]) of the labeled images that were written so far, on every rank."""

@@ -36,6 +36,7 @@ class SemiSupervisedRule:
 
     vectors: ClassVar[tuple[str, ...]] = ()
     numbers: ClassVar[tuple[str, ...]] = ("group",)
+    heeds_taken = True
 
     def __init__(self, options: CmsfOptions):
         self.options = options
@@ -75,7 +76,7 @@ class SemiSupervisedRule:
 
     def after_step(self, targets: dict[int, Embedding], ctx: StepContext) -> None:
         """Keep the embeddings of labeled images for the head."""
-        ctx.memories["labeled"].write(ctx.index_B, targets[1].z)
+        ctx.memories["labeled"].write(ctx.index_B, targets[1].z, ctx.taken)
 
     def neighbors(self, target: Embedding, ctx: StepContext) -> ConstrainedNeighbors:
         """Find the nearest rows of the query's class.

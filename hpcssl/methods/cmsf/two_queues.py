@@ -33,6 +33,7 @@ class TwoQueuesRule:
 
     vectors: ClassVar[tuple[str, ...]] = ("previous_epoch",)
     numbers: ClassVar[tuple[str, ...]] = ("group",)
+    heeds_taken = True
 
     def __init__(self, options: CmsfOptions):
         self.options = options
@@ -48,7 +49,7 @@ class TwoQueuesRule:
 
     def after_step(self, targets: dict[int, Embedding], ctx: StepContext) -> None:
         """Keep the embeddings for the next epoch."""
-        ctx.memories["embedding_table"].write(ctx.index_B, targets[1].z)
+        ctx.memories["embedding_table"].write(ctx.index_B, targets[1].z, ctx.taken)
 
     def neighbors(self, target: Embedding, ctx: StepContext) -> ConstrainedNeighbors:
         """Find the k' nearest rows in M', and of these the k nearest in M."""
