@@ -23,7 +23,7 @@ LOG = logging.getLogger("hpcssl")
 
 _GROUPS, _EPS = 2, 1e-5
 _ROUNDINGS = {torch.float32: 32, torch.bfloat16: 4}
-"""How many roundings correct results may be apart: in float32 sums of some hundred values, in bfloat16 what is stored."""
+"""How many roundings correct results may be apart: in float32 those of sums, in bfloat16 of what is stored."""
 _Norm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From rows, weight and bias to normalized rows, and mean and unbiased variance of each group."""
 
