@@ -76,7 +76,7 @@ class CudaSpanningNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, peers: Collectives
     ) -> Normalized:
         """Normalize rows [b, C, ...]; ``weight`` and ``bias`` are [C] or None. A collective."""
-        x = _dense(x)
+        x = _dense(x, x)
         mean_C, invstd_C = torch.batch_norm_stats(x, eps)
         if peers.size < REDUCED_FROM:
             statistics = mean_C.new_zeros(2 * len(mean_C))
@@ -100,7 +100,7 @@ class CudaSpanningNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients for ``x``, ``weight`` and ``bias``. A collective."""
         x, weight, mean_C, invstd_C = ctx.saved_tensors
-        grad, peers, affine = _dense(grad), ctx.peers, weight is not None
+        grad, peers, affine = _dense(grad, x), ctx.peers, weight is not None
         sum_C, dot_C, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean_C, invstd_C, weight, True, affine, affine
         )
@@ -120,9 +120,11 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x`` in one of the two layouts that torch's kernels are written for."""
-    return x if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the one of two layouts, both known to torch's kernels, that ``like`` has or is nearest to."""
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
 
 
 def _as_statistics(mean_C: Tensor, var_C: Tensor, count: int) -> Tensor:
