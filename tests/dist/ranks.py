@@ -1,4 +1,6 @@
-"""One rank of a test of collectives and norms: ``python ranks.py FOLDER`` with the variables of torchrun.
+"""One rank of a test of collectives and norms: ``python ranks.py FOLDER [DEVICE]`` with the variables of torchrun.
+
+DEVICE is ``cpu`` or a GPU that all ranks share: gloo takes the tensors of both.
 
 The results of this rank go to FOLDER/RANK.pt. test_world.py compares them with ``compute(World.single_process())``.
 """
@@ -28,15 +30,15 @@ def draw_images(shape):
 
 def run_norm(world, group, shape, running="all_groups"):
     """Two passes through one norm: this rank's rows of the output and of the gradients, and the running statistics."""
-    layer = norm.BatchNorm(C, group=group, world=world, running=running).double()
+    layer = norm.BatchNorm(C, group=group, world=world, running=running).to(world.device, torch.float64)
     with torch.no_grad():
         layer.weight.copy_(draw("weight", shape=(C,)))
         layer.bias.copy_(draw("bias", shape=(C,)))
     network = world.wrap_in_ddp(layer)
-    x = world.local_rows(draw_images(shape)).requires_grad_()
+    x = world.local_rows(draw_images(shape)).to(world.device).requires_grad_()
     for step in range(2):
         y = network(x * (step + 1))
-        wanted = world.local_rows(draw("wanted", step, shape=shape))
+        wanted = world.local_rows(draw("wanted", step, shape=shape)).to(world.device)
         (y * wanted).flatten(1).sum(1).mean().backward()
     norm.commit_pending([layer], world)
     return {
@@ -53,11 +55,11 @@ def compute(world):
     """This rank's results of the norms, of a gradient through all_gather, and of shuffled rows."""
     results = {("norm", g, len(s)): run_norm(world, g, s) for g in GROUPS for s in SHAPES}
     results |= {("first group", g): run_norm(world, g, SHAPES[1], "first_group") for g in GROUPS}
-    x = world.local_rows(draw("rows", shape=(BATCH, C))).requires_grad_()
+    x = world.local_rows(draw("rows", shape=(BATCH, C))).to(world.device).requires_grad_()
     gathered = world.all_gather_with_grad(x)
     loss = torch.logsumexp(x @ gathered.T, 1).mean()  # each row against all rows of the world, as in SimCLR
     loss.backward()
-    order = torch.as_tensor(rng.permutation(rng.key(0, "order"), BATCH))
+    order = torch.as_tensor(rng.permutation(rng.key(0, "order"), BATCH)).to(world.device)
     shuffled = world.shuffle(x.detach(), order)
     results["grad"] = {"dx": x.grad / world.size}
     results["rows"] = {
@@ -69,12 +71,15 @@ def compute(world):
     return results
 
 
-def main(folder):
+def main(folder, device="cpu"):
     torch.set_num_threads(1)
     world = World.start("cpu", timeout_s=60)
+    world.device = torch.device(device)
     results = compute(world)
-    results["sum"] = world.all_reduce_sum(torch.tensor([float(world.rank), 1.0]))
-    results["max"] = world.all_reduce_max(torch.tensor([float(world.rank), 0.0])).result()
+    results["sum"] = world.all_reduce_sum(torch.tensor([float(world.rank), 1.0], device=device))
+    maximum = world.all_reduce_max(torch.tensor([float(world.rank), 0.0], device=device))
+    results["max on device"] = maximum.on_device().clone()
+    results["max"] = maximum.result()
     results["any"] = (world.any(world.rank == world.size - 1), world.any(False))
     results["text"] = (world.broadcast_text(f"rank {world.rank}, λ", 1), world.all_gather_text("x" * world.rank))
     gather, gathered = world.all_gather, []
@@ -96,4 +101,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -21,11 +21,16 @@ def single():
     return ranks.compute(World.single_process())
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(
+    scope="module",
+    params=[(2, "cpu"), (4, "cpu"), pytest.param((2, "cuda:0"), marks=pytest.mark.gpu)],
+    ids=["2-cpu", "4-cpu", "2-on-one-gpu"],
+)
 def world(request, start_ranks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    start_ranks(request.param, [str(SCRIPT), str(folder)])
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    """Results of ranks that communicate through gloo, on CPUs or on one GPU, which NCCL would refuse."""
+    folder, (size, device) = tmp_path_factory.mktemp("world"), request.param
+    start_ranks(size, [str(SCRIPT), str(folder), device])
+    return [torch.load(folder / f"{rank}.pt", weights_only=True, map_location="cpu") for rank in range(size)]
 
 
 @pytest.mark.parametrize("group", ranks.GROUPS)
@@ -70,7 +75,7 @@ def test_reductions_texts_and_errors_reach_every_rank(world):
     size = len(world)
     for rank in world:
         assert rank["sum"].tolist() == [sum(range(size)), size]
-        assert rank["max"].tolist() == [size - 1, 0]
+        assert rank["max"].tolist() == rank["max on device"].tolist() == [size - 1, 0]
         assert rank["any"] == (True, False)
         assert rank["text"] == ("rank 1, λ", ["x" * r for r in range(size)])
         assert rank["long text"] == (12_000, "") and rank["gathered for a text"] == 1

@@ -1,4 +1,6 @@
-"""One rank of several that share banks, started by test_bank.py: ``python ranks.py FOLDER`` with torchrun's variables.
+"""One rank of several that share banks: ``python ranks.py FOLDER [DEVICE]`` with torchrun's variables.
+
+test_bank.py and tests/dist/test_gpu.py start it. DEVICE is ``cpu`` or a GPU that all ranks share.
 
 Rows are pushed into each bank until it overwrites its oldest ones, and searched. The results of this rank go to
 FOLDER/RANK.pt, where the test compares them with those of one process, ``push_and_search(World.single_process(), …)``.
@@ -52,14 +54,14 @@ def push_and_search(world, size, placement, dtype=torch.float32):
     )
     results = []
     for step in range(STEPS):
-        rows = {name: world.local_rows(x) for name, x in batch(step, dtype).items()}
+        rows = {name: world.local_rows(x).to(world.device) for name, x in batch(step, dtype).items()}
         bank.push(**rows)
         if step % 3 == 1:  # as if a step turned out to be bad: its push is undone and repeated
             before = all_columns(bank)
             undo = bank.push(**{name: x * 0 + 7 for name, x in rows.items()})
             bank.undo(undo)
             assert all(torch.equal(x, y) for x, y in zip(before, all_columns(bank), strict=True))
-        query, value = (world.local_rows(x) for x in make_queries(step, dtype))
+        query, value = (world.local_rows(x).to(world.device) for x in make_queries(step, dtype))
         for neighbors in (
             bank.nearest(query, K),
             bank.nearest(query, K, column="other"),
@@ -80,14 +82,16 @@ def push_and_search(world, size, placement, dtype=torch.float32):
 
 
 def all_columns(bank):
-    slots = torch.arange(bank.size)
+    slots = torch.arange(bank.size, device=bank.world.device)
     return [bank.get(name, slots) for name in bank.columns]
 
 
-def main(folder):
+def main(folder, device="cpu"):
     torch.set_num_threads(1)
-    search.SMALL, search.SPARE["fp32"] = 0, 2  # otherwise banks this small are searched exactly at once
+    if device == "cpu":  # a GPU does not certify its proposals, so that few of them may miss a neighbor
+        search.SMALL, search.SPARE["fp32"] = 0, 2  # otherwise banks this small are searched exactly at once
     world = World.start("cpu", timeout_s=60)
+    world.device = torch.device(device)
     by_case = {}
     for size in RINGS:
         for placement in PLACEMENTS:
@@ -99,4 +103,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -219,14 +219,17 @@ def single_process():
 @pytest.fixture(scope="module", params=[2, 4])
 def world(request, tmp_path_factory):
     """The results of every rank with gloo, for all sizes and placements, from one start."""
-    size, folder = request.param, tmp_path_factory.mktemp(f"world{request.param}")
+    return run_ranks(request.param, tmp_path_factory.mktemp(f"world{request.param}"))
+
+
+def run_ranks(size, folder, device="cpu"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = str(HERE.parents[1])
     children = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), str(folder)],
+            [sys.executable, str(HERE / "ranks.py"), str(folder), device],
             stderr=subprocess.PIPE,
             text=True,
             env={
@@ -248,7 +251,7 @@ def world(request, tmp_path_factory):
         for child in children:
             child.kill()
     assert all(child.returncode == 0 for child in children), "\n".join(errors)
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
+    return [torch.load(folder / f"{r}.pt", weights_only=False, map_location="cpu") for r in range(size)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -285,6 +288,22 @@ def test_a_saved_bank_loads_on_other_world_sizes_in_either_placement(world, sing
 
 
 # -- a GPU ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_two_ranks_on_one_gpu_find_the_same(single_process, tmp_path):
+    """NCCL refuses two processes on one GPU; gloo takes the tensors of a GPU as well."""
+    by_rank = run_ranks(2, tmp_path, "cuda:0")
+    for case in CASES:
+        results, bank = single_process[case]
+        for i, whole in enumerate(results):
+            found = torch.cat([rank[case][0][i] for rank in by_rank])
+            # products of D entries, whose sum a GPU adds in another order
+            atol = rounding(whole.dtype, ranks.D) if whole.is_floating_point() else 0
+            torch.testing.assert_close(found, whole, rtol=0, atol=atol)
+        for rank in by_rank:
+            for column, whole in zip(rank[case][1], ranks.all_columns(bank), strict=True):
+                assert torch.equal(column, whole)
 
 
 @pytest.mark.gpu
