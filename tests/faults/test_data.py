@@ -418,6 +418,12 @@ def test_a_signal_while_shards_are_staged_stops_all_ranks_before_the_copy_ends(s
             flags.append(flag)
             return True
 
+        def all_gather_text(self, text):
+            return [text]
+
+        def barrier(self):
+            pass
+
     composed = recipe.compose("digits_msf", [f"data.train={shards.root}", f"data.stage_dir={tmp_path / 'disk'}"])
     flags = []
     for answers in (iter([False, False, True]), itertools.repeat(False)):
