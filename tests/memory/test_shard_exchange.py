@@ -95,7 +95,7 @@ class _Traffic:
         words = rng.raw(rng.key(0, "slots", self._number), out.numel())
         out.copy_(torch.from_numpy((words % self.slots).astype("int64")).view(out.shape))
 
-    def all_gather(self, parts, x):
+    def all_gather(self, parts, x, group=None):
         self._call["all_gather"](parts, x)
         for part in parts:
             if x.dtype == torch.int64:
@@ -111,7 +111,7 @@ class _Traffic:
         self.sent += 2 * x.nbytes
         self.received += 2 * x.nbytes
 
-    def all_to_all_single(self, out, x, to_receive=None, to_send=None):
+    def all_to_all_single(self, out, x, to_receive=None, to_send=None, group=None):
         self._call["all_to_all_single"](out, x, to_receive, to_send)
         if to_send is None:
             k = out.shape[1] // 2  # candidates: scores and slots
