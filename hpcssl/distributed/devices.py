@@ -161,15 +161,17 @@ def stack_scalars(rows: Sequence[Mapping[str, Tensor | float]], device: torch.de
         float64 [scalars], in the order of the rows and of their entries.
     """
     values = [value for row in rows for value in row.values()]
-    on_device = [place for place, value in enumerate(values) if isinstance(value, Tensor) and value.device == device]
-    at = {place: number for number, place in enumerate(on_device)}
-    tensors = [value.detach().reshape(()).double() for value in (values[place] for place in on_device)]
-    host = np.array([0.0 if place in at else float(value) for place, value in enumerate(values)])
-    everything = to_device(host, device)
+    tensors: list[Tensor] = []
+    host, order = np.zeros(len(values)), np.arange(len(values))
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor) and value.device == device:
+            order[place] = len(values) + len(tensors)
+            tensors.append(value.detach().reshape(()).double())
+        else:
+            host[place] = float(value.detach() if isinstance(value, Tensor) else value)
     if not tensors:
-        return everything
-    order = np.array([len(values) + at[place] if place in at else place for place in range(len(values))], np.int64)
-    return torch.cat([everything, torch.stack(tensors)])[to_device(order, device)]
+        return to_device(host, device)
+    return torch.cat([to_device(host, device), torch.stack(tensors)])[to_device(order, device)]
 
 
 _copy_streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -188,7 +190,9 @@ def copy_images(images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """
     if device.type != "cuda":
         return [image.to(device) for image in images]
-    stream = _copy_streams.get(device) or _copy_streams.setdefault(device, torch.cuda.Stream(device))
+    if device not in _copy_streams:
+        _copy_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no annotation
+    stream = _copy_streams[device]
     current = torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
         copies = [image.to(device, non_blocking=True) for image in images]

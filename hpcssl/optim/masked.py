@@ -32,12 +32,14 @@ def unchanged_unless(taken: Tensor | None, tensors: Sequence[Tensor]) -> Iterato
     if taken is None or not tensors:
         yield
         return
-    # in the order of memory: to flatten weights that are channels-last would copy each of them
-    flat = [tensor.detach().as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-    before = torch.cat(flat)
+    with torch.no_grad():
+        # in the order of memory: to flatten weights that are channels-last would copy each of them
+        flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+        before = torch.cat(flat)
     yield
-    chosen = torch.where(taken, torch.cat(flat), before)
-    torch._foreach_copy_(flat, list(torch.split(chosen, [len(part) for part in flat])))
+    with torch.no_grad():
+        chosen = torch.where(taken, torch.cat(flat), before)
+        torch._foreach_copy_(flat, list(torch.split(chosen, [len(part) for part in flat])))
 
 
 def step_if(taken: Tensor | None, optimizer: torch.optim.Optimizer) -> None:

@@ -23,9 +23,8 @@ from hpcssl.signals import StopFlag
 from hpcssl.train import replicas
 from hpcssl.train.damage_log import DamageLog
 from hpcssl.train.step import launch_step
-from hpcssl.train.step_queue import StepQueue
 from hpcssl.train.train_state import TrainState
-from hpcssl.train.verdict import NonFiniteError, StepFlags, StepReport
+from hpcssl.train.verdict import NonFiniteError, StepFlags, StepQueue, StepReport
 
 LOG = logging.getLogger("hpcssl")
 

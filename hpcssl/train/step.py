@@ -23,7 +23,7 @@ from hpcssl.nets import norm
 from hpcssl.optim import masked
 from hpcssl.train import verdict
 from hpcssl.train.train_state import TrainState
-from hpcssl.train.verdict import HostState, LaunchedStep, StepFlags, StepReport, Verdict
+from hpcssl.train.verdict import HostState, LaunchedStep, StepFlags, StepReport, StepVerdict
 from hpcssl.views import mix
 from hpcssl.views.mix import MixPairing, Mixture
 from hpcssl.views.plan import Term
@@ -72,7 +72,7 @@ def launch_step(
 
     # Gradients are checked as well: those of a finite loss may not be finite.
     packed = verdict.pack(~finite, ~t.gradients_are_finite(), not batch.complete, flags())
-    step = LaunchedStep(t, start, Verdict(t.world.all_reduce_max(packed)), finite)
+    step = LaunchedStep(t, start, StepVerdict(t.world.all_reduce_max(packed)), finite)
     if t.late_verdicts:
         step.taken = ctx.taken = step.verdict.taken(None if after is None else after.taken)
         if push_undo is not None and t.bank is not None:

@@ -37,7 +37,7 @@ with a bank that is refilled at every step; and with a method whose ``after_step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpcssl.data.batch import Batch
 from hpcssl.distributed.collectives import PendingReduction
 from hpcssl.distributed.devices import to_device
 from hpcssl.errors import HpcsslError
@@ -113,7 +114,7 @@ class Values(NamedTuple):
         return not (self.bad_value or self.bad_gradient or self.incomplete)
 
 
-class Verdict:
+class StepVerdict:
     """The verdict of one step, which all ranks have reduced to the same values.
 
     Args:
@@ -195,7 +196,7 @@ class LaunchedStep:
 
     t: TrainState
     start: HostState
-    verdict: Verdict
+    verdict: StepVerdict
     finite: Tensor
     taken: Tensor | None = None
     scalars: dict[str, Tensor | float] = field(default_factory=dict)
@@ -239,3 +240,60 @@ def count_bad_step(t: TrainState, values: Values, finite: Tensor) -> str:
         return "a gradient was not finite, with a finite loss"
     ranks = t.world.all_gather((~finite)[None]).nonzero()[:, 0].tolist()
     return f"the loss or a target was not finite on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+GetFlags = Callable[[], StepFlags]
+Launch = Callable[[TrainState, Batch, GetFlags, LaunchedStep | None], LaunchedStep]
+
+
+class StepQueue:
+    """The steps of a run in order, each with its report: at once, or after the next step was launched.
+
+    Args:
+        t: The state that is trained.
+        launch: ``step.launch_step``.
+        is_boundary: Whether something may happen after this number of finished steps that needs the state of exactly
+            this step. Its verdict is then read at once.
+    """
+
+    def __init__(self, t: TrainState, launch: Launch, is_boundary: Callable[[int], bool]):
+        self.t, self._launch, self._is_boundary = t, launch, is_boundary
+        self._unread: tuple[Batch, LaunchedStep] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the verdicts of all launched steps have been read."""
+        return self._unread is None
+
+    def take(self, batch: Batch, flags: GetFlags) -> Iterator[tuple[Batch, StepReport]]:
+        """Launch the next step, and report the steps whose verdicts are read now. A collective.
+
+        After the report of a stop, or of a checkpoint that is due, all launched steps are reported.
+
+        Args:
+            batch: The batch of the next step.
+            flags: Returns this rank's flags for it.
+
+        Yields:
+            Batch and report of each step, in order: none, one or two. An abandoned step is the last. While the caller
+            handles the report of a step that was not taken, ``t`` is at this step; whatever it changes holds for the
+            next one.
+        """
+        before, launched = self._unread, self._launch(self.t, batch, flags, self._unread[1] if self._unread else None)
+        self._unread = batch, launched
+        read_now = not self.t.late_verdicts or self._is_boundary(self.t.step)
+        if before is not None:
+            if not before[1].verdict.read().taken:
+                launched.retract()
+            report = before[1].conclude()
+            yield before[0], report
+            if report.abandoned:
+                self._unread = None
+                return
+            read_now = read_now or report.flags.stop or report.flags.save_due
+            if not report.taken:  # the device has refused the step behind it as well
+                launched = self._launch(self.t, batch, flags, None)
+                self._unread = batch, launched
+        if read_now:
+            self._unread = None
+            yield batch, launched.conclude()

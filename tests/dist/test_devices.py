@@ -92,3 +92,10 @@ def test_machines_without_gpus_compute_on_the_cpu(choose):
     assert choose("cpu", [["a"], ["a"]]) == ["cpu", "cpu"]
     for error in choose("gpu", [[]]):
         assert isinstance(error, WorldError) and error.what == "machine.devices=gpu"
+
+
+def test_scalars_of_host_and_device_keep_their_order():
+    rows = [{"lr": 0.1, "loss": torch.tensor([[2.5]], requires_grad=True)}, {"count": torch.tensor(3), "lr": 0.2}]
+    stacked = devices.stack_scalars(rows, torch.device("cpu"))
+    assert stacked.dtype == torch.float64 and stacked.tolist() == [0.1, 2.5, 3.0, 0.2]
+    assert devices.stack_scalars([{"lr": 0.1}], torch.device("cpu")).tolist() == [0.1]

@@ -3,6 +3,7 @@
 import threading
 
 import numpy as np
+import pytest
 
 from hpcssl import rng
 
@@ -51,3 +52,14 @@ def test_permutations_are_complete_and_uniform_numbers_are_uniform():
     # within 5 sigma; the fourth moment of a uniform variable is 1.8 times the square of its variance
     assert abs(numbers.mean() - 0.5) < 5 * (1 / 12 / 20_000) ** 0.5
     assert abs(numbers.var() - 1 / 12) < 5 / 12 * (0.8 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 999, 1000, 2000])
+def test_the_first_entries_of_a_permutation_are_found_without_sorting_all(count):
+    key = rng.key(0, "p")
+    assert rng.permutation(key, 1000, count).tolist() == rng.permutation(key, 1000)[:count].tolist()
+
+
+def test_ties_are_broken_by_position(monkeypatch):
+    monkeypatch.setattr(rng, "raw", lambda key, n: np.array([5, 3, 5, 3, 9, 3], np.uint64)[:n])
+    assert [rng.permutation(0, 6, count).tolist() for count in (2, 4, 6)] == [[1, 3], [1, 3, 5, 0], [1, 3, 5, 0, 2, 4]]

@@ -12,9 +12,8 @@ from hpcssl.optim.lars import LARS
 from hpcssl.optim.masked import step_if, unchanged_unless
 from hpcssl.train import recipe
 from hpcssl.train.step import launch_step
-from hpcssl.train.step_queue import StepQueue
 from hpcssl.train.train_state import TrainState
-from hpcssl.train.verdict import StepFlags
+from hpcssl.train.verdict import StepFlags, StepQueue
 
 STEPS = 7
 RECIPES = {
