@@ -154,18 +154,10 @@ class TrainState:
         """
         options = self.recipe.views
         plan = self.plan.views if views is None else [self.plan.views[number] for number in views]
+        images = copy_images(batch.images, self.world.device)
         return [
-            augment_batch(
-                image,
-                params,
-                view.augmentation,
-                mean=options.mean,
-                std=options.std,
-                dtype=self.dtype,
-            )
-            for image, params, view in zip(
-                copy_images(batch.images, self.world.device), batch.params, plan, strict=True
-            )
+            augment_batch(image, params, view.augmentation, mean=options.mean, std=options.std, dtype=self.dtype)
+            for image, params, view in zip(images, batch.params, plan, strict=True)
         ]
 
     def context(self, batch: Batch) -> StepContext:
