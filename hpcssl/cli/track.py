@@ -37,6 +37,6 @@ def track(
         sys.stdout.flush()
 
     if follow:
-        sender.follow(folder, to, tracker, write, every=every)
+        sender.send_until_finished(folder, to, tracker, write, every=every)
     else:
         write(sender.send_pending(folder, to, tracker))

@@ -1,11 +1,10 @@
-"""The trackers: MLflow, Weights & Biases and Trackio. Each is imported where it is used."""
+"""The trackers: MLflow, and Weights & Biases. Each is imported where it is used."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from hpcssl.run_dir import RunDir
 from hpcssl.storage.records import sha256_of
 from hpcssl.tracking.pending import StepValues
 from hpcssl.tracking.sender import Tracker
-
-LOG = logging.getLogger("hpcssl")
 
 
 def open_tracker(name: str, run: RunDir, recipe: dict[str, Any], *, project: str, where: str) -> Tracker:
@@ -144,5 +141,8 @@ class WandbTracker:
         session.finish()
 
 
-TRACKERS = {"mlflow": MLflowTracker, "wandb": WandbTracker}
+TRACKERS: dict[str, Callable[[RunDir, dict[str, Any], str, str], Tracker]] = {
+    "mlflow": MLflowTracker,
+    "wandb": WandbTracker,
+}
 """The trackers by name."""

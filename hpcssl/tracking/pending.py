@@ -37,7 +37,7 @@ def find_durable_step(run: RunDir) -> int | None:
     if (finished := run.finished) is not None:
         return int(finished["step"])
     for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
-        manifest = files.read_record(folder / "manifest.json", {"step": int, "parts": list[dict]})
+        manifest = files.read_record(folder / "manifest.json", {"step": int, "parts": list[dict[str, Any]]})
         if manifest is not None and all(_has_size(run, folder.name, part) for part in manifest["parts"]):
             return int(manifest["step"])
     return None

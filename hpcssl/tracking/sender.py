@@ -78,7 +78,7 @@ def send_pending(run: RunDir, name: str, tracker: Tracker) -> int:
     return sent
 
 
-def follow(
+def send_until_finished(
     run: RunDir,
     name: str,
     tracker: Tracker,
