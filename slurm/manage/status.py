@@ -16,7 +16,7 @@ from hpcssl.run_dir import RunDir
 from hpcssl.timing.uptime import Uptime, last_written, measure_uptime
 from slurm.backend import identity, local, scheduler
 from slurm.backend.scheduler import JobState
-from slurm.log import attempts, job_log, retry
+from slurm.log import attempts, avoided_nodes, job_log, retry
 from slurm.log.attempts import Attempt
 from slurm.log.job_log import Job
 
@@ -102,6 +102,7 @@ def query_run(run: RunDir) -> RunStatus:
         decision.reason if has_given_up else "",
         "" if run.finished else retry.describe_no_progress(history),
         _describe_unrecorded_jobs(run),
+        "" if run.finished else avoided_nodes.describe(run),
     ]
     return RunStatus(
         run,
