@@ -24,7 +24,7 @@ from slurm.backend import (
     resources,
     scheduler,
 )
-from slurm.job import concurrent_evals
+from slurm.job import avoidance, concurrent_evals
 from slurm.log import job_log
 from slurm.log.job_log import Job, SbatchOptions
 from slurm.manage import control, evaluations
@@ -207,7 +207,8 @@ def _submit_to_slurm(
         if parent is not None:
             sbatch = resources.add_dependency(parent, sbatch)
         try:
-            job_id = batch_script.submit(run, what, sbatch, profile)
+            avoided = avoidance.find_nodes(run, what, options=sbatch)
+            job_id = batch_script.submit(run, what, sbatch, profile, avoided=avoided)
         except SubmitError:
             for job in jobs:
                 job_log.record_event(run, "cancel", job.id, why="another job of the same submission was refused")

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from hpcssl.signals import hold_signals
 from slurm.backend import identity, permissions, resources, scheduler
 from slurm.backend.owner import TOKEN_VARIABLE
 from slurm.backend.profiles import Profile
-from slurm.log import job_log
+from slurm.log import avoided_nodes, job_log
 from slurm.log.job_log import SbatchOptions
 from slurm.log.launches import EXIT_RELAUNCH, LAUNCH_TIME_VARIABLE, LAUNCH_VARIABLE, NODES_VARIABLE
 
@@ -123,7 +123,14 @@ def render(run: RunDir, what: str, sbatch: SbatchOptions, profile: Profile) -> s
     return _format_script(build_executor(run, what, sbatch, profile))
 
 
-def submit(run: RunDir, what: str, sbatch: SbatchOptions, profile: Profile, follows: str | None = None) -> str:
+def submit(
+    run: RunDir,
+    what: str,
+    sbatch: SbatchOptions,
+    profile: Profile,
+    follows: str | None = None,
+    avoided: Mapping[str, str] | None = None,
+) -> str:
     """Submit one job to SLURM and record it.
 
     No signal comes between the two. If the process is killed there, or sbatch gives no answer, the request that was
@@ -135,6 +142,7 @@ def submit(run: RunDir, what: str, sbatch: SbatchOptions, profile: Profile, foll
         sbatch: Options of sbatch.
         profile: The cluster profile.
         follows: Id of the job that this one continues.
+        avoided: Nodes to exclude besides the user's own, with the reasons. They are not kept among the job's options.
 
     Returns:
         The job id.
@@ -155,17 +163,25 @@ def submit(run: RunDir, what: str, sbatch: SbatchOptions, profile: Profile, foll
         **({"follows": follows} if follows else {}),
     }
     script = run.logs / f"{token}_submission.sh"
-    text = _format_script(build_executor(run, what, sbatch, profile, token))
+    text = _format_script(build_executor(run, what, add_excluded(sbatch, avoided or {}), profile, token))
     with hold_signals(), without_job_environment(), permissions.private_umask():
         atomic_write(script, text)
         job_log.record_request(run, **request)
         job = _call_sbatch(run, str(script), token, sbatch)
         try:
             job_log.record_event(run, "submit", job, **request)
+            if avoided:
+                avoided_nodes.record(run, what, job, avoided)
         except OSError:
             scheduler.run_command("scancel", job, cluster=job_log.get_cluster(sbatch))
             raise
     return job
+
+
+def add_excluded(sbatch: SbatchOptions, nodes: Iterable[str]) -> SbatchOptions:
+    """Return the options of sbatch with more excluded nodes, besides the user's own."""
+    names = [*([str(sbatch["exclude"])] if "exclude" in sbatch else []), *nodes]
+    return sbatch | {"exclude": ",".join(names)} if names else sbatch
 
 
 def _format_script(executor: BatchExecutor) -> str:

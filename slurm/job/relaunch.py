@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from hpcssl.run_dir import RunDir
 from slurm.backend import resources, scheduler
-from slurm.job import step_nodes
+from slurm.job import avoidance, step_nodes
 from slurm.job.requeue import WARNING_MARGIN_S
-from slurm.log import job_log
+from slurm.log import avoided_nodes, job_log
 from slurm.log.attempts import Attempt
 
 
@@ -47,8 +47,16 @@ def explain_refusal(run: RunDir, what: str, attempt: Attempt, state: scheduler.J
             f"{state.remaining_s} s are left of the time limit, and more than {needed} s are needed to start and save"
         )
     if attempt.cause != "node_fail":
-        return None
+        return None if resources.count_spare_nodes(options) else _explain_replacement(run, what, attempt)
     usable, count = step_nodes.find_usable_nodes(attempt.job), resources.count_nodes(options)
     if resources.count_spare_nodes(options) and len(usable) >= count:
         return None
     return f"{attempt.error}, and no spare node is left"
+
+
+def _explain_replacement(run: RunDir, what: str, attempt: Attempt) -> str | None:
+    """Why a requeue is better: other nodes can take the place of one that the attempt blames. None if it is not."""
+    blamed = avoided_nodes.find_blamed_nodes(attempt)
+    avoided = avoidance.find_nodes(run, what) if blamed else {}
+    names = [node for node in blamed if node in avoided]
+    return f"{' and '.join(names)} is to blame, and another node can take its place" if names else None

@@ -17,10 +17,10 @@ from typing import Any
 
 from hpcssl.errors import EXIT_DONE
 from hpcssl.run_dir import RunDir
-from hpcssl.signals import Requeue
+from hpcssl.signals import Requeue, hold_signals
 from hpcssl.timing.uptime import to_unix_time
 from slurm.backend import resources, scheduler
-from slurm.job import bootstrap
+from slurm.job import avoidance, bootstrap
 from slurm.log import attempts, job_log
 from slurm.log.attempts import Attempt
 
@@ -108,9 +108,15 @@ def request_next_attempt(
         return "the job was cancelled"
     if state.name == scheduler.GONE:
         return "SLURM no longer knows this job"  # its number may be that of another job, which must not be requeued
-    if state.restarts > attempt["restart"]:
-        return None  # SLURM has requeued it already; another requeue would end the attempt that runs now
-    refusal = scheduler.request_requeue(job) if state.requeue_enabled else scheduler.REQUEUE_DISABLED
+    lost = str(attempt.get("host", "")) if cause == "node_fail" else ""
+    if state.restarts > attempt["restart"]:  # another requeue would end the attempt that runs now
+        with hold_signals():  # TERM may be on its way
+            avoidance.exclude(run, what, job, avoidance.find_nodes(run, what, lost))
+        return None
+    if state.requeue_enabled:
+        refusal = avoidance.requeue_and_exclude(run, what, job, lost)
+    else:
+        refusal = scheduler.REQUEUE_DISABLED
     if refusal is None or scheduler.REQUEUE_DISABLED not in refusal:
         return refusal
     return _start_successor(run, what, job, refusal)

@@ -12,7 +12,7 @@ import sys
 from hpcssl.run_dir import RunDir
 from slurm.backend import scheduler
 from slurm.backend.owner import current_token
-from slurm.log import attempts
+from slurm.log import attempts, avoided_nodes
 
 
 def find_usable_nodes(job: str) -> list[str]:
@@ -23,7 +23,7 @@ def find_usable_nodes(job: str) -> list[str]:
 
 
 def find_blamed_nodes(run: RunDir, what: str) -> list[str]:
-    """Return the nodes that the watchdog named as the cause of a crash in the current job.
+    """Return the nodes that are named as the cause of a crash in the current job.
 
     Args:
         run: The run folder.
@@ -34,7 +34,9 @@ def find_blamed_nodes(run: RunDir, what: str) -> list[str]:
     job, restart = scheduler.current_job()
     allocation = (job, current_token(), restart)
     own = [a for a in attempts.read_attempts(run, what) if (*a.job_key, a.restart) == allocation]
-    return [node for attempt in own if attempt.is_crash for node in hang_report.named_nodes(attempt.error)]
+    crashes = [attempt for attempt in own if attempt.is_crash]
+    named = [node for attempt in crashes for node in hang_report.named_nodes(attempt.error)]
+    return named + [node for attempt in crashes for node in avoided_nodes.find_blamed_nodes(attempt)]
 
 
 def format_arguments(run: RunDir, what: str, count: int, tasks: int) -> str:

@@ -15,7 +15,7 @@ from hpcssl.errors import EXIT_DONE, EXIT_FAILED, HpcsslError
 from hpcssl.run_dir import RunDir
 from slurm.backend import batch_script, identity, scheduler
 from slurm.backend.profiles import Profile
-from slurm.job import bootstrap
+from slurm.job import avoidance, bootstrap
 from slurm.log import job_log
 
 FULFILLED_OPTIONS = ("dependency", "begin", "hold", "time-min")
@@ -45,7 +45,9 @@ def submit_successor(run: RunDir, what: str, job: str) -> str:
             return latest.id
         options = {k: v for k, v in (latest.options if latest else {}).items() if k not in FULFILLED_OPTIONS}
         profile = Profile(**latest.profile) if latest and latest.profile else Profile()
-        successor = batch_script.submit(run, what, options | {"dependency": f"afterany:{job}"}, profile, follows=job)
+        options |= {"dependency": f"afterany:{job}"}
+        avoided = avoidance.find_nodes(run, what)
+        successor = batch_script.submit(run, what, options, profile, follows=job, avoided=avoided)
         move_dependencies(job, successor, latest.cluster if latest else None)
         return successor
 

@@ -19,6 +19,7 @@ each submission has a random ``token``, which the job carries as well (``backend
 | ``cancel`` | a user cancels the job; with ``refused``, SLURM did not do it |
 | ``ended`` | a local job has ended for good |
 | ``start``, ``end`` | an attempt of an evaluation; those of the training are in ``attempts.jsonl`` |
+| ``avoid`` | a job was made to avoid ``nodes``, which earlier attempts blame; ``why`` has the reasons |
 | ``allow-pipe`` | ``--allow-pipe`` was given for a shell command |
 """
 
@@ -49,6 +50,7 @@ _TYPES: Fields = {
     "last_step": int | None,
     "launch": int,
     "logs": str,
+    "nodes": list[str],
     "never_began": bool,
     "options": dict[str, str | bool],
     "pid": int,
@@ -79,6 +81,7 @@ _REQUIRED = {
     "start": ("attempt", "what"),
     "end": ("attempt", "what"),
     "allow-pipe": ("command",),
+    "avoid": ("job", "what", "nodes", "why"),
 }
 TRAIN = "train"
 """``what`` of the training's job. Every other value of ``what`` is an evaluation (``evaluations.EvalRequest``)."""

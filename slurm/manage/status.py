@@ -18,7 +18,7 @@ from hpcssl.run_dir import RunDir
 from hpcssl.timing.uptime import Uptime, last_written, measure_uptime
 from slurm.backend import identity, local, scheduler
 from slurm.backend.scheduler import JobState
-from slurm.log import attempts, job_log, retry
+from slurm.log import attempts, avoided_nodes, job_log, retry
 from slurm.log.attempts import Attempt
 from slurm.log.job_log import Job
 from slurm.manage.queue_snapshot import QueueSnapshot
@@ -135,6 +135,7 @@ def query_run(
         decision.reason if has_given_up else "",
         "" if run.finished else retry.describe_no_progress(history),
         _describe_unrecorded_jobs(run, list_jobs),
+        "" if run.finished else avoided_nodes.describe(run),
     ]
     return RunStatus(
         run,

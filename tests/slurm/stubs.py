@@ -14,7 +14,9 @@ SETTINGS = "stub.json"
 
 ``steps``: steps of the training. ``step_s``: seconds per step. ``hold_at``: the step at which the training waits, and
 still handles signals, until the test changes the setting; what must happen before the training ends can then take as
-long as it takes. ``crash_at``, ``crash_rank``: where the training fails. ``export``: steps whose weights are exported.
+long as it takes. ``crash_at``, ``crash_rank``: where the training fails; ``crash_attempts``: in how many attempts;
+``crash_cause``, ``crash_message``: what it records, with the node in place of ``NODE``. ``export``: steps whose weights
+are exported.
 ``crash``: evaluations that fail. ``hold_evaluation``: where evaluations wait, and still handle signals, while the
 setting stands: ``start`` (before the attempt is recorded), ``middle``, or ``row`` (after the row is written).
 ``hold_at``, ``step_s`` and ``hold_evaluation`` are read again and again, the others at the start of each attempt.
@@ -64,8 +66,11 @@ def train(run, *, stop, requeue, attempt, **_):
         if step == current.get("hold_at"):
             time.sleep(0.02)
             continue
-        if step == settings.get("crash_at") and rank == settings.get("crash_rank", 0):
-            record_end("error", why="{CRASH_MESSAGE}")
+        is_crash = step == settings.get("crash_at") and rank == settings.get("crash_rank", 0)
+        if is_crash and attempt["attempt"] <= settings.get("crash_attempts", 100):
+            node = os.environ.get("SLURMD_NODENAME", "")
+            why = settings.get("crash_message", "{CRASH_MESSAGE}").replace("NODE", node)
+            record_end(settings.get("crash_cause", "error"), why=why)
             raise RuntimeError("{CRASH_MESSAGE}")
         step += 1
         if rank == 0:

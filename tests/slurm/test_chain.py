@@ -159,7 +159,7 @@ def fake_slurm(monkeypatch):
     """
     fake = SimpleNamespace(sbatch={}, states={}, missing_rows=set(), cancelled=[])
 
-    def submit_job(run, what, sbatch, profile):
+    def submit_job(run, what, sbatch, profile, avoided=None):
         job = str(len(fake.sbatch) + 1)
         fake.sbatch[job] = sbatch
         job_log.record_event(run, "submit", job, what=what, kind="slurm", options=sbatch)

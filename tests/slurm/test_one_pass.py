@@ -48,7 +48,7 @@ def fake_slurm(monkeypatch):
     """A scheduler that numbers jobs from 1 and starts none."""
     count = iter(range(1, 100))
 
-    def submit_job(run, what, sbatch, profile):
+    def submit_job(run, what, sbatch, profile, avoided=None):
         job = str(next(count))
         job_log.record_event(run, "submit", job, what=what, kind="slurm", options=sbatch)
         return job
