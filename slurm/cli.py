@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from time import sleep
@@ -19,10 +18,23 @@ from hpcssl.terminal.arguments import Parent, split_recipe
 from hpcssl.terminal.help_pages import CommandGroup
 from slurm import command_line
 from slurm.backend import sbatch_options
-from slurm.cli_options import EvalEvery, Evals, EvalSbatch, RecipeAndValues, RunFolder, RunFolders, SpareNodes
+from slurm.cli_options import (
+    AllowPipe,
+    Cluster,
+    EvalEvery,
+    Evals,
+    EvalSbatch,
+    Local,
+    RecipeAndValues,
+    RunFolder,
+    RunFolders,
+    Sbatch,
+    SpareNodes,
+)
 from slurm.doctor import cli as doctor_cli
 from slurm.log import job_log
 from slurm.log.job_log import Job, SbatchOptions
+from slurm.sweep import cli as sweep_cli
 
 if TYPE_CHECKING:
     from slurm.api import SubmittedRun
@@ -58,12 +70,15 @@ app = typer.Typer(
 )
 
 
-@app.command(
+_with_sbatch_options = app.command(
     cls=_SplitSbatchOptions,
     context_settings={"help_option_names": ["--help", "-h"]},
     epilog="All options of sbatch are allowed as well, in any position: --nodes 2 --gpus-per-node 8 "
     "--time 2-0 -p gpu … (see `man sbatch`).",
 )
+
+
+@_with_sbatch_options
 def submit(
     ctx: typer.Context,
     run: Annotated[str, typer.Option("--run", help="The run folder. A run that it contains is continued.")],
@@ -72,17 +87,11 @@ def submit(
     evals: Evals = "",
     eval_every: EvalEvery = 0,
     eval_sbatch: EvalSbatch = None,
-    cluster: Annotated[str | None, typer.Option(help="A cluster profile: its name, or a YAML file.")] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option(help='An option that only a newer SLURM has, such as "--name=value".'),
-    ] = None,
+    cluster: Cluster = None,
+    sbatch: Sbatch = None,
     spare_nodes: SpareNodes = 0,
-    local: Annotated[bool, typer.Option("--local", help="Run on this machine, without SLURM.")] = False,
-    allow_pipe: Annotated[
-        bool,
-        typer.Option("--allow-pipe", help="Allow data.train=pipe:COMMAND, a shell command that runs in the job."),
-    ] = False,
+    local: Local = False,
+    allow_pipe: AllowPipe = False,
     wait: Annotated[bool, typer.Option("--wait", "-W", help="Follow the run, and exit with its exit code.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch scripts, and submit nothing.")] = False,
     parsable: Annotated[bool, typer.Option("--parsable", help="Print only the job id.")] = False,
@@ -105,7 +114,7 @@ def submit(
         profile=profiles.load_profile(cluster),
         allow_pipe=allow_pipe,
         parent=parent,
-        eval_sbatch=_group_by_evaluation(eval_sbatch or []),
+        eval_sbatch=sbatch_options.group_by_evaluation(eval_sbatch or []),
     )
     if local:
         _report_ignored(request.sbatch, cluster)
@@ -122,6 +131,10 @@ def submit(
         if parsable and submitted.jobs:
             print(submitted.ids[0], flush=True)
     return _wait(submitted) if wait else EXIT_DONE
+
+
+_with_sbatch_options(sweep_cli.sweep)
+_with_sbatch_options(sweep_cli.table)
 
 
 @app.command()
@@ -191,17 +204,6 @@ def logs(
 app.command(cls=doctor_cli.SplitDoctorOptions, context_settings=doctor_cli.SETTINGS, epilog=doctor_cli.EPILOG)(
     doctor_cli.doctor
 )
-
-
-def _group_by_evaluation(texts: list[str]) -> dict[str, SbatchOptions]:
-    """Options of ``--eval-sbatch`` by evaluation; those for all evaluations under an empty name."""
-    options: dict[str, SbatchOptions] = {}
-    for text in texts:
-        match = re.fullmatch(r"(?:([a-z]\w*):(?=--))?(.*)", text.strip(), re.S)
-        assert match is not None  # both groups may be empty
-        name, option = match.groups()
-        options.setdefault(name or "", {}).update(sbatch_options.parse_option(option, "--eval-sbatch"))
-    return options
 
 
 def _report_nothing_to_submit(submitted: SubmittedRun) -> None:

@@ -43,3 +43,13 @@ RecipeAndValues = Annotated[
         help="Name of a packaged recipe or a .yaml file, then recipe values to change.",
     ),
 ]
+Cluster = Annotated[str | None, typer.Option(help="A cluster profile: its name, or a YAML file.")]
+Sbatch = Annotated[
+    list[str] | None,
+    typer.Option(help='An option that only a newer SLURM has, such as "--name=value".'),
+]
+Local = Annotated[bool, typer.Option("--local", help="Run on this machine, without SLURM.")]
+AllowPipe = Annotated[
+    bool,
+    typer.Option("--allow-pipe", help="Allow data.train=pipe:COMMAND, a shell command that runs in the job."),
+]

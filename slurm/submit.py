@@ -69,17 +69,36 @@ def submit(request: SubmissionRequest) -> list[Job]:
         SubmitError: SLURM refused; or jobs of the run are queued or running and were submitted with another recipe.
         HpcsslError: See ``submission.resolve_submission``.
     """
+    if not request.local:
+        scheduler.require_slurm()
+    submission = resolve_submission(request)
+    check_partitions(submission)
+    return submit_resolved(submission)
+
+
+def check_partitions(submission: Submission) -> None:
+    """Check the options of a submission against the limits of its partitions (``partitions.check_limits``).
+
+    Raises:
+        ConfigError: A job could never start.
+    """
+    if not submission.request.local:
+        for what, sbatch in submission.options.items():
+            partitions.check_limits(sbatch, "" if what == job_log.TRAIN else "--eval-sbatch ")
+
+
+def submit_resolved(submission: Submission, gpus: str | None = None) -> list[Job]:
+    """Submit what is missing of a submission that has passed all checks; see ``submit``.
+
+    Args:
+        submission: The submission.
+        gpus: ``CUDA_VISIBLE_DEVICES`` of local jobs; None to inherit it.
+    """
     from hpcssl import run as runs  # imports torch, which the other commands do not wait for
     from hpcssl.preparation import branches
     from hpcssl.train.start.run_files import write_run_files
 
-    if not request.local:
-        scheduler.require_slurm()
-    submission = resolve_submission(request)
-    if not request.local:
-        for what, sbatch in submission.options.items():
-            partitions.check_limits(sbatch, "" if what == job_log.TRAIN else "--eval-sbatch ")
-    run = submission.run
+    run, request = submission.run, submission.request
     with job_log.submission_lock(run):
         permissions.secure_run_folder(run.root)
         identity.record_unrecorded_jobs(run)
@@ -99,7 +118,7 @@ def submit(request: SubmissionRequest) -> list[Job]:
         if active:
             _refuse_change(submission, next(iter(active.values())))
         _write_plan(submission, keep=not needs_training)
-        options = _select_missing_jobs(submission, active, needs_training)
+        options = select_missing_jobs(submission, active, needs_training)
         concurrent = _select_missing_concurrent(submission, active)
         if not options and not concurrent:
             return []
@@ -109,7 +128,7 @@ def submit(request: SubmissionRequest) -> list[Job]:
             job_log.record_allowed_pipe(run, submission.recipe.data.train)
         parent = active.get(job_log.TRAIN)
         if request.local:
-            jobs = local.launch(run, options) if options else []
+            jobs = local.launch(run, options, gpus) if options else []
         else:
             jobs = _submit_to_slurm(run, options, request.profile, parent.id if parent else None)
         # a running training submits due evaluations itself; it does not submit again those that have failed
@@ -154,10 +173,16 @@ def _write_plan(submission: Submission, keep: bool) -> None:
         evaluations.write_plan(run, entries, last=submission.last, kind=request.kind, profile=profile)
 
 
-def _select_missing_jobs(
+def select_missing_jobs(
     submission: Submission, active: dict[str, Job], needs_training: bool
 ) -> dict[str, SbatchOptions]:
-    """Options of sbatch of the jobs to submit: the training, and evaluations of its last weights."""
+    """Return the options of sbatch of the jobs to submit: the training, and evaluations of its last weights.
+
+    Args:
+        submission: The submission.
+        active: The queued and running jobs of the run, by ``what``.
+        needs_training: Whether the training is to be submitted.
+    """
     selected = {}
     for what, sbatch in submission.options.items():
         if what == job_log.TRAIN:

@@ -14,13 +14,28 @@ from hpcssl.run_dir import RunDir
 
 
 def results(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders.")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders with runs.")] = None,
     write: Annotated[Path | None, typer.Option(help="Also update the tables in this RESULTS.md.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     steps: Annotated[
         bool, typer.Option("--steps", help="Include the encoders between the first and the last step.")
     ] = False,
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN",
+            help="Rank settings by a score, such as linear or 1-NN: means over seeds, with * at what is within the "
+            "deviation of the best.",
+        ),
+    ] = "",
+    claim: Annotated[
+        str,
+        typer.Option(
+            metavar='"A > B"',
+            help="Compare two recipes, methods or values: difference, deviation and a paired test over seeds.",
+        ),
+    ] = "",
     published: Annotated[
         bool, typer.Option("--published", help="Print the results of the papers instead of those of runs.")
     ] = False,
@@ -41,6 +56,8 @@ def results(
         as_csv=as_csv,
         as_json=as_json,
         steps=steps,
+        sort=sort,
+        claim=claim,
         published=published,
         plots=plots,
         gallery=gallery,

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from hpcssl import config
+from hpcssl.errors import ConfigError, suggest
 
 DOCUMENTS = ("msf", "cmsf", "nnclr", "bsim", "peers")
 
@@ -168,13 +169,55 @@ class PublishedScore:
 @cache
 def read_tables() -> tuple[Table, ...]:
     """Read all tables, in the order of the documents."""
+    files = (Path(__file__).with_name(f"{name}.yaml") for name in DOCUMENTS)
+    return tuple(table for path in files for table in read_document(path))
+
+
+def read_document(path: Path) -> list[Table]:
+    """Read the tables of one YAML file; the head of this module describes it.
+
+    Raises:
+        ConfigError: The file cannot be read, or is no such document.
+    """
+    sheet = config.read_yaml(path)
     tables = []
-    for name in DOCUMENTS:
-        sheet = config.read_yaml(Path(__file__).with_name(f"{name}.yaml"))
+    try:
         for key, about in sheet["tables"].items():
             columns, rows = _parse_rows(about.pop("rows"))
             tables.append(Table(document=sheet["document"], name=key, columns=columns, rows=rows, **about))
-    return tuple(tables)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"tables {path}",
+            got=f"{type(error).__name__}: {error}",
+            expected="keys document and tables, and title, source and rows in each table",
+            fix="write it like the files in hpcssl/published",
+        ) from error
+    return tables
+
+
+def find_table(text: str) -> Table:
+    """Find a table by name.
+
+    Args:
+        text: ``DOCUMENT.TABLE``, such as ``nnclr.table1``, ``nnclr.t1`` or ``msf.imagenet``; or ``FILE.yaml``, or
+            ``FILE.yaml:TABLE`` where the file has several tables.
+
+    Raises:
+        ConfigError: There is no such table.
+    """
+    path, _, name = text.partition(":")
+    if path.endswith((".yaml", ".yml")):
+        tables = {table.name: table for table in read_document(Path(path))}
+        if not name and len(tables) == 1:
+            return next(iter(tables.values()))
+        names = {f"{path}:{key}": table for key, table in tables.items()}
+    else:
+        text = re.sub(r"\.table(?=\d)", ".t", text.lower())
+        names = {f"{table.document.lower()}.{table.name}": table for table in read_tables()}
+    if text not in names:
+        with_recipes = [key for key, table in names.items() if any(table.recipes())]
+        raise ConfigError("table", got=repr(text), expected="a published table", fix=suggest(text, with_recipes))
+    return names[text]
 
 
 def read_titles() -> dict[str, str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcssl.errors import ConfigError
 from hpcssl.evals.frozen.knn_options import ONE_LABEL
-from hpcssl.results import page, tables
+from hpcssl.results import compare, page, tables
 from hpcssl.results.columns import Record
 from hpcssl.results.records import collect_records, select_shown
 
@@ -20,6 +21,8 @@ def main(
     as_csv: bool = False,
     as_json: bool = False,
     steps: bool = False,
+    sort: str = "",
+    claim: str = "",
     published: bool = False,
     plots: Path | None = None,
     gallery: Path | None = None,
@@ -32,6 +35,8 @@ def main(
         as_csv: Print CSV.
         as_json: Print JSON.
         steps: Also show the encoders between step 0 and the last one.
+        sort: Column by which settings are ranked, the best first; empty for the order of the runs.
+        claim: Two settings to compare, as ``A > B``; empty for none.
         published: Print or write the tables of the papers instead; takes no runs.
         plots: Folder for pictures of learning curves.
         gallery: PNG file for validation images with their nearest training images; takes one run.
@@ -41,6 +46,7 @@ def main(
         EvalError: A path is not a run folder, or no run has results.
     """
     _check_options(runs, as_csv, as_json, published, write, {"plots": plots, "gallery": gallery})
+    _check_comparison(sort, claim, is_alone=not (published or write or plots or gallery or steps))
     out = sys.stdout
     if plots is not None:
         from hpcssl.results import curves
@@ -61,6 +67,15 @@ def main(
             out.write(tables.export_published(style) if style else page.format_published() + "\n")
         return
     records = collect_records(runs)
+    if claim:
+        comparisons = compare.check_claim(records, claim)
+        if as_json:
+            out.write(json.dumps([one.to_json() for one in comparisons], indent=2, ensure_ascii=False) + "\n")
+        else:
+            out.writelines(one.line() + "\n" for one in comparisons)
+        return
+    if sort:
+        records = compare.rank_settings(records, sort)
     if write is not None:
         page.update_page(write, select_shown(records, steps=steps))
     out.write(render_records(records, style=style, steps=steps, terminal=out.isatty()))
@@ -84,6 +99,17 @@ def render_records(
         return {"csv": tables.to_csv, "json": tables.to_json}[style](records)
     shown = select_shown(records, steps=steps)
     return tables.draw_table(shown, width) if terminal else tables.to_tsv(shown)
+
+
+def _check_comparison(sort: str, claim: str, *, is_alone: bool) -> None:
+    given = [name for name, value in (("--sort", sort), ("--claim", claim)) if value]
+    if len(given) == 2 or (given and not is_alone):
+        raise ConfigError(
+            "hpcssl results",
+            got=f"{' and '.join(given)} with another form of output" if len(given) == 1 else " and ".join(given),
+            expected=f"{given[0]} alone, or with --json",
+            fix="run the command once for each",
+        )
 
 
 def _check_options(

@@ -6,10 +6,8 @@ on one pair of data sets. Runs that differ only in the seed give one more record
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
-from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,13 @@ from typing import Any
 from hpcssl import config, files, published
 from hpcssl.errors import ConfigError, EvalError
 from hpcssl.evals.rows import ROW_FIELDS
-from hpcssl.results import columns
+from hpcssl.results import columns, compare, run_cost
 from hpcssl.results.columns import Record
 from hpcssl.results.seeds import average_over_seeds
 from hpcssl.run_dir import RunDir
-from hpcssl.timing.uptime import last_written, measure_uptime
 
 LOG = logging.getLogger("hpcssl")
 
-_ATTEMPT_FIELDS = {"event": str, "attempt": int, "time": float | str}
 _IRRELEVANT_SECTIONS = ("name", "about", "seed", "machine", "evals")
 
 
@@ -39,6 +35,7 @@ def collect_records(runs: Sequence[Path | str]) -> list[Record]:
     - ``published``: value and source by column, if the run reproduces the row of its recipe.
     - ``options``: fingerprint of the options of the evaluation, by column.
     - ``newest``: whether it is of the last step of the run.
+    - ``differs``: its values of the keys in which runs of one recipe differ.
     - ``deviation`` and ``n``, only of a mean: deviation and number of seeds, by column.
 
     A run without results is left out, with a warning in the log.
@@ -53,7 +50,12 @@ def collect_records(runs: Sequence[Path | str]) -> list[Record]:
         EvalError: A path is not a run folder, or no run has results.
     """
     opened = open_runs(runs)
-    records = [record for run in opened for record in _read_run(run)]
+    by_run = [(_read_run(run), compare.flatten(result_keys(config.read_yaml(run.config)))) for run in opened]
+    records = [record for own, _ in by_run for record in own]
+    differing = compare.find_differing_keys([(own[0]["recipe"], values) for own, values in by_run if own])
+    for own, values in by_run:
+        for record in own:
+            record["differs"] = {key: values[key] for key in differing if key in values}
     if not records:
         raise EvalError(
             f"run folder {opened[0].root}",
@@ -75,7 +77,7 @@ def select_shown(records: Sequence[Record], *, steps: bool = False) -> list[Reco
 
 
 def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
-    """Open run folders, each once.
+    """Open run folders, each once. A folder with runs in it, such as that of a sweep, stands for these.
 
     Of several, a folder that is not a run is skipped with a warning in the log, since ``runs/*`` may hold shards.
 
@@ -86,12 +88,18 @@ def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
         EvalError: A path is not a folder, or none is a run.
     """
     opened = []
+    paths = [one for path in paths for one in _list_runs(Path(path))]
     for path in dict.fromkeys(Path(path).resolve() for path in paths):
         if len(paths) > 1 and path.is_dir() and not RunDir(path).config.exists():
             LOG.warning("%s is not a run folder and is skipped.", path)
         else:
             opened.append(open_run(path))
     return opened or [open_run(path) for path in paths]
+
+
+def _list_runs(path: Path) -> list[Path]:
+    inside = [] if RunDir(path).config.exists() else sorted(file.parent for file in path.glob("*/config.yaml"))
+    return inside or [path]
 
 
 def open_run(path: Path | str) -> RunDir:
@@ -191,7 +199,7 @@ def _describe_row(run: RunDir, recipe: dict[str, Any], changed: list[str], row: 
     schedule, step, name = recipe.get("schedule") or {}, row["step"], recipe.get("name", "")
     later = "trained" if step == done else f"step {step}"
     length = schedule.get("epochs") or (f"{schedule['steps']} steps" if schedule.get("steps") else "")
-    world, hours = _rank_hours(run)
+    world, hours = run_cost.rank_hours(run)
     own_data = row["eval"] in columns.OWN_DATA
     return {
         "recipe": name,
@@ -207,7 +215,7 @@ def _describe_row(run: RunDir, recipe: dict[str, Any], changed: list[str], row: 
         "seed": recipe.get("seed", 0),
         "world": world,
         "rank·h": 0.0 if step == 0 else hours,
-        "effective": "" if step == 0 else _effective_share(run),
+        "effective": "" if step == 0 else run_cost.effective_share(run),
         "run": run.root.name,
         "weights": row["weights_sha256"][:12],
         "commit": row["commit"],
@@ -271,29 +279,3 @@ def _lookup(values: Any, key: str) -> object:
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def _effective_share(run: RunDir) -> float | str:
-    """Return the share of the allocated time that was spent in steps that counted; empty if that was not recorded."""
-    uptime = measure_uptime(run, last_written(run))
-    return round(uptime.share, 4) if uptime is not None and uptime.step else ""
-
-
-def _rank_hours(run: RunDir) -> tuple[int | str, float | str]:
-    """Return the ranks of the last attempt, and hours times ranks over all attempts that recorded their end."""
-    world: int | str = ""
-    hours, unfinished = 0.0, {}
-    for line in files.read_lines(run.attempts, _ATTEMPT_FIELDS, {"world": int}):
-        if line.get("event") == "start":
-            unfinished[line["attempt"]] = line
-            world = line.get("world", world)
-        elif line.get("event") == "end" and line["attempt"] in unfinished:
-            start = unfinished.pop(line["attempt"])
-            with contextlib.suppress(ValueError):  # a text that is not a time
-                hours += (_seconds(line["time"]) - _seconds(start["time"])) / 3600 * start.get("world", 1)
-    # an attempt that was killed recorded no end: the sum is a lower bound
-    return world, f"≥ {hours:.3g}" if unfinished else float(f"{hours:.3g}")
-
-
-def _seconds(time: float | str) -> float:
-    return datetime.fromisoformat(time).timestamp() if isinstance(time, str) else float(time)

@@ -40,7 +40,20 @@ def _means(group: list[Record]) -> list[Record]:
                 layers.append(layer := {})
             layer[column] = list(by_seed.values())
     names = list(dict.fromkeys(record["run"] for record in group))
-    shared = ("recipe", "encoder", "step", "method", "arch", "data", "epochs", "batch", "changed", "newest", "sets")
+    shared: tuple[str, ...] = (
+        "recipe",
+        "encoder",
+        "step",
+        "method",
+        "arch",
+        "data",
+        "epochs",
+        "batch",
+        "changed",
+        "newest",
+        "sets",
+    )
+    shared += ("differs", "result_fingerprint")
     return [
         {key: group[0][key] for key in shared}
         | {

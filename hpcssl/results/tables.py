@@ -18,22 +18,33 @@ _FILES_ONLY = ("effective",)
 LAST = ("seed", "world", "rank·h", "run", "weights", "commit")
 
 
-def table_cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def table_cells(records: Sequence[Record], *, with_keys: bool = False) -> tuple[list[str], list[list[str]]]:
     """Format records for people: scores to one decimal, deviations, published values in brackets.
+
+    Args:
+        records: The records.
+        with_keys: Also give each key in which runs of one recipe differ a column, instead of its place in ``changed``.
 
     Returns:
         The titles of the columns, and the cells of every record.
     """
     metrics = columns.sort_columns((name for r in records for name in r["metrics"]), wide=False)
+    keys = list(dict.fromkeys(key for r in records for key in r["differs"])) if with_keys else []
     lines = [
         [
-            *(_text(r.get(c, "")) for c in FIRST),
+            *(_text(_changed_elsewhere(r, keys) if c == "changed" else r.get(c, "")) for c in FIRST),
+            *(_text(r["differs"].get(key, "")) for key in keys),
             *(_score(r, name) for name in metrics),
             *(_text(r.get(c, "")) for c in LAST),
         ]
         for r in records
     ]
-    return [*FIRST, *metrics, *LAST], lines
+    return [*FIRST, *keys, *metrics, *LAST], lines
+
+
+def _changed_elsewhere(record: Record, keys: Sequence[str]) -> list[str]:
+    """What ``changed`` shows beside columns for keys."""
+    return [text for text in record["changed"] if text.partition("=")[0] not in keys]
 
 
 def _text(value: object) -> str:
@@ -41,19 +52,23 @@ def _text(value: object) -> str:
 
 
 def _score(record: Record, name: str) -> str:
-    """Format ``72.2 ± 0.1 [n 2] (72.4)``: score, deviation, number of seeds if not all have it, published value."""
+    """Format ``72.2 ± 0.1 [n 2] (72.4) *``.
+
+    That is score, deviation, number of seeds if not all have it, published value, and a mark of the best in a ranking.
+    """
     if name not in record["metrics"]:
         return ""
     text, n = f"{record['metrics'][name]:.1f}", record.get("n", {}).get(name)
     if n is not None:
         text += f" ± {record['deviation'][name]:.1f}" + (f" [n {n}]" if f"{n} seeds" != record["seed"] else "")
     published_score = record["published"].get(name)
-    return text + (f" ({published_score['text']})" if published_score else "")
+    text += f" ({published_score['text']})" if published_score else ""
+    return f"{text} *" if name in record.get("best", ()) else text
 
 
 def to_tsv(records: Sequence[Record]) -> str:
     """Return one line per record, its columns separated by tabs."""
-    head, lines = table_cells(records)
+    head, lines = table_cells(records, with_keys=True)
     return "".join("\t".join(line) + "\n" for line in [head, *lines])
 
 
@@ -70,7 +85,7 @@ def draw_table(records: Sequence[Record], width: int | None = None) -> str:
     from rich.table import Table
 
     # on a terminal the rows above a mean already show its runs
-    head, lines = table_cells([r | {"run": "mean"} if "n" in r else r for r in records])
+    head, lines = table_cells([r | {"run": "mean"} if "n" in r else r for r in records], with_keys=True)
     always = ("recipe", "encoder", "run", *head[len(FIRST) : -len(LAST)])
     kept = [
         i
@@ -103,7 +118,7 @@ def to_csv(records: Sequence[Record]) -> str:
     """Return all columns as CSV in full precision, with columns for deviation, seeds and published value of scores."""
     sheet = []
     for r in records:
-        line: dict[str, Any] = {c: _text(r.get(c, "")) for c in (*FIRST, "step")}
+        line: dict[str, Any] = {c: _text(r.get(c, "")) for c in (*FIRST, "step")} | r["differs"]
         for name in columns.sort_columns(r["metrics"]):
             line[name] = r["metrics"][name]
             if "n" in r:
@@ -118,7 +133,8 @@ def to_csv(records: Sequence[Record]) -> str:
         for ending in endings
         if any(name + ending in line for line in sheet)
     ]
-    return _write_csv([*FIRST, "step", *scores, *LAST, *_FILES_ONLY], sheet)
+    keys = list(dict.fromkeys(key for r in records for key in r["differs"]))
+    return _write_csv([*FIRST, "step", *keys, *scores, *LAST, *_FILES_ONLY], sheet)
 
 
 def to_json(records: Sequence[Record]) -> str:

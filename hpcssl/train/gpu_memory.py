@@ -76,6 +76,23 @@ def measure(recipe: Recipe) -> MemorySizes:
     )
 
 
+def estimate_saved_bytes(recipe: Recipe, images: int) -> tuple[int, int]:
+    """Estimate what a checkpoint and an exported weights file take on the disk.
+
+    Args:
+        recipe: The recipe.
+        images: Number of training images.
+
+    Returns:
+        Bytes of one checkpoint over all ranks, and of one weights file with heads.
+    """
+    sizes, (parameters, _) = measure(recipe), _count_networks(recipe)
+    float_bytes = 8 if recipe.optim.precision == "fp64" else 4
+    copies = 3 if build_method(recipe).target_encoder == "ema" else 2  # weights and momentum; the moving average
+    rows = sizes.bank_rows * sizes.bank_row_bytes + (images if sizes.table_rows else 0) * sizes.table_row_bytes
+    return parameters * float_bytes * copies + rows, parameters * float_bytes
+
+
 def _count_networks(recipe: Recipe) -> tuple[int, int]:
     """Return the number of trained parameters, and the bytes that backward keeps per image in half precision."""
     method = build_method(recipe)

@@ -60,7 +60,8 @@ def launch(run: RunDir, options: dict[str, SbatchOptions], gpus: str | None = No
         )
     state = processes.read_process(process.pid)
     started = state.start_ticks if state else 0
-    job_log.record_event(run, "supervisor", supervisor_id, pid=process.pid, started=started, host=os.uname().nodename)
+    about: dict[str, Any] = {"pid": process.pid, "started": started, "host": os.uname().nodename}
+    job_log.record_event(run, "supervisor", supervisor_id, **about | ({} if gpus is None else {"gpus": gpus}))
     return jobs
 
 
@@ -86,6 +87,12 @@ def jobs_of_supervisor(run: RunDir, supervisor_id: str) -> list[Job]:
     return [job for job in job_log.latest_jobs(run).values() if job.id.partition(".")[0] == supervisor_id]
 
 
+def has_active_job(run: RunDir, supervisor_id: str) -> bool:
+    """Return whether a job of a supervisor is queued or running; concurrent evaluations do not count."""
+    jobs = jobs_of_supervisor(run, supervisor_id)
+    return any(not job.is_concurrent and query_job(run, job).is_active for job in jobs)
+
+
 def query_job(run: RunDir, job: Job) -> JobState:
     """Return the state of a local job, with the names of states that SLURM has."""
     ended = job_log.read_events(run, "ended", job.id)
@@ -105,7 +112,7 @@ def query_job(run: RunDir, job: Job) -> JobState:
         attempts = job_log.read_events(run, "controller", job.id)
         if attempts:
             return JobState("RUNNING", restarts=attempts[-1]["attempt"] - 1)
-        return JobState("PENDING", "Dependency" if "." in job.id else "")
+        return JobState("PENDING", "Dependency" if "." in job.id or "dependency" in job.options else "")
     if processes.find_session_members(supervisor["pid"]):
         return JobState(
             "RUNNING", hint=f"its supervisor died, its tasks still run: hpcssl-submit cancel {run.root} ends them"
@@ -183,6 +190,14 @@ def select_gpus(sbatch: SbatchOptions) -> str:
     return ",".join(names[:count])
 
 
+def list_gpus() -> list[str]:
+    """Return the names of the GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(k) for k in range(sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev")))]
+
+
 def find_spare_gpu(run: RunDir, sbatch: SbatchOptions) -> str | None:
     """Return ``CUDA_VISIBLE_DEVICES`` for an evaluation during a local training.
 
@@ -194,9 +209,7 @@ def find_spare_gpu(run: RunDir, sbatch: SbatchOptions) -> str | None:
         A GPU that the training does not use; an empty string if there is no GPU or the recipe uses the CPU; None if the
         training uses every GPU.
     """
-    count = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in os.listdir("/dev"))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(k) for k in range(count)] if visible is None else [k for k in visible.split(",") if k]
+    names = list_gpus()
     if not names or (config.read_yaml(run.config).get("machine") or {}).get("devices") == "cpu":
         return ""
     spare = names[resources.count_gpus_per_node(sbatch) or len(names) :]

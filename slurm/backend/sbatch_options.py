@@ -82,6 +82,24 @@ def parse_option(text: str, option: str = "--sbatch") -> SbatchOptions:
     return check_options({ALIASES.get(name[2:], name[2:]): value if sign else True})
 
 
+def group_by_evaluation(texts: list[str]) -> dict[str, SbatchOptions]:
+    """Return the options of ``--eval-sbatch`` by evaluation; those for all evaluations under an empty name.
+
+    Args:
+        texts: ``--name=value``, or ``EVALUATION:--name=value``.
+
+    Raises:
+        ConfigError: See ``parse_option``.
+    """
+    options: dict[str, SbatchOptions] = {}
+    for text in texts:
+        match = re.fullmatch(r"(?:([a-z]\w*):(?=--))?(.*)", text.strip(), re.S)
+        assert match is not None  # both groups may be empty
+        name, option = match.groups()
+        options.setdefault(name or "", {}).update(parse_option(option, "--eval-sbatch"))
+    return options
+
+
 def check_options(sbatch: SbatchOptions) -> SbatchOptions:
     """Return the same options after checking their values.
 

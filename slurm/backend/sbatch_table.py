@@ -133,11 +133,15 @@ SBATCH = WITH_VALUE | OPTIONAL_VALUE | WITHOUT_VALUE
 """All options of sbatch."""
 
 OWN_WITH_VALUE = dict.fromkeys(
-    ("run", "from", "evals", "eval-every", "eval-sbatch", "cluster", "sbatch", "spare-nodes"), ""
+    (
+        *("run", "from", "evals", "eval-every", "eval-sbatch", "cluster", "sbatch", "spare-nodes"),
+        *("out", "parallel", "seeds", "step-seconds"),
+    ),
+    "",
 )
 OWN_WITHOUT_VALUE = {"local": "", "wait": "W", "dry-run": "", "parsable": "", "allow-pipe": "", "help": "h"}
 OWN = OWN_WITH_VALUE | OWN_WITHOUT_VALUE
-"""The options of ``hpcssl-submit submit``."""
+"""The options of ``hpcssl-submit submit``, ``sweep`` and ``table``."""
 
 ALIASES = {"tasks-per-node": "ntasks-per-node"}
 """Second names of options of sbatch."""
@@ -148,7 +152,7 @@ LONG_NAMES = {short: name for name, short in (SBATCH | OWN).items() if short}
 RESERVED = {
     "output": ("the log of each rank is in RUN/logs", "leave it out, and read logs with `hpcssl-submit logs RUN`"),
     "error": ("the log of each rank is in RUN/logs", "leave it out, and read logs with `hpcssl-submit logs RUN`"),
-    "array": ("only one job may write a run folder", "submit once per run folder, in a shell loop"),
+    "array": ("only one job may write a run folder", "submit many runs with `hpcssl-submit sweep`"),
     "wrap": (
         "the job runs the training itself",
         "leave it out; `setup` lines of a cluster profile run before the training",

@@ -22,9 +22,11 @@ from slurm.job import concurrent_evals
 from slurm.job.attempt_runner import KILL_WAIT_S, POLL_S, AttemptRunner
 from slurm.log import attempts, job_log, retry
 from slurm.log.job_log import Job
-from slurm.manage import status
+from slurm.manage import lanes, status
 
 LOG = logging.getLogger("hpcssl")
+WAIT_POLL_S = 1.0
+"""Seconds between two looks at the runs that a run waits for. Many supervisors may wait at once."""
 
 
 def run_supervisor(run: RunDir, supervisor_id: str) -> int:
@@ -67,6 +69,7 @@ def run_job(run: RunDir, job: Job, stop: StopFlag) -> int:
     Returns:
         The exit code of the job.
     """
+    _wait_for_other_runs(run, job, stop)
     while True:
         if stop.is_set():
             return _record_job_end(run, job, EXIT_STOPPED, "the supervisor was stopped")
@@ -105,6 +108,20 @@ def _handle_attempt_end(run: RunDir, job: Job, runner: AttemptRunner, codes: lis
         return None
     failures = (code for code in codes if code is not None and code not in (EXIT_DONE, EXIT_STOPPED))
     return _record_job_end(run, job, next(failures, EXIT_FAILED), decision.reason)
+
+
+def _wait_for_other_runs(run: RunDir, job: Job, stop: StopFlag) -> None:
+    """Wait for the end of the runs beside this one that its dependency names, with their evaluations.
+
+    It returns at once after a stop or a cancel. A run that is gone, or whose supervisor died, has ended.
+    """
+    ids = set(lanes.find_dependencies(job.options))
+    folders_beside = [RunDir(path.parent) for path in run.root.parent.glob("*/jobs.jsonl")] if ids else []
+    others = [(other, i) for other in folders_beside for i in ids if local.jobs_of_supervisor(other, i)]
+    while others and not stop.is_set() and not job_log.is_cancelled(run, job.id):
+        others = [(other, i) for other, i in others if local.has_active_job(other, i)]
+        if others:
+            time.sleep(WAIT_POLL_S)
 
 
 def _wait_for_training(run: RunDir, job: Job, stop: StopFlag) -> int:

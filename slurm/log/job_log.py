@@ -11,7 +11,7 @@ each submission has a random ``token``, which the job carries as well (``backend
 | ``request`` | sbatch is about to be called; it has no ``job``, but the ``token`` that the job will carry |
 | ``submit`` | a job was submitted |
 | ``withdrawn`` | a request has no job: sbatch refused it, or it was cancelled because another one had taken its place |
-| ``supervisor`` | the supervisor process of local jobs was started |
+| ``supervisor`` | the supervisor process of local jobs was started, on the GPUs ``gpus`` if it was given some |
 | ``controller`` | the tasks of an attempt of a local job were started |
 | ``exit`` | one task of a local attempt has ended |
 | ``step`` | the tasks of an attempt on SLURM have ended, with srun's exit ``code``; its nodes were looked at |
@@ -44,6 +44,7 @@ _TYPES: Fields = {
     "command": str,
     "first_step": int | None,
     "follows": str | None,
+    "gpus": str,
     "host": str,
     "job": str,
     "kind": str,
