@@ -104,7 +104,7 @@ def _check_gpus(submission: Submission, limit: int) -> None:
             "option --parallel",
             got=f"{limit} trainings with {count} GPUs each",
             expected=f"no more than the {len(names)} GPUs of this machine",
-            fix=f"set --parallel {max(1, len(names) // count)}",
+            fix=f"set --parallel {len(names) // count}" if len(names) >= count else "request fewer GPUs per run",
         )
 
 
