@@ -8,8 +8,8 @@ devices raises an error, as it would on a GPU.
 What is different from a GPU:
 
 * A value that the host reads is 0, so that a branch on data takes the way of a step without any event.
-* torch's autograd engine looks for a driver where it meets a CUDA device. Here it is told that the tensors are on
-  another device (``_ENGINE_DEVICE``), which needs none. Code in Python sees ``cuda:0``.
+* torch's autograd engine looks for a driver where it meets a CUDA device. Here its question for the device gets
+  another one (``_ENGINE_DEVICE``), which needs none. Code in Python sees ``cuda:0``.
 * For that reason autocast cannot see that tensors are on a GPU. ``_FunctionMode`` casts the inputs of the products and
   convolutions instead, which are all that the encoders use in the lower precision.
 * ``DistributedDataParallel`` reads values in its constructor. ``BucketedGradients`` takes its place and sends the
@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.trace = Trace()
-        self.honest = False  # whether the engine's question for a device gets the true answer
+        self.true_device = False  # whether the engine's question for a device gets the true answer
 
     def wait(self, kind: str) -> None:
         self.trace.waits[f"{kind} at {_call_site()}"] += 1
@@ -142,7 +142,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             device = func(*args)
-            return _ENGINE_DEVICE if device == DEVICE and not self.honest else device
+            return _ENGINE_DEVICE if device == DEVICE and not self.true_device else device
         if kwargs.get("device") == _ENGINE_DEVICE:
             kwargs = kwargs | {"device": DEVICE}
         if func.namespace == "c10d":
@@ -375,12 +375,12 @@ def fake_gpu(ranks: int = 1) -> Iterator[Recorder]:
     group_tensors = torch._C._group_tensors_by_device_and_dtype
     to_numpy = Tensor.numpy
 
-    def group_honestly(*args: Any) -> Any:
-        recorder.honest = True
+    def group_by_true_device(*args: Any) -> Any:
+        recorder.true_device = True
         try:
             return group_tensors(*args)
         finally:
-            recorder.honest = False
+            recorder.true_device = False
 
     def numpy(x: Tensor, **options: Any) -> Any:
         if not isinstance(x, FakeTensor):
@@ -403,7 +403,7 @@ def fake_gpu(ranks: int = 1) -> Iterator[Recorder]:
         (Tensor, "record_stream", lambda x, *_: None),
         (torch, "autocast", _make_autocast(functions)),
         (_foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]),
-        (torch._C, "_group_tensors_by_device_and_dtype", group_honestly),
+        (torch._C, "_group_tensors_by_device_and_dtype", group_by_true_device),
         (torch.cuda, "Event", event),
         (torch.cuda, "Stream", stream),
         (torch.cuda, "current_stream", lambda *_: stream()),
