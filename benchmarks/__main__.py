@@ -9,6 +9,8 @@ import benchmarks
 # shared by the benchmarks, nothing to run
 _SHARED = (
     "common",
+    "fake_gpu",
+    "fake_step",
     "loopback",
     "peers",
     "official_code",

@@ -2,12 +2,14 @@
 
 ``reference/commands.md`` has the commands with their options; ``reference/recipe_keys.md`` every key of every recipe
 section with its type, default and meaning, from the option classes; ``reference/recipes.md`` lists the packaged
-recipes. The reference therefore cannot disagree with the program.
+recipes, and ``reference/collectives.md`` what a step of them sends between GPUs, as ``benchmarks/launches.py`` counted
+it. The reference therefore cannot disagree with the program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 
@@ -110,6 +112,43 @@ def recipes_page() -> str:
     return "\n".join(rows) + "\n"
 
 
+COLLECTIVES = """# Collectives and launches per step
+
+What one training step of a recipe at its real size does on each GPU, counted without one: `python -m benchmarks
+launches` takes the step with tensors that have a shape but no values, in a process group that has no other members. A
+test compares these figures with the code. None of them is a time.
+
+- *Given*: bytes that a GPU passes to the collectives of the step. An all-gather returns that many from each GPU, an
+  all-reduce as many as it was given.
+- *Operations*: kernels and copies that the host launches, without views; *of plain encoders*: the same networks with
+  `nn.BatchNorm2d` (`nn.SyncBatchNorm` where groups span GPUs) and plain SGD take 1.00.
+- *Waits*: how often the host waits for the GPU within the step. One is the agreement of all ranks whether the step is
+  taken.
+
+Gradients are most of the bytes. The many small all-gathers are those of batch normalization over groups that span GPUs.
+"""
+
+
+def collectives_page() -> str:
+    """The page of what a step sends and launches, from the stored counts."""
+    stored = Path(__file__).parents[2] / "benchmarks" / "results" / "launches.json"
+    counts = json.loads(stored.read_text())["recipes"]
+    page = [COLLECTIVES]
+    for ranks in sorted({ranks for rows in counts.values() for ranks in rows}, key=int):
+        rows = {name: by_ranks[ranks] for name, by_ranks in counts.items() if ranks in by_ranks}
+        kinds = sorted({kind for row in rows.values() for kind in row["collectives"]})
+        head = ["recipe", "images per GPU", *[cell for kind in kinds for cell in (kind, "given")]]
+        head += ["operations", "of plain encoders", "waits"]
+        page += [f"\n## {ranks} GPU{'s' * (ranks != '1')}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for name, row in rows.items():
+            sent = [row["collectives"].get(kind, (0, 0, 0)) for kind in kinds]
+            cells = [f"`{name}`", str(row["rows_per_gpu"])]
+            cells += [cell for number, given, _ in sent for cell in (str(number), f"{given / 1e6:.2f} MB")]
+            cells += [str(row["operations"]), f"{row['ratio']:.2f}", str(sum(row["waits"].values()))]
+            page.append(f"| {' | '.join(cells)} |")
+    return "\n".join(page) + "\n"
+
+
 COMMANDS = """# Commands
 
 All three commands print one line for an error and exit with 0 (done), 1 (failed), 2 (wrong usage) or 75 (stopped before
@@ -146,7 +185,12 @@ def set_equations_apart(app, what, name, obj, options, lines: list[str]) -> None
 def write_pages(app) -> None:
     """Write the generated pages below the source folder; an unchanged page keeps its time stamp."""
     folder = Path(app.srcdir) / "reference"
-    pages = (("recipe_keys.md", keys_page()), ("recipes.md", recipes_page()), ("commands.md", commands_page()))
+    pages = (
+        ("recipe_keys.md", keys_page()),
+        ("recipes.md", recipes_page()),
+        ("commands.md", commands_page()),
+        ("collectives.md", collectives_page()),
+    )
     for name, text in pages:
         path = folder / name
         if not path.exists() or path.read_text() != text:

@@ -85,7 +85,10 @@ def main(folder, device="cpu"):
     gather, gathered = world.all_gather, []
     world.all_gather = lambda x: gathered.append(len(x)) or gather(x)
     long = "a long text " * (1000 if world.rank == 0 else 9999)
-    results["long text"] = (len(world.broadcast_text(long)), world.broadcast_text("only of rank 1"[: 99 * world.rank], 0))
+    results["long text"] = (
+        len(world.broadcast_text(long)),
+        world.broadcast_text("only of rank 1"[: 99 * world.rank], 0),
+    )
     del world.all_gather
     results["gathered for a text"] = max(gathered)
 

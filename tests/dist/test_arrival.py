@@ -60,7 +60,9 @@ def test_only_rank_0_looks_for_the_other_ranks():
 def test_a_rank_that_never_comes_is_named_by_all_others(missing):
     ends, _ = arrive([rank for rank in range(SIZE) if rank != missing], timeout_s=0.2)
     assert len(ends) == SIZE - 1
-    assert {str(error.got) for error in ends.values()} == {f"rank {missing} of {SIZE} never came within 0.00333 minutes"}
+    assert {str(error.got) for error in ends.values()} == {
+        f"rank {missing} of {SIZE} never came within 0.00333 minutes"
+    }
 
 
 def test_a_stop_that_comes_when_no_rank_is_missing_is_left_to_the_training():

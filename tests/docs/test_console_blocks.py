@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-GENERATED = {"commands.md", "recipe_keys.md", "recipes.md"}  # by docs/_ext/generated_pages.py, from the code
+GENERATED = {
+    "collectives.md",
+    "commands.md",
+    "recipe_keys.md",
+    "recipes.md",
+}  # by docs/_ext/generated_pages.py, from the code
 PAGES = sorted(
     path
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
