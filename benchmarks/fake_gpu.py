@@ -162,6 +162,8 @@ class Recorder(TorchDispatchMode):
             args = self._index_by_masks(args)
         in_place_on_lists = not func._schema.returns  # of tensors: torch has no shape rule for the fused optimizers
         result = None if in_place_on_lists else _SHAPES.get(func, func)(*args, **kwargs)
+        if func in (_aten.convolution.default, _aten.convolution_backward.default):
+            result = _keep_layout(result, inputs)
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         self._note_copy(func, args, kwargs, inputs, outputs)
         if (on_gpu or any(x.device.type == "cuda" for x in outputs)) and _does_work(func):
@@ -208,6 +210,17 @@ class Recorder(TorchDispatchMode):
         received, sent = (sizes[0], sizes[1]) if sizes[1] else (sizes[0], sizes[0])
         self.trace.collectives.append(Collective(name, sent, received, _sends_gradients()))
         return func(*args, **kwargs)
+
+
+def _keep_layout(result: Any, inputs: list[Tensor]) -> Any:
+    """Give the images that a convolution returns the layout of its images, as cuDNN does, but not the shape rule."""
+
+    def in_layout(x: Any) -> Any:
+        is_image = isinstance(x, Tensor) and x.dim() == 4
+        return torch.empty_like(x, memory_format=torch.channels_last) if is_image else x
+
+    is_last = any(x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in inputs)
+    return pytree.tree_map(in_layout, result) if is_last else result
 
 
 def _call_site() -> str:

@@ -69,6 +69,7 @@ def build_executor(
         token: The job's token (``identity``).
     """
     python = f"{profile.container} {shlex.quote(profile.python or sys.executable)}".strip()
+    host_python = shlex.quote(profile.host_python) if profile.host_python else python
     executor = BatchExecutor(run.logs)
     executor.command = task_command(python, run, what)
     name, lead = resources.get_warning_signal(sbatch)
@@ -93,11 +94,11 @@ def build_executor(
         nodes=resources.count_nodes(sbatch) + spare,
         signal_delay_s=lead,
         srun_args=_srun_args(sbatch, profile),
-        setup=_setup_lines(run, profile, token) + _launch_lines(python, run, what, sbatch),
+        setup=_setup_lines(run, profile, token) + _launch_lines(host_python, run, what, sbatch),
         additional_parameters={name.replace("-", "_"): value for name, value in options.items()},
         teardown=[
             "code=$?",
-            f"{python} -m slurm.job.epilogue {shlex.quote(str(run.root))} {shlex.quote(what)} $code",
+            f"{host_python} -m slurm.job.epilogue {shlex.quote(str(run.root))} {shlex.quote(what)} $code",
             "code=$?",
             f"[ $code -eq {EXIT_RELAUNCH} ] || exit $code",
             f"{LAUNCH_VARIABLE}=$(({LAUNCH_VARIABLE} + 1))",

@@ -35,6 +35,8 @@ class Profile:
         container: A command that runs its arguments in a container, such as ``apptainer exec --nv image.sif``. SLURM's
             ``scontrol`` must work inside. Empty: no container.
         python: The Python interpreter on the nodes. None: the path of the one that submits.
+        host_python: The interpreter of what the batch script runs besides the tasks, where srun starts the container
+            (pyxis): Python 3.11 with submitit and omegaconf, on the nodes. None: that of the tasks.
         srun: Further arguments of srun.
         setup: Shell lines that run once, on the first node, before the training. Write ``$NAME`` without braces.
     """
@@ -47,6 +49,7 @@ class Profile:
     interface: str | None = None
     container: str = ""
     python: str | None = None
+    host_python: str | None = None
     srun: list[str] = field(default_factory=list)
     setup: list[str] = field(default_factory=list)
 

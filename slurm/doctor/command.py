@@ -155,6 +155,7 @@ def render_profile(request: DoctorRequest, result: JobResult) -> str:
         "interface": given.interface or nodes.find_interface(result),
         "container": given.container,
         "python": given.python,
+        "host_python": given.host_python,
         "srun": given.srun,
         "setup": given.setup,
     }
