@@ -6,9 +6,10 @@
 #   2. python -m benchmarks gpu                                  OUT/gpu/*.json
 #   3. rows of CIFAR-10, each with kNN and linear evaluation     OUT/runs/RECIPE, OUT/rows.json
 #
-# On a bare machine, unpack the bundle that `benchmarks/first_hour.sh --bundle FILE` wrote elsewhere, and start the script
-# that is in it: it installs the wheels that it carries where a package is missing. torch and torchvision are too large to
-# carry and must be there. CIFAR-10 is carried if CIFAR10 names it when the bundle is written.
+# On a bare machine, unpack the bundle that `benchmarks/first_hour.sh --bundle FILE` wrote elsewhere, and start the
+# script that is in it: it installs the wheels that it carries where a package is missing. torch and torchvision, with
+# NumPy and Pillow, must be there: they are too large to carry. CIFAR-10 is carried if CIFAR10 names it when the bundle
+# is written.
 #
 # Variables:
 #   PYTHON     the Python to use                                       python3
@@ -30,7 +31,7 @@ RECIPES=${RECIPES:-cifar10_msf cifar10_nnclr cifar10_simclr cifar10_byol cifar10
 MINUTES=${MINUTES:-55}
 LIMIT=$((64 * 1024 * 1024))
 WHEELS="simplejpeg omegaconf antlr4-python3-runtime pyyaml webdataset braceexpand submitit cloudpickle typing_extensions \
-    safetensors typer click rich shellingham markdown-it-py mdurl pygments tqdm joblib threadpoolctl numpy pillow \
+    safetensors typer click rich shellingham markdown-it-py mdurl pygments tqdm joblib threadpoolctl \
     tensorboard absl-py grpcio markdown protobuf werkzeug markupsafe packaging tensorboard-data-server setuptools \
     pytest pytest-timeout pluggy iniconfig"
 
@@ -70,7 +71,8 @@ DEADLINE=$(($(date +%s) + 60 * MINUTES))
 left() { echo $((DEADLINE - $(date +%s))); }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-if [ -d wheels ] && ! "$PYTHON" -c 'import omegaconf, simplejpeg, submitit, typer, safetensors, webdataset, tqdm, pytest' 2>/dev/null; then
+NEEDED="joblib, omegaconf, pytest, safetensors, simplejpeg, submitit, tensorboard, tqdm, typer, webdataset"
+if [ -d wheels ] && ! "$PYTHON" -c "import $NEEDED" 2>/dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$OUT/packages" wheels/*.whl
 fi
 [ ! -d "$OUT/packages" ] || export PYTHONPATH="$PYTHONPATH:$OUT/packages"
