@@ -6,9 +6,10 @@
 #   2. python -m benchmarks gpu                                  OUT/gpu/*.json
 #   3. rows of CIFAR-10, each with kNN and linear evaluation     OUT/runs/RECIPE, OUT/rows.json
 #
-# On a bare machine, unpack the bundle that `benchmarks/first_hour.sh --bundle FILE` wrote elsewhere, and start the script
-# that is in it: it installs the wheels that it carries where a package is missing. torch and torchvision are too large to
-# carry and must be there. CIFAR-10 is carried if CIFAR10 names it when the bundle is written.
+# On a bare machine, unpack the bundle that `benchmarks/first_hour.sh --bundle FILE` wrote elsewhere, and start the
+# script that is in it: it installs the wheels that it carries where a package is missing. torch and torchvision, with
+# NumPy and Pillow, must be there: they are too large to carry. CIFAR-10 is carried if CIFAR10 names it when the bundle
+# is written.
 #
 # Variables:
 #   PYTHON     the Python to use                                       python3
@@ -26,14 +27,17 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 CIFAR10=${CIFAR10:-$(ls -d data/cifar10 data/cifar10.tar.* 2>/dev/null | head -1 || true)}
 RECIPES=${RECIPES:-cifar10_msf cifar10_nnclr cifar10_simclr cifar10_byol cifar10_moco_v2 cifar10_simsiam cifar10_swav \
-    cifar10_cmsf_2q cifar10_cmsf_km cifar10_nnsiam}
+    cifar10_cmsf_2q cifar10_nnsiam}
 MINUTES=${MINUTES:-55}
 LIMIT=$((64 * 1024 * 1024))
-WHEELS="simplejpeg omegaconf antlr4-python3-runtime webdataset submitit safetensors typer tqdm pytest pytest-timeout"
+WHEELS="simplejpeg omegaconf antlr4-python3-runtime pyyaml webdataset braceexpand submitit cloudpickle typing_extensions \
+    safetensors typer click rich shellingham markdown-it-py mdurl pygments tqdm joblib threadpoolctl \
+    tensorboard absl-py grpcio markdown protobuf werkzeug markupsafe packaging tensorboard-data-server setuptools \
+    pytest pytest-timeout pluggy iniconfig"
 
 bundle() { # FILE: code, wheels and data in one archive
-    local file=$1 folder
-    folder=$(mktemp -d)
+    local file=$1
+    folder=$(mktemp -d) # not local: the trap runs after the function
     trap 'rm -rf "$folder"' EXIT
     mkdir "$folder/hpcssl"
     git archive HEAD | tar -x -C "$folder/hpcssl"
@@ -67,7 +71,8 @@ DEADLINE=$(($(date +%s) + 60 * MINUTES))
 left() { echo $((DEADLINE - $(date +%s))); }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-if [ -d wheels ] && ! "$PYTHON" -c 'import omegaconf, simplejpeg, submitit, typer, safetensors, webdataset, tqdm, pytest' 2>/dev/null; then
+NEEDED="joblib, omegaconf, pytest, safetensors, simplejpeg, submitit, tensorboard, tqdm, typer, webdataset"
+if [ -d wheels ] && ! "$PYTHON" -c "import $NEEDED" 2>/dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --target "$OUT/packages" wheels/*.whl
 fi
 [ ! -d "$OUT/packages" ] || export PYTHONPATH="$PYTHONPATH:$OUT/packages"
