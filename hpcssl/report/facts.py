@@ -102,8 +102,10 @@ class RunFacts:
 
     @property
     def lost_text(self) -> str:
-        """``lost_steps``, and whether there may have been more."""
-        return f"{self.lost_steps}" + (" or more" if any(a.lost is None for a in self.attempts) else "")
+        """``lost_steps``, ``N or more`` where the last step of an attempt was lost with it, or ``unknown``."""
+        if all(attempt.lost is not None for attempt in self.attempts):
+            return f"{self.lost_steps}"
+        return f"{self.lost_steps} or more" if self.lost_steps else "unknown"
 
     def last_value(self, name: str, line: str = "") -> float | None:
         """The last point of a curve; None without one, or if it is not a number."""

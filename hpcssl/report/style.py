@@ -30,7 +30,7 @@ a{{color:var(--c0)}}summary{{cursor:pointer;padding:.25rem 0}}
 table{{border-collapse:collapse;min-width:min(100%,20rem)}}caption{{text-align:left}}
 th,td{{text-align:left;vertical-align:top;padding:.3rem 1rem .3rem 0;border-bottom:1px solid var(--grid)}}
 thead th{{white-space:nowrap}}tbody th{{font-weight:normal}}td{{max-width:24rem;overflow-wrap:break-word}}
-td.number{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
+time{{white-space:nowrap}}td.number{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
 .curves{{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr))}}
 figure{{margin:0}}figure.wide{{max-width:34rem}}figure svg{{width:100%;height:auto;display:block}}
 svg *{{stroke-linejoin:round;stroke-linecap:butt}}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpcssl.report import svg
 from hpcssl.report.facts import AttemptFacts, RunFacts
-from hpcssl.report.markup import details, element, paragraph, section, table
+from hpcssl.report.markup import Markup, details, element, paragraph, section, table
 from hpcssl.results.curves import COLORS
 from hpcssl.terminal.progress import format_seconds
 
@@ -131,7 +131,7 @@ def _attempt_table(run: RunFacts, attempts: Sequence[AttemptFacts]) -> str:
     rows = [
         [
             str(a.number),
-            _format_time(a.began),
+            Markup(element("time", _format_time(a.began))),
             format_seconds(a.ended - a.began) if a.began and a.ended >= a.began else "unknown",
             a.first_step,
             "unknown" if a.last_step is None else a.last_step,

@@ -26,7 +26,7 @@ def summarize(runs: Sequence[RunFacts]) -> list[str]:
     sentences = [
         f"{len(runs)} runs of {_list(names)}: {_list([f'{count} {state}' for state, count in states.items()])}.",
         f"Their jobs held their nodes for {hours:.3g} hours together, and were interrupted {_times(interruptions)}; "
-        f"{lost} steps{' or more' if more else ''} were computed again.",
+        f"{_steps(f'{lost} or more' if lost and more else 'unknown' if more else str(lost))} computed again.",
     ]
     scored = [(value, run.label) for run in runs if (value := run.last_value("knn")) is not None]
     if scored:
@@ -65,7 +65,7 @@ def _describe_progress(run: RunFacts) -> list[str]:
     if interrupted:
         causes = _list([f"{count} {cause}" for cause, count in interrupted.items()])
         sentences.append(
-            f"It was interrupted {_times(run.interruptions)} ({causes}); {run.lost_text} steps were computed again."
+            f"It was interrupted {_times(run.interruptions)} ({causes}); {_steps(run.lost_text)} computed again."
         )
     if run.uptime is not None and run.uptime.step:
         sentences.append(
@@ -105,6 +105,10 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _steps(count: str) -> str:
+    return "an unknown number of steps was" if count == "unknown" else f"{count} steps were"
 
 
 def _times(count: int) -> str:

@@ -106,7 +106,7 @@ def test_the_words_and_tables_state_what_happened(tmp_path, make_run):
     assert "<odd> & 'name'" in text and "<odd>" not in page.read_text()
     for number in ("40 of 40 steps", "3 attempts", "1 preempted and 1 lost", "4 or more steps"):
         assert number in text, number
-    cells = [[cell.text or "" for cell in tr] for tr in tree.iter("tr")]
+    cells = [["".join(cell.itertext()) for cell in tr] for tr in tree.iter("tr")]
     assert ["1", "1970-01-01 00:16 UTC", "8:20", "0", "13", "preempted", "4", "2", "n1"] in cells
     assert ["2", "1970-01-01 00:33 UTC", "unknown", "9", "unknown", "lost", "unknown", "2", "n1"] in cells
     assert "lr: 0.1" in text, "the whole recipe is there"
