@@ -87,8 +87,9 @@ part() { # NAME COMMAND ...: run a part unless it is done, for as long as there 
         echo "first_hour: $name: no time left; the same command goes on here"
         return 0
     fi
+    # in the foreground: an interrupt from the terminal reaches the part as well
     echo "== $name ($(($(left) / 60)) minutes left)"
-    timeout --signal=TERM --kill-after=120 "$(left)" "$@" 2>&1 | tee -a "$OUT/logs/$name.txt" || code=$?
+    timeout --foreground --signal=TERM --kill-after=120 "$(left)" "$@" 2>&1 | tee -a "$OUT/logs/$name.txt" || code=$?
     case $code in
         0) touch "$OUT/done/$name" ;;
         75 | 124 | 137 | 143) echo "first_hour: $name was cut; the same command goes on here" ;;
