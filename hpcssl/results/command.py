@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpcssl.errors import ConfigError
@@ -48,15 +48,8 @@ def main(
     _check_options(runs, as_csv, as_json, published, write, {"plots": plots, "gallery": gallery})
     _check_comparison(sort, claim, is_alone=not (published or write or plots or gallery or steps))
     out = sys.stdout
-    if plots is not None:
-        from hpcssl.results import curves
-
-        out.writelines(f"{path}\n" for path in curves.draw_curves(runs, plots))
-    if gallery is not None:
-        from hpcssl.results import gallery as pictures
-
-        out.write(f"{pictures.draw_gallery(runs[0], gallery)}\n")
     if plots is not None or gallery is not None:
+        out.writelines(f"{path}\n" for path in _draw_pictures(runs, plots, gallery))
         return
     style = "csv" if as_csv else "json" if as_json else ""
     if published:
@@ -68,11 +61,7 @@ def main(
         return
     records = collect_records(runs)
     if claim:
-        comparisons = compare.check_claim(records, claim)
-        if as_json:
-            out.write(json.dumps([one.to_json() for one in comparisons], indent=2, ensure_ascii=False) + "\n")
-        else:
-            out.writelines(one.line() + "\n" for one in comparisons)
+        out.write(_render_claim(records, claim, as_json))
         return
     if sort:
         records = compare.rank_settings(records, sort)
@@ -81,6 +70,25 @@ def main(
     out.write(render_records(records, style=style, steps=steps, terminal=out.isatty()))
     if not style and any("one label" in record["metrics"] for record in records):
         sys.stderr.write(f"one label: {ONE_LABEL}\n")
+
+
+def _draw_pictures(runs: Sequence[Path], plots: Path | None, gallery: Path | None) -> Iterator[Path | str]:
+    """Draw what was asked for, and yield the paths."""
+    if plots is not None:
+        from hpcssl.results import curves
+
+        yield from curves.draw_curves(runs, plots)
+    if gallery is not None:
+        from hpcssl.results import gallery as pictures
+
+        yield pictures.draw_gallery(runs[0], gallery)
+
+
+def _render_claim(records: Sequence[Record], claim: str, as_json: bool) -> str:
+    comparisons = compare.check_claim(records, claim)
+    if as_json:
+        return json.dumps([one.to_json() for one in comparisons], indent=2, ensure_ascii=False) + "\n"
+    return "".join(one.line() + "\n" for one in comparisons)
 
 
 def render_records(
