@@ -86,11 +86,20 @@ _LOW_PRECISION = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of a rank: what it is called, the bytes that this rank gives and gets, and whether it is DDP's."""
+    """One collective of a rank.
+
+    Attributes:
+        kind: What it is called.
+        sent: Bytes that this rank gives.
+        received: Bytes that it gets.
+        ranks: Number of ranks that take part.
+        gradients: Whether it is DDP's.
+    """
 
     kind: str
     sent: int
     received: int
+    ranks: int
     gradients: bool = False
 
 
@@ -208,7 +217,8 @@ class Recorder(TorchDispatchMode):
                 raise RuntimeError(f"{name} of a tensor on {x.device}: NCCL takes those of a GPU alone")
         sizes = [sum(x.numel() * x.element_size() for x in group) for group in tensors]
         received, sent = (sizes[0], sizes[1]) if sizes[1] else (sizes[0], sizes[0])
-        self.trace.collectives.append(Collective(name, sent, received, _sends_gradients()))
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        self.trace.collectives.append(Collective(name, sent, received, group.size(), _sends_gradients()))
         return func(*args, **kwargs)
 
 

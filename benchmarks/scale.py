@@ -8,7 +8,8 @@ measured here. All of them are printed with the result:
     all-reduce of b bytes       2 (W - 1) / W * b / bandwidth + latency
     all-gather to b bytes           (W - 1) / W * b / bandwidth + latency       (others likewise)
 
-Bandwidth and latency are those within a node up to one node, and those between nodes beyond. Of the all-reduce of the
+W is the number of ranks that take part, which may be fewer than all. Bandwidth and latency are those within a node up
+to one node, and those between nodes beyond. Of the all-reduce of the
 gradients, a stated share hides behind the backward pass. A batch that does not give every GPU the stated number of
 images grows until it does; the recipe's result then no longer holds, and the row says so.
 """
@@ -58,8 +59,9 @@ class Rates:
     overlap: float = 0.8
 
 
-def seconds_of(c: Collective, ranks: int, rates: Rates) -> float:
-    """The time of one collective."""
+def seconds_of(c: Collective, rates: Rates) -> float:
+    """The time of one collective. Ranks that take part are neighbors, so that few of them share a node."""
+    ranks = c.ranks
     if ranks <= rates.gpus_per_node:
         bandwidth, latency = rates.node_gb_s * 1e9, rates.node_latency_us * 1e-6
     else:
@@ -73,8 +75,8 @@ def price(m: Measured, rates: Rates) -> dict[str, float]:
     """The milliseconds of a step and of its parts."""
     compute, launches = m.step.flops / rates.tflops / 1e12, m.step.launches * rates.launch_us * 1e-6
     gradients = [c for c in m.step.collectives if c.gradients]
-    reduction = sum(seconds_of(c, m.ranks, rates) for c in gradients)
-    others = sum(seconds_of(c, m.ranks, rates) for c in m.step.collectives if not c.gradients)
+    reduction = sum(seconds_of(c, rates) for c in gradients)
+    others = sum(seconds_of(c, rates) for c in m.step.collectives if not c.gradients)
     exposed = max(reduction * (1 - rates.overlap), reduction - compute / 2)
     step = max(compute, launches) + exposed + others
     parts = {"compute": compute, "launches": launches, "gradients": reduction, "other_collectives": others}

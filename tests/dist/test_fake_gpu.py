@@ -25,7 +25,6 @@ from hpcssl.train import world_sizes
 BUDGET = launches.stored()
 REASONS = {
     "event at distributed/collectives.py result": "the ranks agree whether the step is taken, and the host acts on it",
-    "nonzero at memory/slots.py chosen_pieces": "rows are pushed to chosen slots, and each rank keeps those in its block",
 }
 """Every reason for which the host may wait for the GPU within a step. Remove those that are gone; add none."""
 QUICK = [("msf_r50_ep200_128k", 8), ("cifar10_cmsf_2q", 8)]
@@ -126,6 +125,13 @@ def test_operations_are_counted():
         (x @ x.T).view(16).relu_()
         torch.empty(3) * 2  # on the CPU
     assert recorder.trace.operations == {"mm": 1, "relu_": 1}
+
+
+def test_the_group_of_a_collective_is_counted():
+    with fake_gpu(8) as recorder:
+        dist.all_reduce(on_gpu(3))
+        dist.all_reduce(on_gpu(3), group=dist.new_group([0, 1]))
+    assert [c.ranks for c in recorder.trace.collectives] == [8, 2]
 
 
 class Collectives(TorchDispatchMode):

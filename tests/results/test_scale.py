@@ -12,20 +12,20 @@ RATES = Rates(tflops=100, node_gb_s=100, network_gb_s=10, node_latency_us=10, ne
 
 
 @pytest.mark.parametrize(
-    ("collective", "ranks", "seconds"),
+    ("collective", "seconds"),
     [
-        (Collective("allreduce", 10**9, 10**9), 8, 2 * 7 / 8 / 100 + 10e-6),
-        (Collective("allgather", 10**8, 8 * 10**8), 8, 0.8 * 7 / 8 / 100 + 10e-6),
-        (Collective("allreduce", 10**9, 10**9), 32, 2 * 31 / 32 / 10 + 3 * 20e-6),  # two doublings of one node
+        (Collective("allreduce", 10**9, 10**9, 8), 2 * 7 / 8 / 100 + 10e-6),
+        (Collective("allgather", 10**8, 8 * 10**8, 8), 0.8 * 7 / 8 / 100 + 10e-6),
+        (Collective("allreduce", 10**9, 10**9, 32), 2 * 31 / 32 / 10 + 3 * 20e-6),  # two doublings of one node
     ],
 )
-def test_the_time_of_a_collective(collective, ranks, seconds):
-    assert seconds_of(collective, ranks, RATES) == pytest.approx(seconds)
+def test_the_time_of_a_collective(collective, seconds):
+    assert seconds_of(collective, RATES) == pytest.approx(seconds)
 
 
 def test_the_time_of_a_step():
     """1 TFLOP takes 10 ms, 1,000 launches 5 ms; half of the reduction of gradients hides behind the backward pass."""
-    collectives = [Collective("allreduce", 4 * 10**8, 4 * 10**8, gradients=True), Collective("allreduce", 0, 0)]
+    collectives = [Collective("allreduce", 4 * 10**8, 4 * 10**8, 8, gradients=True), Collective("allreduce", 0, 0, 2)]
     trace = Trace(Counter(mm=1000), collectives=collectives, flops=10**12)
     priced = price(Measured(trace, Trace(), ranks=8, rows=32), RATES)
     assert priced["gradients_ms"] == 7.01 and priced["other_collectives_ms"] == 0.01
