@@ -98,7 +98,7 @@ def test_a_run_whose_recipe_fails_newer_checks_is_continued(train, shards, tmp_p
     assert code == 0, printed
     code, printed = train(*words, "optim.lr=9")
     assert code == 1 and "optim.lr" in printed_error(printed).got, "the recipe is still compared"
-    monkeypatch.setattr(local, "launch", lambda run, options: submitted.extend(options) or [])
+    monkeypatch.setattr(local, "launch", lambda run, options, *gpus: submitted.extend(options) or [])
     monkeypatch.setattr(code_snapshot, "create_snapshot", lambda run: None)
     submitted = []
     words = [f"data.val={shards.root}" if "data.val" in str(word) else word for word in words]
@@ -441,7 +441,7 @@ def test_a_submitted_branch(train, parent, tmp_path, monkeypatch):
     run, source = RunDir(tmp_path / "run"), RunDir(tmp_path / "parent")
     shutil.copytree(parent.root, source.root)
     change_manifest(source.checkpoint(4), lambda manifest: manifest["numbers"].update(rolled_back=[[2, 3]]))
-    monkeypatch.setattr(local, "launch", lambda run, options: [])
+    monkeypatch.setattr(local, "launch", lambda run, options, *gpus: [])
     monkeypatch.setattr(code_snapshot, "create_snapshot", lambda run: None)
     words = ["--from", f"{source.root}@4", "--run", run.root, "schedule.steps=7"]
     code, printed = train(*words, "--local", main=slurm.cli.main, verb=())
