@@ -155,7 +155,7 @@ def status(
     if time and as_json:
         raise ConfigError("status", got="--time and --json", expected="one of them", fix="leave --time out")
     for path in runs or []:
-        _require_run(path)
+        _require_run(RunDir(path).root)
     while True:
         # looked for at each refresh, since new runs may have come
         folders = [RunDir(path) for path in runs] if runs else _find_runs(Path())
