@@ -174,12 +174,14 @@ class BatchNorm(nn.Module):
         return y, statistics
 
     def _several_groups(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        groups = len(x) // group
-        if self.fast and x.device.type == "cuda" and grouped.takes(x):
+        groups, rest = divmod(len(x), group)
+        if self.fast and x.device.type == "cuda" and rest == 0 and grouped.takes(x):
             y, statistics = GroupedNorm.apply(x, groups, self.weight, self.bias, self.eps)
             statistics = statistics.to(self.running_mean.dtype)
         else:
-            statistics = torch.zeros(groups, 2 * self.channels, dtype=self.running_mean.dtype, device=x.device)
+            # outside of training steps, the last group may be smaller
+            width = 2 * self.channels
+            statistics = torch.zeros(groups + (rest > 0), width, dtype=self.running_mean.dtype, device=x.device)
             parts = zip(torch.split(x, group), statistics.unbind(), strict=True)
             y = torch.cat([self._one_group(part, of_part)[0] for part, of_part in parts])
         return y, statistics[0] if self.running == "first_group" else statistics.mean(0)

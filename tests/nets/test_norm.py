@@ -55,6 +55,21 @@ class Counted(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+# -- groups within a rank ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [8, 11])
+def test_each_group_is_normalized_by_itself_and_the_last_one_may_be_smaller(rows):
+    layer = norm.BatchNorm(C, group=4, world=World.single_process())
+    x = torch.randn(rows, C, 5, 5, generator=torch.Generator().manual_seed(0))
+    parts = [torch.nn.BatchNorm2d(C, momentum=1.0) for _ in range(-(-rows // 4))]
+    expected = torch.cat([part(group) for part, group in zip(parts, x.split(4), strict=True)])
+    assert torch.equal(layer(x), expected)
+    norm.commit_pending([layer], World.single_process())
+    mean = torch.stack([part.running_mean for part in parts]).mean(0)
+    assert torch.equal(layer.running_mean, torch.zeros(C).lerp(mean, layer.momentum))
+
+
 # -- groups that span ranks -------------------------------------------------------------------------------------
 
 
