@@ -73,7 +73,7 @@ def test_options_of_hpcssl_submit_and_words_after_two_dashes_are_kept():
         ("--hold=yes", "--hold", "--hold alone"),
         ("--output=x", "--output", "logs RUN"),
         ("-o x", "--output", "logs RUN"),
-        ("--array=0-3", "--array", "loop"),
+        ("--array=0-3", "--array", "sweep"),
         ("--wrap=ls", "--wrap", "profile"),
         ("--no-requeue", "--no-requeue", "leave it out"),
         ("--open-mode=truncate", "--open-mode", "leave it out"),
