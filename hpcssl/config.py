@@ -199,6 +199,15 @@ def nest(key: str, value: Any) -> Values:
     return cast("Values", nested)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Values:
+    """Nested values under dotted keys; lists and empty dicts stay whole."""
+    flat: Values = {}
+    for key, value in values.items():
+        inside = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inside else {prefix + key: value}
+    return flat
+
+
 def as_dict(options: Any) -> Values:
     """Convert a dataclass instance to nested plain dicts, for YAML or JSON."""
     return dataclasses.asdict(options)

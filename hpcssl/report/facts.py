@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +103,8 @@ class RunFacts:
 
     @property
     def lost_text(self) -> str:
-        """``lost_steps``, ``N or more`` where the last step of an attempt was lost with it, or ``unknown``."""
-        if all(attempt.lost is not None for attempt in self.attempts):
-            return f"{self.lost_steps}"
-        return f"{self.lost_steps} or more" if self.lost_steps else "unknown"
+        """``lost_steps``, as ``describe_lost`` puts it."""
+        return describe_lost(self.attempts)
 
     def last_value(self, name: str, line: str = "") -> float | None:
         """The last point of a curve; None without one, or if it is not a number."""
@@ -119,6 +118,14 @@ class RunFacts:
         """Median of the training's speed; None if it was not logged."""
         points = self.curves.get("images_per_s", {}).get("")
         return float(np.nanmedian(points[1])) if points is not None else None
+
+
+def describe_lost(attempts: Sequence[AttemptFacts]) -> str:
+    """Steps that were computed again: ``N``, ``N or more`` where a last step was lost with its attempt, ``unknown``."""
+    known = [attempt.lost for attempt in attempts if attempt.lost is not None]
+    if len(known) == len(attempts):
+        return f"{sum(known)}"
+    return f"{sum(known)} or more" if sum(known) else "unknown"
 
 
 def read_facts(run: RunDir, label: str) -> RunFacts:
@@ -152,15 +159,7 @@ def read_facts(run: RunDir, label: str) -> RunFacts:
 
 def read_values(facts: RunFacts) -> dict[str, Any]:
     """The recipe as a flat dict by dotted key, without what the header says about its origin."""
-
-    def flatten(values: dict[str, Any], path: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key, value in values.items():
-            nested = isinstance(value, dict) and value
-            flat |= flatten(value, f"{path}{key}.") if nested else {f"{path}{key}": value}
-        return flat
-
-    return flatten({key: value for key, value in facts.recipe.items() if key != "about"}, "")
+    return config.flatten({key: value for key, value in facts.recipe.items() if key != "about"})
 
 
 def name_runs(runs: list[RunDir]) -> list[str]:
@@ -178,8 +177,9 @@ def _read_attempts(groups: list[AttemptLines]) -> list[AttemptFacts]:
         first = int(group.start.get("first_step") or 0)
         steps = [end["last_step"] for end in group.ends if isinstance(end.get("last_step"), int)]
         last = steps[-1] if steps else None
-        following = groups[k + 1].start if k + 1 < len(groups) else None
-        resumed = int(following.get("first_step") or 0) if following is not None else None
+        # one that never began has only the last step that was known: it resumed nothing, and lost nothing
+        following = next((other.start for other in groups[k + 1 :] if not other.start.get("never_began")), None)
+        resumed = None if following is None or group.start.get("never_began") else int(following.get("first_step") or 0)
         errors = [str(end.get("why") or ", ".join(map(str, end.get("signals") or ()))) for end in group.ends]
         world = group.start.get("world")
         attempts.append(
@@ -204,7 +204,7 @@ def _total_steps(recipe: dict[str, Any], read: Curves, step: int) -> int | None:
     schedule = recipe.get("schedule") or {}
     if schedule.get("steps"):
         return int(schedule["steps"])
-    epochs = next((float(points[0][-1]) for name in ("loss", "lr") for points in read.get(name, {}).values()), 0.0)
+    epochs = next((float(points[0][-1]) for name in ("lr", "loss") for points in read.get(name, {}).values()), 0.0)
     return round(step / epochs * float(schedule["epochs"])) if epochs and schedule.get("epochs") else None
 
 
@@ -217,7 +217,7 @@ def _read_machinery(run: RunDir) -> dict[str, Any]:
     return {}
 
 
-def open_recipe(run: RunDir) -> bool:
+def has_readable_recipe(run: RunDir) -> bool:
     """Whether the recipe of a folder can be read; a folder that is being created has none yet."""
     try:
         config.read_yaml(run.config)

@@ -15,19 +15,17 @@ from hpcssl import files
 from hpcssl.checkpoint.manager import checkpoint_digest
 from hpcssl.errors import ConfigError, EvalError, HpcsslError
 from hpcssl.report import panels, pictures, scores, settings, timeline, words
-from hpcssl.report.facts import RunFacts, name_runs, open_recipe, read_facts
+from hpcssl.report.facts import RunFacts, has_readable_recipe, name_runs, read_facts
 from hpcssl.report.markup import Markup, element, escape, paragraph, section, table
 from hpcssl.report.style import STYLE
 from hpcssl.results import curves
-from hpcssl.results.records import open_runs
+from hpcssl.results.records import find_runs, open_runs
 from hpcssl.run_dir import RunDir
 
 LOG = logging.getLogger("hpcssl")
 
 MAX_WITH_PICTURES = 3
 """Runs that one page shows with neighbors and map; the pages of single runs have those of more."""
-_DEPTH = 3
-"""Folders of runs are searched this many levels below the folder of a sweep or a table."""
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -55,7 +53,7 @@ def write_report(paths: Sequence[Path | str], to: Path | str, *, compute: bool =
             f"--to {to}", got=f"the suffix {to.suffix!r}", expected=".html", fix=f"write --to {to.with_suffix('.html')}"
         )
     folders = [Path(path) for path in paths]
-    below = {path: found for path in folders if (found := find_runs(path))}
+    below = {path: runs for path in folders if (runs := [r for r in find_runs(path) if has_readable_recipe(r)])}
     runs = [run for path in folders for run in below.get(path) or open_runs([path])]
     runs = list(dict.fromkeys(RunDir(run.root.resolve()) for run in runs))
     facts = [read_facts(run, label) for run, label in zip(runs, name_runs(runs), strict=True)]
@@ -77,23 +75,6 @@ def write_report(paths: Sequence[Path | str], to: Path | str, *, compute: bool =
     title = below and " and ".join(path.resolve().name for path in below)
     files.atomic_write(to, render(facts, compute=compute, links=links, title=title or ""))
     return [to, *pages]
-
-
-def find_runs(folder: Path) -> list[RunDir]:
-    """Return the runs below a folder that is no run itself, sorted by path; runs inside of runs are left out."""
-    found: list[RunDir] = []
-
-    def search(path: Path, depth: int) -> None:
-        if RunDir(path).config.exists():
-            found.extend([RunDir(path)] if open_recipe(RunDir(path)) else [])
-        elif depth:
-            for below in sorted(path.iterdir()):
-                if below.is_dir() and not below.is_symlink() and not below.name.startswith("."):
-                    search(below, depth - 1)
-
-    if folder.is_dir() and not RunDir(folder).config.exists():
-        search(folder, _DEPTH)
-    return found
 
 
 def render(

@@ -76,12 +76,11 @@ def describe_environment(runs: Sequence[RunFacts]) -> str:
         )
     if not parts:
         parts.append(paragraph("No checkpoint or attempt has recorded an environment.", class_="dim"))
-    note = f"This page was written by hpcssl {metadata_version()} under Python {platform.python_version()}."
+    note = f"This page was written by hpcssl {_describe_versions()} under Python {platform.python_version()}."
     return section("Environment", *parts, paragraph(note, class_="dim"))
 
 
-def metadata_version() -> str:
-    """The version of hpcssl, with that of matplotlib, which draws the figures."""
+def _describe_versions() -> str:
     import hpcssl
 
     return f"{hpcssl.__version__} and matplotlib {metadata.version('matplotlib')}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpcssl.methods.cmsf.options import LABELED_RULES
-from hpcssl.report.facts import RunFacts
+from hpcssl.report.facts import RunFacts, describe_lost
 from hpcssl.results.columns import name_first_encoder
 
 NO_LABELS = "Training used no labels: they only serve for the scores and frames below."
@@ -19,19 +19,20 @@ def summarize(runs: Sequence[RunFacts]) -> list[str]:
         return [describe_recipe(runs[0].recipe), " ".join(_describe_progress(runs[0])), *_describe_scores(runs[0])]
     states = Counter("finished" if r.is_finished else "not finished" if r.attempts else "not begun" for r in runs)
     recipes = Counter(str(run.recipe.get("name", "")) for run in runs)
-    interruptions, lost = sum(run.interruptions for run in runs), sum(run.lost_steps for run in runs)
+    interruptions = sum(run.interruptions for run in runs)
+    lost = describe_lost([attempt for run in runs for attempt in run.attempts])
     hours = sum(run.uptime.allocated for run in runs if run.uptime is not None) / 3600
     names = [f"{name} ({count})" if len(recipes) > 1 else name for name, count in recipes.items()]
-    more = any(attempt.lost is None for run in runs for attempt in run.attempts)
     sentences = [
         f"{len(runs)} runs of {_list(names)}: {_list([f'{count} {state}' for state, count in states.items()])}.",
         f"Their jobs held their nodes for {hours:.3g} hours together, and were interrupted {_times(interruptions)}; "
-        f"{_steps(f'{lost} or more' if lost and more else 'unknown' if more else str(lost))} computed again.",
+        f"{_steps(lost)} computed again.",
     ]
-    scored = [(value, run.label) for run in runs if (value := run.last_value("knn")) is not None]
-    if scored:
-        best, worst = max(scored), min(scored)
-        name = next(iter(next(run.curves["knn"] for run in runs if "knn" in run.curves)))
+    name = next((line for run in runs for line in run.curves.get("knn", {})), "")
+    compared = [run for run in runs if name in run.curves.get("knn", {})]  # others have another number of neighbors
+    scores = [(score, run.label) for run in compared if (score := run.last_value("knn", name)) is not None]
+    if len(scores) > 1:
+        best, worst = max(scores), min(scores)
         sentences.append(
             f"The last {name} accuracy is highest for {best[1]} ({best[0]:.1f} %) and lowest for {worst[1]} "
             f"({worst[0]:.1f} %)."

@@ -20,17 +20,6 @@ CONFIDENT_P = 0.05
 """Probability below which a claim counts as supported, as is usual."""
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values under dotted keys; lists stay whole."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def find_differing_keys(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Return the dotted keys whose values differ between runs of the same recipe, sorted.
 

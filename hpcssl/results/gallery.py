@@ -179,23 +179,23 @@ def choose_queries(labels: npt.NDArray[np.int64], count: int, seed: int = 0) -> 
     return chosen
 
 
-def _draw_picture(run: RunDir, found: NeighborRows) -> bytes:
-    sets, same_label = found.sets, found.is_same_label
+def _draw_picture(run: RunDir, rows: NeighborRows) -> bytes:
+    sets, same_label = rows.sets, rows.is_same_label
     classes = sets["val"].classes
-    grid = ImageGrid(*found.neighbors.shape)
+    grid = ImageGrid(*rows.neighbors.shape)
     grid.draw_titles(
-        f"{run.root.name}, step {found.step}: {int(same_label.sum())} of {same_label.size} "
+        f"{run.root.name}, step {rows.step}: {int(same_label.sum())} of {same_label.size} "
         f"neighbors have the query's label (solid blue frame); beneath: cosine",
         "query",
         "nearest first",
     )
     with Reader(sets["val"]) as val, Reader(sets["train"]) as train:
-        for row, query in enumerate(found.queries):
+        for row, query in enumerate(rows.queries):
             label = classes[sets["val"].labels[query]]
             grid.draw_image(row, 0, read_square(val, int(query)), shorten(label))
-            for column, neighbor in enumerate(found.neighbors[row]):
+            for column, neighbor in enumerate(rows.neighbors[row]):
                 same = same_label[row, column]
-                caption = f"{found.similarity[row, column]:.3f}" + (
+                caption = f"{rows.similarity[row, column]:.3f}" + (
                     "" if same else f" · {shorten(classes[sets['train'].labels[neighbor]])}"
                 )
                 image = read_square(train, int(neighbor))

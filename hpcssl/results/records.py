@@ -50,7 +50,7 @@ def collect_records(runs: Sequence[Path | str]) -> list[Record]:
         EvalError: A path is not a run folder, or no run has results.
     """
     opened = open_runs(runs)
-    by_run = [(_read_run(run), compare.flatten(result_keys(config.read_yaml(run.config)))) for run in opened]
+    by_run = [(_read_run(run), config.flatten(result_keys(config.read_yaml(run.config)))) for run in opened]
     records = [record for own, _ in by_run for record in own]
     differing = compare.find_differing_keys([(own[0]["recipe"], values) for own, values in by_run if own])
     for own, values in by_run:
@@ -88,7 +88,7 @@ def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
         EvalError: A path is not a folder, or none is a run.
     """
     opened = []
-    paths = [one for path in paths for one in _list_runs(Path(path))]
+    paths = [one for path in paths for one in ([run.root for run in find_runs(Path(path))] or [Path(path)])]
     for path in dict.fromkeys(Path(path).resolve() for path in paths):
         if len(paths) > 1 and path.is_dir() and not RunDir(path).config.exists():
             LOG.warning("%s is not a run folder and is skipped.", path)
@@ -97,9 +97,22 @@ def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
     return opened or [open_run(path) for path in paths]
 
 
-def _list_runs(path: Path) -> list[Path]:
-    inside = [] if RunDir(path).config.exists() else sorted(file.parent for file in path.glob("*/config.yaml"))
-    return inside or [path]
+def find_runs(folder: Path, depth: int = 3) -> list[RunDir]:
+    """Return the runs below a folder that is no run itself, sorted by path; runs inside of runs are left out.
+
+    Args:
+        folder: The folder; a run, or a path that is no folder, holds none.
+        depth: Number of levels of folders that are searched.
+    """
+    if not folder.is_dir() or RunDir(folder).config.exists():
+        return []
+    runs: list[RunDir] = []
+    for path in sorted(folder.iterdir()):
+        if RunDir(path).config.exists():
+            runs.append(RunDir(path))
+        elif depth > 1 and not path.is_symlink() and not path.name.startswith("."):
+            runs += find_runs(path, depth - 1)
+    return runs
 
 
 def open_run(path: Path | str) -> RunDir:
@@ -146,13 +159,14 @@ def _read_run(run: RunDir) -> list[Record]:
     records: list[Record] = []
     identities = set()
     changed = changed_keys(run, recipe) if rows else []
+    cost = (*run_cost.rank_hours(run), run_cost.effective_share(run))
     for row in sorted(rows, key=lambda row: (row["step"], row["eval"] in columns.OWN_DATA, row["time"])):
         if row["identity"] in identities:  # two jobs ran the same evaluation at the same time
             continue
         identities.add(row["identity"])
         _merge_row(
             records,
-            _describe_row(run, recipe, changed, row),
+            _describe_row(run, recipe, changed, cost, row),
             columns.scores_by_column(row),
             config.fingerprint(row["options"]),
         )
@@ -193,13 +207,15 @@ def _merge_row(records: list[Record], about: Record, metrics: dict[str, float], 
         record["commit"] += ", " + about["commit"]
 
 
-def _describe_row(run: RunDir, recipe: dict[str, Any], changed: list[str], row: dict[str, Any]) -> Record:
-    """Return a record for a result row, without its scores."""
+def _describe_row(
+    run: RunDir, recipe: dict[str, Any], changed: list[str], cost: tuple[Any, ...], row: dict[str, Any]
+) -> Record:
+    """Return a record for a result row, without its scores. ``cost``: ranks, their hours, and the effective share."""
+    world, hours, effective = cost
     done = (run.finished or {}).get("step")
     schedule, step, name = recipe.get("schedule") or {}, row["step"], recipe.get("name", "")
     later = "trained" if step == done else f"step {step}"
     length = schedule.get("epochs") or (f"{schedule['steps']} steps" if schedule.get("steps") else "")
-    world, hours = run_cost.rank_hours(run)
     own_data = row["eval"] in columns.OWN_DATA
     return {
         "recipe": name,
@@ -215,7 +231,7 @@ def _describe_row(run: RunDir, recipe: dict[str, Any], changed: list[str], row: 
         "seed": recipe.get("seed", 0),
         "world": world,
         "rank·h": 0.0 if step == 0 else hours,
-        "effective": "" if step == 0 else run_cost.effective_share(run),
+        "effective": "" if step == 0 else effective,
         "run": run.root.name,
         "weights": row["weights_sha256"][:12],
         "commit": row["commit"],

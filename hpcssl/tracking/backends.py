@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hpcssl import config
 from hpcssl.errors import ConfigError
 from hpcssl.run_dir import RunDir
 from hpcssl.storage.records import sha256_of
@@ -50,13 +51,6 @@ def _import(module: str) -> Any:
         ) from error
 
 
-def _flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return flat
-
-
 class MLflowTracker:
     """A run in MLflow. The address is a tracking URI such as ``sqlite:///runs/mlflow.db``.
 
@@ -71,15 +65,13 @@ class MLflowTracker:
         experiment = self._client.get_experiment_by_name(project)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(project)
         self.destination = f"mlflow {where or 'default'} {project} {name}"
-        found = self._client.search_runs([experiment_id], f"tags.hpcssl_name = '{name}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
-            return
-        created = self._client.create_run(experiment_id, tags={"hpcssl_name": name}, run_name=run.root.name)
-        self._id = created.info.run_id
-        parameters = [
-            self._mlflow.entities.Param(key, str(value)[:500]) for key, value in _flatten(recipe).items() if key
-        ]
+        runs = self._client.search_runs([experiment_id], f"tags.hpcssl_name = '{name}'", max_results=1)
+        tags = {"hpcssl_name": name}
+        stored = runs[0] if runs else self._client.create_run(experiment_id, tags=tags, run_name=run.root.name)
+        self._id = stored.info.run_id
+        # also for a run that exists: the process that created it may have ended before this
+        values = config.flatten(recipe)
+        parameters = [self._mlflow.entities.Param(key, str(value)[:500]) for key, value in values.items() if key]
         for k in range(0, len(parameters), 100):
             self._client.log_batch(self._id, params=parameters[k : k + 100])
 
@@ -115,7 +107,8 @@ class WandbTracker:
 
     def recover(self, first: int, last: int) -> int:
         """Delete the files of the interrupted session, and send its batch again."""
-        shutil.rmtree(self._session_folder(last), ignore_errors=True)
+        if (folder := self._session_folder(last)).exists():
+            shutil.rmtree(folder)  # an error is raised: files that stay would be sent as well
         return first - 1
 
     def send(self, steps: Sequence[StepValues]) -> None:

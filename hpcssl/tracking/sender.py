@@ -70,11 +70,13 @@ def send_pending(run: RunDir, name: str, tracker: Tracker) -> int:
         if until is not None:
             last = min(max(last, tracker.recover(last + 1, until)), until)
             _write_cursor(path, tracker.destination, last)
-        while pending := read_pending(run, last)[:MAX_STEPS]:
-            _write_cursor(path, tracker.destination, last, pending[-1].step)
-            tracker.send(pending)
-            last, sent = pending[-1].step, sent + len(pending)
-            _write_cursor(path, tracker.destination, last)
+        while pending := read_pending(run, last):  # more may become durable in the meantime
+            for first in range(0, len(pending), MAX_STEPS):
+                batch = pending[first : first + MAX_STEPS]
+                _write_cursor(path, tracker.destination, last, batch[-1].step)
+                tracker.send(batch)
+                last, sent = batch[-1].step, sent + len(batch)
+                _write_cursor(path, tracker.destination, last)
     return sent
 
 

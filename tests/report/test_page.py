@@ -184,3 +184,25 @@ def test_a_text_alternative_describes_the_lines(tmp_path, make_run):
     text = panels.describe_quantity(curves.group_by_seed({run: curves.read_curves(run) for run in runs}), "lr")
     assert "1 r0: 0.098 at epoch 0.1, 0.02 at epoch 4, between 0.02 and 0.098." in text
     assert text.count(": ") == panels.MAX_DESCRIBED and "2 more lines" in text
+
+
+def test_the_length_of_a_training_that_goes_on_is_exact(tmp_path, make_run):
+    """Its epochs are counted by a curve that is not smoothed, whose last point is the last step."""
+    run = make_run(tmp_path / "run", steps=299, ends=(), schedule={"epochs": 400})
+    assert read_facts(run, "run").total == 400 * PER_EPOCH
+
+
+def test_an_attempt_that_never_began_lost_nothing(tmp_path, make_run):
+    run = make_run(tmp_path / "run", ends=((0, 13, "preempted"),))
+    files.append_line(run.attempts, {"attempt": 2, "event": "start", "first_step": 13, "never_began": True})
+    files.append_line(run.attempts, {"attempt": 2, "event": "end", "cause": "killed", "last_step": 13})
+    files.append_line(run.attempts, {"attempt": 3, "event": "start", "first_step": 9})
+    assert [attempt.lost for attempt in read_facts(run, "run").attempts] == [4, 0, 0]
+
+
+def test_only_scores_of_the_same_kind_are_compared(tmp_path, make_run):
+    runs = [make_run(tmp_path / name, lr=lr) for name, lr in (("a", 0.1), ("b", 0.2))]
+    compared = words.summarize([read_facts(run, run.root.name) for run in runs])[0]
+    assert "20-NN accuracy is highest for b (48.0 %) and lowest for a (44.0 %)" in compared
+    runs[1].eval_rows("knn").write_text('{"step": 40, "metrics": {"knn200": 99}}\n')
+    assert "highest" not in words.summarize([read_facts(run, run.root.name) for run in runs])[0]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hpcssl import files
+from hpcssl import config, files
 from hpcssl.errors import ConfigError, EvalError
 from hpcssl.results import compare, tables
 from hpcssl.results.command import main
@@ -56,7 +56,7 @@ def test_a_folder_stands_for_its_runs_and_keys_that_differ_are_columns(sweep, ca
 def test_keys_that_differ_only_between_recipes_are_no_columns():
     runs = [("a", {"x": 1, "y": 1}), ("a", {"x": 2, "y": 1}), ("b", {"x": 3, "y": 2, "z": 1})]
     assert compare.find_differing_keys(runs) == ["x"]
-    assert compare.flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": [1], "a.c": {}, "d": None}
+    assert config.flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": [1], "a.c": {}, "d": None}
 
 
 def test_settings_are_ranked_and_the_best_within_its_deviation_is_marked(sweep, capsys):

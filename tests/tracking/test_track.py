@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -280,3 +281,67 @@ def test_wandb_offline_has_each_step_once(tmp_path, monkeypatch):
                 steps.append((int(values["_step"]), values.get("loss")))
     assert sorted(step for step, _ in steps) == list(range(21))
     assert float(dict(steps)[7]) == 1 / 7
+
+
+def test_pending_steps_are_read_once_however_many_batches_they_make(tmp_path, monkeypatch):
+    run, received, reads = make_run(tmp_path / "run", steps=40, durable=40, finished=True), [], []
+    read = sender.read_pending
+    monkeypatch.setattr(sender, "MAX_STEPS", 7)
+    monkeypatch.setattr(sender, "read_pending", lambda run, last: reads.append(last) or read(run, last))
+    assert sender.send_pending(run, "memory", MemoryTracker(received)) == 41
+    assert [step for step, _ in received] == list(range(41)) and reads == [-1, 40]
+
+
+class MLflowClient:
+    """As much of MLflow as keeps a run and its parameters. ``fail``: break before parameters are stored."""
+
+    def __init__(self):
+        self.runs, self.parameters, self.fail = [], {}, False
+
+    def get_experiment_by_name(self, name):
+        return SimpleNamespace(experiment_id=name)
+
+    def search_runs(self, *_arguments, **_options):
+        return self.runs
+
+    def create_run(self, *_arguments, **_options):
+        self.runs.append(SimpleNamespace(info=SimpleNamespace(run_id="1")))
+        return self.runs[0]
+
+    def log_batch(self, run, params):
+        if self.fail:
+            raise KeyboardInterrupt
+        self.parameters |= dict(params)
+
+
+def test_a_run_whose_creation_was_interrupted_gets_its_parameters(tmp_path, monkeypatch):
+    client = MLflowClient()
+    module = SimpleNamespace(
+        MlflowClient=lambda _where: client, entities=SimpleNamespace(Param=lambda key, value: (key, value))
+    )
+    monkeypatch.setattr(backends, "_import", lambda _name: module)
+    run, recipe = make_run(tmp_path / "run"), {"optim": {"lr": 0.1}}
+    client.fail = True
+    with pytest.raises(KeyboardInterrupt):
+        backends.open_tracker("mlflow", run, recipe, project="p", where="")
+    client.fail = False
+    backends.open_tracker("mlflow", run, recipe, project="p", where="")
+    assert len(client.runs) == 1 and client.parameters == {"optim.lr": "0.1"}
+
+
+def test_a_session_that_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
+    """Its files would be sent beside those of the repeated batch."""
+    monkeypatch.setattr(backends, "_import", lambda _name: None)
+    run = make_run(tmp_path / "run")
+    tracker = backends.open_tracker("wandb", run, {}, project="p", where="offline")
+    assert tracker.recover(1, 5) == 0, "no session was begun"
+    (run.tracking("wandb").with_suffix("") / "until-00000005").mkdir(parents=True)
+
+    def refuse(_path):
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.shutil, "rmtree", refuse)
+        with pytest.raises(PermissionError):
+            tracker.recover(1, 5)
+    assert tracker.recover(1, 5) == 0 and not list(run.tracking("wandb").with_suffix("").iterdir())
