@@ -57,19 +57,20 @@ _READS_SHAPE = {
 }
 
 
-def _channels(x: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(count))
+def _like_channels(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    return tuple(x.new_empty(x.shape[1], dtype=dtype) for _ in range(count))
 
 
-_SHAPES = {  # kernels for CUDA for which torch has no rule for shapes
-    _aten.batch_norm_stats.default: lambda x, *_: _channels(x, 2),
-    _aten.batch_norm_gather_stats.default: lambda x, *_: _channels(x, 2),
-    _aten.batch_norm_gather_stats_with_counts.default: lambda x, *_: _channels(x, 2),
-    _aten.batch_norm_update_stats.default: lambda x, *_: _channels(x, 2),
-    _aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
-    _aten.batch_norm_backward_reduce.default: lambda grad, x, *_: _channels(x, 4),
-    _aten.batch_norm_backward_elemt.default: lambda grad, x, *_: torch.empty_like(x),
+SYNC_NORM_SHAPES: dict[str, Callable[..., Any]] = {
+    "batch_norm_stats": lambda x, *_: _like_channels(x, 2),
+    "batch_norm_gather_stats_with_counts": lambda x, *_: _like_channels(x, 2),
+    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
+    "batch_norm_backward_reduce": lambda grad, x, *_: _like_channels(x, 4),
+    "batch_norm_backward_elemt": lambda grad, *_: torch.empty_like(grad),
 }
+"""The results of torch's kernels of SyncBatchNorm, which have no rule for shapes: by name, without values."""
+_SHAPES = {getattr(_aten, name).default: rule for name, rule in SYNC_NORM_SHAPES.items()}
 _NO_WORK = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view", "is_same_size", "set_", "resize_")
 _LOW_PRECISION = {
     torch.conv2d,

@@ -49,6 +49,7 @@ RANKS = (1, 8, 64)
 def row_of(m: Measured) -> dict[str, Any]:
     """The figures of a step as JSON."""
     return {
+        "torch": torch.__version__,
         "rows_per_gpu": m.rows,
         "operations": m.step.launches,
         "plain_operations": m.plain.launches,
@@ -64,11 +65,6 @@ def stored() -> dict[str, dict[str, Any]]:
     """The rows of the stored results: by recipe, and by number of ranks as text."""
     rows: dict[str, dict[str, Any]] = json.loads(STORED.read_text())["recipes"]
     return rows
-
-
-def stored_torch() -> str:
-    """The version of torch that the stored rows were counted with."""
-    return str(json.loads(STORED.read_text())["torch"])
 
 
 def describe(name: str, ranks: str, row: dict[str, Any], launch_us: float) -> str:
@@ -91,10 +87,11 @@ def main() -> int:
     parser.add_argument("--stored", action="store_true", help="print the stored rows instead of counting")
     parser.add_argument("--out", type=Path, default=None, help="write the rows here as JSON")
     options = parser.parse_args()
+    if options.stored and options.out is not None:
+        parser.error("--out writes counts, and --stored makes none: leave one of them out")
     body: dict[str, Any] = {"benchmark": "launches", "recipes": {}}
     if options.out is not None and options.out.exists():
         body = json.loads(options.out.read_text())
-    body["torch"] = torch.__version__
     for name in options.recipes:
         for ranks in map(str, options.ranks):
             if options.stored:

@@ -9,9 +9,9 @@ measured here. All of them are printed with the result:
     all-gather to b bytes           (W - 1) / W * b / bandwidth + latency       (others likewise)
 
 W is the number of ranks that take part, which may be fewer than all. Bandwidth and latency are those within a node up
-to one node, and those between nodes beyond. Of the all-reduce of the
-gradients, a stated share hides behind the backward pass. A batch that does not give every GPU the stated number of
-images grows until it does; the recipe's result then no longer holds, and the row says so.
+to one node, and those between nodes beyond. Of the all-reduce of the gradients, a stated share hides behind the
+backward pass, but never more than half of the arithmetic takes. A batch that does not give every GPU the stated number
+of images grows until it does; the recipe's result then no longer holds, and the row says so.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ class Rates:
 
 
 def seconds_of(c: Collective, rates: Rates) -> float:
-    """The time of one collective. Ranks that take part are neighbors, so that few of them share a node."""
+    """The time of one collective.
+
+    The ranks of a group have consecutive numbers: a group of at most ``gpus_per_node`` ranks is taken to lie within one
+    node.
+    """
     ranks = c.ranks
     if ranks <= rates.gpus_per_node:
         bandwidth, latency = rates.node_gb_s * 1e9, rates.node_latency_us * 1e-6
@@ -118,10 +122,11 @@ def describe(row: dict[str, Any]) -> str:
     if "impossible" in row:
         return f"  {row['ranks']:5d} GPUs: impossible: {row['impossible']}"
     sent = ", ".join(f"{n} {kind} ({s / 1e6:.1f} MB)" for kind, (n, s, _) in row["collectives"].items())
+    exposed = row["step_ms"] - max(row["compute_ms"], row["launches_ms"]) - row["other_collectives_ms"]
     return (
         f"  {row['ranks']:5d} GPUs, batch {row['batch']}{'' if row['is_recipe'] else ' (not the recipe)'}: step "
-        f"{row['step_ms']} ms = max(compute {row['compute_ms']}, launches {row['launches_ms']}) + exposed part of "
-        f"gradients {row['gradients_ms']} + other collectives {row['other_collectives_ms']}; {row['images_per_s']} "
+        f"{row['step_ms']} ms = max(compute {row['compute_ms']}, launches {row['launches_ms']}) + {exposed:.2f} of "
+        f"{row['gradients_ms']} for gradients + other collectives {row['other_collectives_ms']}; {row['images_per_s']} "
         f"images/s; {row['memory_gib']} GiB; {row['hours']} h, {row['gpu_hours']} GPU-hours; {sent}"
     )
 

@@ -32,14 +32,15 @@ IN_TABLE = [(name, int(ranks)) for name in BUDGET for ranks in BUDGET[name]]
 OTHERS = sorted({name for name in recipes.names() if not name.startswith("digits_")} - set(BUDGET))
 
 
-def same_torch():
-    """Whether the counts were made with this torch: another one may take an operation apart in another way."""
-    return launches.stored_torch().split("+")[0].rsplit(".", 1)[0] == torch.__version__.split("+")[0].rsplit(".", 1)[0]
+def is_of_this_torch(budget):
+    """Whether the row was counted with this torch: another one may take an operation apart in another way."""
+    versions = (version.split("+")[0].rsplit(".", 1)[0] for version in (budget["torch"], torch.__version__))
+    return len(set(versions)) == 1
 
 
 def check_budget(name, ranks):
     row, budget = launches.row_of(measure(name, ranks)), BUDGET[name][str(ranks)]
-    slack = 1.0 if same_torch() else 1.1
+    slack = 1.0 if is_of_this_torch(budget) else 1.1
     assert row["operations"] <= budget["operations"] * slack
     assert row["ratio"] <= budget["ratio"] * slack
     assert all(count <= budget["waits"].get(reason, 0) for reason, count in row["waits"].items()), row["waits"]

@@ -7,6 +7,8 @@ tensors pass.
 
 import torch
 
+from benchmarks.fake_gpu import SYNC_NORM_SHAPES
+
 
 def _wide(x):
     """[C, values] of each channel."""
@@ -62,27 +64,13 @@ ON_CPU = {
 }
 
 
-def _like_channels(x, count):
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    return tuple(x.new_empty(x.shape[1], dtype=dtype) for _ in range(count))
-
-
-SHAPES = {
-    "batch_norm_stats": lambda x, _eps: _like_channels(x, 2),
-    "batch_norm_gather_stats_with_counts": lambda x, *_: _like_channels(x, 2),
-    "batch_norm_elemt": lambda x, *_: torch.empty_like(x),
-    "batch_norm_backward_reduce": lambda _grad, x, *_: _like_channels(x, 4),
-    "batch_norm_backward_elemt": lambda grad, *_: torch.empty_like(grad),
-}
-
-
 def register_shapes():
     """Return the library that holds the shape functions; they are gone when it is.
 
     A version of torch that has them keeps its own.
     """
     library = torch.library.Library("aten", "IMPL")
-    for name, shapes in SHAPES.items():
+    for name, shapes in SYNC_NORM_SHAPES.items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "Meta"):
             library.impl(name, shapes, "Meta")
     return library

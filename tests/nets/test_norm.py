@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.fake_gpu import SYNC_NORM_SHAPES
 from hpcssl.distributed.collectives import Collectives
 from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError
@@ -221,8 +222,8 @@ def test_a_group_over_gpus_reads_activations_in_kernels_of_torch_alone(group):
     del library
     small = {"stack", "new_zeros", "new_full", "clone", "zeros"}  # of statistics [C]
     added = {name.split("::")[1].split(".")[0]: count for name, count in (operations - plain).items()}
-    assert set(added) - small == {*norm_kernel_models.SHAPES, "_allgather_base_", "allreduce_"}
-    assert {added[name] for name in norm_kernel_models.SHAPES} == {20}
+    assert set(added) - small == {*SYNC_NORM_SHAPES, "_allgather_base_", "allreduce_"}
+    assert {added[name] for name in SYNC_NORM_SHAPES} == {20}
     assert sum(added.values()) <= 15 * 20
 
 
