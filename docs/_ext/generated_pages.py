@@ -115,8 +115,8 @@ def recipes_page() -> str:
 COLLECTIVES = """# Collectives and launches per step
 
 What one training step of a recipe at its real size does on each GPU, counted without one: `python -m benchmarks
-launches` takes the step with tensors that have a shape but no values, in a process group that has no other members. A
-test compares these figures with the code. None of them is a time.
+launches` takes the step with tensors that have a shape but no values, in a process group that has no other members.
+`make test-full` compares these figures with the code. None of them is a time.
 
 - *Given*: bytes that a GPU passes to the collectives of the step. An all-gather returns that many from each GPU, an
   all-reduce as many as it was given.
