@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from hpcssl import files
-from hpcssl.nets import resnet, weights
-from hpcssl.nets.resnet import Arch
 from hpcssl.report import pictures
 from hpcssl.report.facts import read_facts
 from hpcssl.report.page import write_report
 from hpcssl.results import gallery
+from tests import scored_runs
 from tests.report.conftest import find_svg, read_page
 from tests.report.test_page import check_independence, check_markup
 
 
 @pytest.fixture
 def scored_run(tmp_path, make_run, make_shards):
-    """A run with weights of step 7, and its shards of two classes, black and white images.
-
-    Neighbors have the class of the query, except for two white images that are labeled black in the training set.
-    """
-
-    def images(count, swapped=()):
-        samples = []
-        for i in range(count):
-            body = io.BytesIO()
-            shade = np.full((20, 30, 3), 250 * (i % 2) + i % 5, np.uint8)
-            shade[i % 20, :, :] = 128
-            Image.fromarray(shade).save(body, "PNG")
-            samples.append((f"{i:03d}", body.getvalue(), (i % 2) ^ (i in swapped)))
-        return samples
-
-    sets = {
-        "train": make_shards(tmp_path / "train", images(30, swapped=(1, 3))),
-        "val": make_shards(tmp_path / "val", images(24)),
-    }
+    """A run with weights of step 7, whose neighbors are known."""
+    sets = scored_runs.write_shards(tmp_path, make_shards)
     run = make_run(tmp_path / "run", data={kind: str(shards.root) for kind, shards in sets.items()})
-    arch = Arch(arch="resnet_tiny", stem="small")
-    backbone = resnet.build(arch)
-    resnet.initialize(backbone, 3)
-    about = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "size": 16, "fingerprint": "f" * 64, "step": 7, "method": "msf"}
-    weights.save(run.weights_at(7), backbone, arch, **about)
+    scored_runs.write_weights(run)
     files.atomic_write(run.done, json.dumps({"step": 7, "weights": ""}))
     threads = torch.get_num_threads()
     yield run

@@ -1,6 +1,5 @@
 """Pictures of ``hpcssl results``: the numbers in learning curves, and the images and frames of galleries."""
 
-import io
 import json
 
 import numpy as np
@@ -10,10 +9,9 @@ from PIL import Image
 
 from hpcssl import files
 from hpcssl.errors import ConfigError, EvalError
-from hpcssl.nets import resnet, weights
-from hpcssl.nets.resnet import Arch
 from hpcssl.results import curves, gallery
 from hpcssl.run_dir import RunDir
+from tests import scored_runs
 
 STEPS, PER_EPOCH = 40, 10
 
@@ -114,43 +112,13 @@ def test_pictures_are_png_files_and_runs_without_steps_are_logged(tmp_path, capl
 
 @pytest.fixture
 def scored_run(tmp_path, make_shards):
-    """A run with weights, and its shards of two classes, black and white images.
-
-    Neighbors have the class of the query, except for two white images that are labeled black in the training set.
-    """
-
-    def images(count, swapped=()):
-        samples = []
-        for i in range(count):
-            body = io.BytesIO()
-            shade = np.full((20, 30, 3), 250 * (i % 2) + i % 5, np.uint8)
-            shade[i % 20, :, :] = 128
-            Image.fromarray(shade).save(body, "PNG")
-            samples.append((f"{i:03d}", body.getvalue(), (i % 2) ^ (i in swapped)))
-        return samples
-
-    sets = {
-        "train": make_shards(tmp_path / "train", images(30, swapped=(1, 3))),
-        "val": make_shards(tmp_path / "val", images(24)),
-    }
+    """A run with weights of step 7, whose neighbors are known, and its shards."""
+    sets = scored_runs.write_shards(tmp_path, make_shards)
     run = RunDir(tmp_path / "run")
     files.atomic_write(
         run.config, json.dumps({"name": "mine", "data": {kind: str(shards.root) for kind, shards in sets.items()}})
     )
-    arch = Arch(arch="resnet_tiny", stem="small")
-    backbone = resnet.build(arch)
-    resnet.initialize(backbone, 3)
-    weights.save(
-        run.weights_at(7),
-        backbone,
-        arch,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        size=16,
-        fingerprint="f" * 64,
-        step=7,
-        method="msf",
-    )
+    scored_runs.write_weights(run)
     threads = torch.get_num_threads()
     yield run, sets
     torch.set_num_threads(threads)
