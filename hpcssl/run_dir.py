@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcssl import files
+from hpcssl.errors import EvalError
 
 
 @dataclass(frozen=True, init=False)
@@ -145,3 +146,19 @@ class RunDir:
     def eval_state(self, name: str, identity: str) -> Path:
         """Where an unfinished evaluation keeps the state that it resumes from."""
         return self.evals / "unfinished" / f"{name}-{identity[:16]}.safetensors"
+
+
+def open_run(path: Path | str) -> RunDir:
+    """Open a run folder. Raises EvalError for any other path."""
+    run = RunDir(path)
+    what = f"run folder {run.root}"
+    if not run.root.is_dir():
+        raise EvalError(what, got="no such folder", expected="the folder of a run", fix="check the path")
+    if not run.config.exists():
+        raise EvalError(
+            what,
+            got="no config.yaml in it",
+            expected="the folder of a run",
+            fix="name the run folders themselves, such as runs/demo",
+        )
+    return run

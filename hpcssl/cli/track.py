@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from hpcssl.run_dir import RunDir
-
 
 def track(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
@@ -27,9 +25,10 @@ def track(
     Run it on a login node, as often as needed, also while the run trains: it continues where it was.
     """
     from hpcssl import config
+    from hpcssl.run_dir import open_run
     from hpcssl.tracking import backends, sender
 
-    folder = RunDir(run)
+    folder = open_run(run)
     tracker = backends.open_tracker(to, folder, config.read_yaml(folder.config), project=project, where=where)
 
     def write(count: int) -> None:

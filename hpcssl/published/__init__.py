@@ -212,12 +212,12 @@ def find_table(text: str) -> Table:
             return next(iter(tables.values()))
         names = {f"{path}:{key}": table for key, table in tables.items()}
     else:
-        text = re.sub(r"\.table(?=\d)", ".t", text.lower())
         names = {f"{table.document.lower()}.{table.name}": table for table in read_tables()}
-    if text not in names:
-        with_recipes = [key for key, table in names.items() if any(table.recipes())]
-        raise ConfigError("table", got=repr(text), expected="a published table", fix=suggest(text, with_recipes))
-    return names[text]
+    key = text if path.endswith((".yaml", ".yml")) else re.sub(r"\.table(?=\d)", ".t", text.lower())
+    if key not in names:
+        with_recipes = [name for name, table in names.items() if any(table.recipes())]
+        raise ConfigError("table", got=repr(text), expected="a published table", fix=suggest(key, with_recipes))
+    return names[key]
 
 
 def read_titles() -> dict[str, str]:

@@ -30,8 +30,7 @@ from hpcssl.evals.frozen import knn
 from hpcssl.evals.resolve import load_options, resolve_evaluation
 from hpcssl.nets.run_weights import find_weights
 from hpcssl.results.image_grid import MAX_SIDE, ImageGrid, center_square, shorten
-from hpcssl.results.records import open_run
-from hpcssl.run_dir import RunDir
+from hpcssl.run_dir import RunDir, open_run
 from hpcssl.train import main as training
 from hpcssl.train.options import MachineOptions
 

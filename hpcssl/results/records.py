@@ -18,7 +18,7 @@ from hpcssl.evals.rows import ROW_FIELDS
 from hpcssl.results import columns, compare, run_cost
 from hpcssl.results.columns import Record
 from hpcssl.results.seeds import average_over_seeds
-from hpcssl.run_dir import RunDir
+from hpcssl.run_dir import RunDir, open_run
 
 LOG = logging.getLogger("hpcssl")
 
@@ -113,24 +113,6 @@ def find_runs(folder: Path, depth: int = 3) -> list[RunDir]:
         elif depth > 1 and not path.is_symlink() and not path.name.startswith("."):
             runs += find_runs(path, depth - 1)
     return runs
-
-
-def open_run(path: Path | str) -> RunDir:
-    """Open a run folder. Raises EvalError for any other path."""
-    run = RunDir(path)
-    what = f"run folder {run.root}"
-    if not run.root.is_dir():
-        raise EvalError(
-            what, got="no such folder", expected="the folder of a run", fix="check the path: it is what --run named"
-        )
-    if not run.config.exists():
-        raise EvalError(
-            what,
-            got="no config.yaml in it",
-            expected="the folder of a run",
-            fix="name the run folders themselves, such as runs/demo",
-        )
-    return run
 
 
 def result_keys(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -345,3 +345,11 @@ def test_a_session_that_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
         with pytest.raises(PermissionError):
             tracker.recover(1, 5)
     assert tracker.recover(1, 5) == 0 and not list(run.tracking("wandb").with_suffix("").iterdir())
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SystemExit) as ended:
+            main(["track", str(folder), "--to", "mlflow"])
+        assert ended.value.code == 1 and f"run folder {folder}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
