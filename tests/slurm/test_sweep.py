@@ -261,6 +261,7 @@ def test_published_tables_are_found_by_name():
     assert tables.derive_evaluations(tables.list_points("msf.imagenet", 1)[0]) == "linear,knn"
     with pytest.raises(ConfigError) as caught:
         tables.list_points("nnclr.table99", 1)
+    assert caught.value.got == "'nnclr.table99'", "as it was typed"
     assert "nnclr.t9" not in caught.value.fix.split(), "a table without recipes is not suggested"
     with pytest.raises(ConfigError) as caught:
         tables.list_points("nnclr.t7b", 1)
