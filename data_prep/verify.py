@@ -17,6 +17,7 @@ from data_prep.index import SUMS
 from data_prep.shards import images, pool, reader, ustar
 from data_prep.shards.writer import sample_sums
 from hpcssl.data.shards import ShardSet
+from hpcssl.storage.npy import array_of
 
 UNKNOWN_KEY = "(its name is unreadable)"
 
@@ -150,8 +151,7 @@ def _read_sums(root: Path, shards: ShardSet, problems: list[Problem]) -> npt.NDA
     if hashlib.sha256(body).hexdigest() != shards.meta.get("sums_sha256"):
         problems.append(Problem(SUMS, "another sha256 than the index records"))
         return None
-    sums: npt.NDArray[np.uint64] = np.load(io.BytesIO(body), allow_pickle=False)
-    return sums
+    return array_of(body)
 
 
 def verify_shard(job: VerifyJob) -> list[Problem]:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from hpcssl import files
 from hpcssl.errors import ConfigError, DataError
 from hpcssl.inference.compute import Part
+from hpcssl.storage.npy import mapped_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -219,7 +220,7 @@ def _read_npy(path: Path, metadata: dict[str, Any]) -> Embeddings:
         head, *rows = csv.reader(file)
     columns = dict(zip(head, zip(*rows, strict=True), strict=True))
     labels = np.array(columns["label"], np.int64) if "label" in columns else None
-    features = np.load(path, mmap_mode="r")
+    features = mapped_array(path)
     if len(features) != len(rows):
         raise ValueError(f"{len(features)} rows of features and {len(rows)} names")
     index = np.array(columns["index"], np.int64)

@@ -8,12 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from hpcssl.errors import DataError
 from hpcssl.files import sha256_of_file
-from hpcssl.storage.npy import array_of
+from hpcssl.storage.npy import array_of, mapped_array
 
 INDEX = "index.json"
 """Name of the file that describes a shard folder."""
@@ -59,7 +58,7 @@ def load_array(what: str, name: str, content: bytes | mmap.mmap | Path, sha256: 
             fix=REWRITE,
         )
     if isinstance(content, Path):
-        return np.asarray(np.load(content, mmap_mode="r", allow_pickle=False))
+        return mapped_array(content)
     return array_of(content)
 
 
