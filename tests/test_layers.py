@@ -73,6 +73,7 @@ DATA_PREP_IMPORTS = {
     "hpcssl.errors",
     "hpcssl.files",
     "hpcssl.rng",
+    "hpcssl.storage.npy",
     "hpcssl.terminal.help_pages",
 }
 # The highest layer that slurm imports at the top of its modules: hpcssl-submit starts without torch. Functions that run
