@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.command_server import CommandServer
+
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {
     "collectives.md",
@@ -77,10 +79,15 @@ def matches(shown: str, printed: str) -> bool:
 RUN = [page for page in PAGES if page.exists() and any(block.reason is None for block in blocks_of(page))]
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The environment of the commands. Those of the package, first in PATH, need no time to import torch.
+
+    Other tests start the installed commands (tests/ground/test_package.py).
+    """
+    folder = tmp_path_factory.mktemp("bin")
+    variables = os.environ | {
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HPCSSL_CLONE": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -88,6 +95,13 @@ def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
         "NO_COLOR": "1",
         "TERM": "dumb",
     }
+    server = CommandServer(folder, variables)
+    yield variables
+    server.close()
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_blocks_of_a_page_run_in_order(page, tmp_path, environment):
     for block in blocks_of(page):
         if block.reason is not None:
             continue
