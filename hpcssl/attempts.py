@@ -15,7 +15,8 @@ An attempt is one start of a job's tasks. The trainer records its attempts in ``
 
 A crash is seen by many ranks, and each of them may record an end. The first one counts, unless a later one explains
 more: an error in a collective is a ``consequence`` of what another rank did, and any other crash replaces it.
-``node_fail`` replaces all crashes.
+``node_fail`` replaces all crashes. Any later end replaces that of a stop: SLURM shows the reason of a signal late, and
+an attempt can crash while it stops. Nothing replaces ``done`` and ``cancelled``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from typing import Any
 CRASH_CAUSES = ("error", "killed", "hang")
 CAUSE_PRECEDENCE = dict.fromkeys(CRASH_CAUSES, 1) | {"node_fail": 2}
 """A cause replaces those with a lower number. An error that is a consequence has the number 0."""
+
+
+FINAL_CAUSES = ("done", "cancelled")
+"""Causes that no later end replaces."""
 
 
 @dataclass
@@ -78,7 +83,7 @@ def _add_end(attempt: AttemptLines, line: dict[str, Any]) -> None:
     cause, is_consequence = "interrupted" if interrupted else line.get("cause"), bool(line.get("consequence"))
     old = 0 if attempt.is_consequence else CAUSE_PRECEDENCE.get(str(attempt.cause))
     new = 0 if is_consequence else CAUSE_PRECEDENCE.get(str(cause))
-    if old is not None and (new is None or new <= old):
+    if attempt.cause in FINAL_CAUSES or (old is not None and (new is None or new <= old)):
         return
     attempt.ends.append(line)
     attempt.cause, attempt.is_consequence = cause, is_consequence

@@ -49,8 +49,7 @@ class SubmittedRun:
     def status(self) -> RunStatus:
         """Return job, state, attempt, step, last end, evaluations and a hint, as ``hpcssl-submit status`` shows them.
 
-        Raises:
-            SubmitError: SLURM did not answer.
+        The state is ``UNKNOWN`` while SLURM does not answer.
         """
         from slurm.manage.status import query_run
 

@@ -33,7 +33,9 @@ class FaultKind:
 
 
 STOPS = ("stopped", "preempted", "timeout")
-CRASHES = ("error", "killed", "lost", "node_fail", "hang")
+CRASHES = ("error", "killed", "lost", "hang")
+LOSSES = (*CRASHES, "node_fail")
+"""Causes after faults that SLURM may take for the loss of a node."""
 TERM, USR1, USR2, KILL = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGKILL
 
 KINDS: dict[str, FaultKind] = {
@@ -49,7 +51,7 @@ KINDS: dict[str, FaultKind] = {
     "preemption": FaultKind(faults.preempt_job, "signal", causes=STOPS),
     "requeue": FaultKind(faults.requeue_job, "signal", causes=STOPS),
     "walltime": FaultKind(faults.reach_time_limit, "signal", causes=STOPS),
-    "node down": FaultKind(faults.set_node_state("down"), "kill", causes=STOPS + CRASHES),
+    "node down": FaultKind(faults.set_node_state("down"), "kill", causes=STOPS + LOSSES),
     "KILL of one rank": FaultKind(faults.signal_one_rank(KILL), "kill", causes=CRASHES),
     "KILL of rank 0": FaultKind(faults.kill_rank_zero, "kill", causes=CRASHES),
     "KILL of all ranks": FaultKind(faults.signal_all_ranks(KILL), "kill", causes=CRASHES),
@@ -63,9 +65,9 @@ KINDS: dict[str, FaultKind] = {
     ),
     "KILL of srun": FaultKind(faults.signal_process("srun"), "kill", causes=STOPS + CRASHES),
     # SLURM does not notice the death of a batch script whose slurmstepd was killed before
-    "KILL of the batch script": FaultKind(faults.signal_process("slurm_script"), "kill", None, STOPS + CRASHES),
+    "KILL of the batch script": FaultKind(faults.signal_process("slurm_script"), "kill", None, STOPS + LOSSES),
     "KILL of slurmstepd": FaultKind(
-        faults.signal_process("slurmstepd:"), "kill", None, STOPS + CRASHES, may_end_job=True
+        faults.signal_process("slurmstepd:"), "kill", None, STOPS + LOSSES, may_end_job=True
     ),
     # a rank that has not blocked the signals yet dies of the TERM that follows; its exit code hides the other one's
     "KILL of one rank in the start": FaultKind(
@@ -88,7 +90,7 @@ KINDS: dict[str, FaultKind] = {
     "STOP and CONT of all ranks": FaultKind(faults.pause_all_ranks, "none", restarts=False),
     "KILL of slurmd": FaultKind(faults.restart_slurmd, "none", restarts=False),
     "KILL of slurmctld": FaultKind(faults.restart_slurmctld, "none", restarts=False),
-    "loss of SLURM's state": FaultKind(faults.give_number_away, "kill", causes=STOPS + CRASHES, may_end_job=True),
+    "loss of SLURM's state": FaultKind(faults.give_number_away, "kill", causes=STOPS + LOSSES, may_end_job=True),
     "interrupted submission": FaultKind(faults.interrupt_submission, "signal", causes=("cancelled",)),
     "a second job": FaultKind(faults.start_second_writer, "none", restarts=False),
     "several submissions": FaultKind(environment_faults.submit_many_times, "none", restarts=False),

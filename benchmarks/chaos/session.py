@@ -157,14 +157,17 @@ class TrainingSession:
         return any(step % PERIOD == 0 and step > self.last_sealed_step() for step in steps)
 
     def describe(self) -> str:
-        """Return the job, the last attempts and the ends of the logs, for a training that is stuck."""
+        """Return the job, the last attempts and the ends of the logs, for a training that did not do as expected."""
         lines = [json.dumps(vars(attempt)) for attempt in attempts.read_attempts(self.run)[-3:]]
         logs = sorted(self.run.logs.glob(f"{self.job}_*.err"))
+        daemons = sorted(self.cluster.root.glob("slurm*.log"))
         return "\n".join(
             [
                 self.cluster("scontrol", "show", "job", self.job),
                 *lines,
                 *(f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-12:]) for p in logs),
+                # a daemon that was slow to answer gets a copy of an old request a minute later
+                *(f"== {p.name}\n" + "\n".join(p.read_text(errors="replace").splitlines()[-60:]) for p in daemons),
             ]
         )
 

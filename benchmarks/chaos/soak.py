@@ -195,7 +195,10 @@ class Soak:
                 f"{row['fault']:4d} {row['time']:7.1f} s  {row['kind']}: {row['target']}; step {row['step_before']}, "
                 f"then {row['step_after']}" + (f" ({', '.join(own)})" if own else "")
             )
+        count = len(self.report.violations)
         self._check(injected, recovery, lost, worst)
+        if len(self.report.violations) > count and self.session is not None:
+            print_line(self.session.describe())
         self.floor = max(recovery.peak, recovery.first)
         self.report.write()
 

@@ -250,7 +250,9 @@ def _launch_lines(python: str, run: RunDir, what: str, sbatch: SbatchOptions) ->
     if resources.count_spare_nodes(sbatch):
         nodes, tasks = resources.count_nodes(sbatch), resources.count_processes(sbatch)
         words = f"{shlex.quote(str(run.root))} {shlex.quote(what)} {nodes} {tasks}"
-        lines.append(f"{NODES_VARIABLE}=$({python} -m slurm.job.step_nodes {words})")
+        # if that fails SLURM chooses the nodes: the number of tasks must not depend on the spare ones
+        without_answer = f'{NODES_VARIABLE}="--nodes={nodes} --ntasks={tasks}"'
+        lines.append(f"{NODES_VARIABLE}=$({python} -m slurm.job.step_nodes {words}) || {without_answer}")
     return lines
 
 

@@ -209,12 +209,14 @@ def _cancel(job: str | None, cluster: str | None) -> None:
 def _follow(folder: Path, result: JobResult, cluster: str | None, wait_s: float, write: Callable[[str], None]) -> None:
     """Read what the nodes report until the job has ended, or does not start in time."""
     began, requeued_at, pending_reason = time.monotonic(), None, None
+    answered_at = began
     while True:
         files.atomic_write(folder / "tick", repr(time.time()))
         _read_output(folder / "job.log", result)
         result.state = state = scheduler.query_job_or_unknown(result.job, cluster)
         result.started = result.started or state.name not in ("PENDING", "CONFIGURING", "UNKNOWN")
         now = time.monotonic()
+        answered_at = now if state.name != "UNKNOWN" else answered_at
         if not result.started and state.reason and state.reason != pending_reason:
             pending_reason = state.reason
             write(f"job {result.job} waits in the queue ({pending_reason})")
@@ -227,7 +229,8 @@ def _follow(folder: Path, result: JobResult, cluster: str | None, wait_s: float,
         if granted and state.name == "PENDING" and state.reason == "BeginTime" and now - (requeued_at or now) > 3:
             # a node that has just ended a job refuses to start it at once; SLURM itself waits for two minutes
             scheduler.run_command("scontrol", "update", f"jobid={result.job}", "StartTime=now", cluster=cluster)
-        is_late = now - began > wait_s if not result.started else now - (requeued_at or now) > REQUEUE_WAIT_S
+        waited_s = max(now - answered_at, now - (requeued_at or now))  # for an answer of SLURM, or for the next start
+        is_late = now - began > wait_s if not result.started else waited_s > REQUEUE_WAIT_S
         if is_late or (result.started and not state.is_active and state.name != "UNKNOWN"):
             time.sleep(0.5)
             _read_output(folder / "job.log", result)

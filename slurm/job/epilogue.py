@@ -60,10 +60,12 @@ def finalize_step(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     signals = [signal.Signals(code - 128).name] if code in SIGNAL_EXIT_CODES else []
     cause = requeue.determine_cause(run, what, attempt, state, signals)
     explanation = f"its step ended with exit code {code}"
-    stopped = code == EXIT_STOPPED and recorded is not None and not recorded.is_crash
+    # a task that takes longer than KillWait to leave is killed, although the state was saved
+    left = code == EXIT_STOPPED or (code == KILL_EXIT_CODE and recorded is not None and recorded.was_saved)
+    stopped = left and recorded is not None and not recorded.is_crash
     if stopped and recorded is not None:  # rank 0 has asked for a requeue; if it was refused, this is the second try
         cause = str(recorded.cause) if cause == "stopped" else cause
-        decision = RetryDecision(cause != "cancelled", f"every rank left by itself ({cause})")
+        decision = RetryDecision(cause != "cancelled", f"the ranks left by themselves ({cause})")
     elif cause != "stopped" or (code in SIGNAL_EXIT_CODES and recorded is None):
         if recorded is None or cause == "node_fail":
             with contextlib.suppress(OSError):

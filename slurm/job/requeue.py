@@ -145,7 +145,7 @@ def record_previous_end(run: RunDir, what: str, attempt: dict[str, Any]) -> None
     steps = job_log.read_events(run, "step", previous.job)
     if any((step["what"], step["attempt"]) == (what, previous.number) for step in steps):
         return  # its batch script survived it, and has looked at the nodes
-    lost = scheduler.find_lost_nodes(previous.host, previous.time)
+    lost = scheduler.find_lost_nodes(previous.host, previous.time, only_down=previous.is_explained)
     if lost:
         attempts.record_end(run, what, {"attempt": previous.number}, "node_fail", f"lost {' and '.join(lost)}")
     elif previous.cause is None:
@@ -169,7 +169,8 @@ def record_removed_nodes(run: RunDir, what: str, attempt: dict[str, Any], record
     if recorded is not None and not (recorded.cause is None or recorded.is_crash):
         return
     host, left = recorded.host if recorded is not None else attempt["host"], scheduler.list_nodes(attempt["job"])
-    lost = list(scheduler.find_lost_nodes(host, math.inf))
+    is_explained = recorded is not None and recorded.is_explained
+    lost = list(scheduler.find_lost_nodes(host, math.inf, only_down=is_explained))
     lost += [node for node in scheduler.expand_nodes(host) if left and node not in [*left, *lost]]
     if lost:
         attempts.record_end(run, what, attempt, "node_fail", f"lost {' and '.join(lost)}")

@@ -34,6 +34,7 @@ class Attempt:
         time: When it began (Unix time); 0 if that was not recorded as a number.
         token: The job's ``job_log.Job.token``.
         never_began: Whether it ended before it could record its start.
+        was_saved: Whether its trainer saved the state and recorded that it was stopped.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Attempt:
     token: str = ""
     launch: int = 0
     never_began: bool = False
+    was_saved: bool = False
 
     @property
     def job_key(self) -> tuple[str, str]:
@@ -59,6 +61,11 @@ class Attempt:
     def is_crash(self) -> bool:
         """Whether the attempt ended by a crash."""
         return self.cause in CRASH_CAUSES
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether a rank has reported a crash of its own, which is not a consequence of a lost node."""
+        return self.cause in ("error", "hang") and not self.is_consequence
 
 
 def read_attempts(run: RunDir, what: str = job_log.TRAIN) -> list[Attempt]:
@@ -158,6 +165,7 @@ def _parse_attempt(lines: AttemptLines) -> Attempt:
         token=str(line.get("token", "")),
         launch=line.get("launch", 0),
         never_began=line.get("never_began", False),
+        was_saved=bool(lines.ends) and "signals" in lines.ends[-1],
     )
 
 

@@ -40,10 +40,12 @@ def decide_after_exit(
             attempt recorded no end.
         was_killed: Whether the parent saw a task die by SIGKILL. Errors in the other ranks' collectives, and the signal
             that ended them, follow from that death: ``killed`` then replaces them. An error of a rank's own stands
-            (``attempts``): whoever ended the others after it may have used SIGKILL.
+            (``attempts``), and so does a stop after which the state was saved: whoever ended the others after it may
+            have used SIGKILL, as SLURM does when a task takes too long to leave.
     """
     recorded = find_attempt(run, what, attempt["attempt"])
-    if recorded is None or recorded.cause is None or (was_killed and recorded.cause in ("stopped", "error")):
+    is_consequence = recorded is not None and recorded.cause in ("stopped", "error") and not recorded.was_saved
+    if recorded is None or recorded.cause is None or (was_killed and is_consequence):
         with contextlib.suppress(OSError):  # a full disk must not cost the run its next attempt
             record_end(run, what, attempt, "killed", explanation)
     return decide_retry(read_attempts(run, what))

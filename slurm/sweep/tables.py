@@ -10,12 +10,12 @@ from slurm.sweep.grid import Point
 MAX_SEEDS = 100
 """Most seeds of a table."""
 _EVALUATIONS = {  # beginning of a column's name: the evaluation, and the data that it needs beside the recipe's
-    "linear_1pct": ("linear", "train=SUBSET"),
-    "linear_10pct": ("linear", "train=SUBSET"),
+    "linear_1pct": ("linear", "train=SUBSET_1PCT"),
+    "linear_10pct": ("linear", "train=SUBSET_10PCT"),
     "linear": ("linear", ""),
     "knn": ("knn", ""),
-    "finetune_1pct": ("finetune", "percent=1:train=SUBSET"),
-    "finetune_10pct": ("finetune", "percent=10:train=SUBSET"),
+    "finetune_1pct": ("finetune", "percent=1:train=SUBSET_1PCT"),
+    "finetune_10pct": ("finetune", "percent=10:train=SUBSET_10PCT"),
     "svm_voc07": ("svm", "train=VOC/trainval:val=VOC/test"),
     "lowshot": ("lowshot", "train=VOC/trainval:val=VOC/test"),
     "voc_ap": ("detect", "train=VOC/trainval:val=VOC/test"),

@@ -294,6 +294,23 @@ def test_the_processor_time_of_worker_processes_counts():
             child.kill()
 
 
+def test_a_child_that_has_ended_does_not_hide_the_others(monkeypatch):
+    """Between the list of children and the look at each of them, the first may end."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as child:
+        original = cpu_time.Path.read_text
+
+        def read_text(path):
+            text = original(path)
+            return f"{2**22 + 1} {text}" if path.name == "children" and str(child.pid) in text else text
+
+        try:
+            monkeypatch.setattr(cpu_time.Path, "read_text", read_text)
+            before = cpu_time.process_and_children_s() - sum(os.times()[:2])
+            wait_until(lambda: cpu_time.process_and_children_s() - sum(os.times()[:2]) - before > 0.3, "processor time")
+        finally:
+            child.kill()
+
+
 # -- the history in the run folder ----------------------------------------------------------------------------------
 
 

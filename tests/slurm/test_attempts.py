@@ -112,8 +112,10 @@ def test_the_first_record_of_a_crash_counts(run):
         (["consequence", "hang", "error"], "hang"),
         (["consequence", "error", "consequence"], "error"),
         (["killed", "node_fail", "error"], "node_fail"),
-        (["stopped", "killed"], "killed"),
+        (["stopped", "killed"], "killed"),  # a rank that did not stop in time
         (["error", "done"], "error"),
+        (["done", "error"], "done"),
+        (["cancelled", "killed", "node_fail"], "cancelled"),
     ],
 )
 def test_a_later_record_that_explains_more_replaces_the_first(run, causes, expected):
@@ -140,6 +142,16 @@ def test_the_exit_code_of_a_killed_rank_replaces_only_errors_that_follow_from_it
     decision = retry.decide_after_exit(run, "train", ATTEMPT, "exit code 137", was_killed=True)
     (attempt,) = attempts.read_attempts(run)
     assert (attempt.cause, attempt.error) == (cause, error) and error in decision.reason
+
+
+@pytest.mark.parametrize(("was_saved", "cause"), [(True, "stopped"), (False, "killed")])
+def test_a_stop_with_a_saved_state_stays_one_if_a_rank_was_killed_while_it_left(run, was_saved, cause):
+    """SLURM kills tasks that take longer than KillWait."""
+    write_attempts(run, (None, 0, None))
+    end = {"attempt": 1, "event": "end", "cause": "stopped", "last_step": 5}
+    append_line(run.attempts, end | ({"signals": ["SIGTERM"]} if was_saved else {}))
+    decision = retry.decide_after_exit(run, "train", ATTEMPT, "exit code 137", was_killed=True)
+    assert read_causes(run) == [cause] and decision.retry
 
 
 def test_a_leftover_process_does_not_change_the_end_of_an_earlier_attempt(run):
@@ -177,19 +189,26 @@ def test_three_attempts_in_a_row_without_a_step_give_a_warning(run, ends, cause)
 
 @pytest.fixture
 def set_slurm_state(monkeypatch):
-    """``set_slurm_state(lost_nodes=[], **fields)`` sets what SLURM reports of job 7; returns the requeued jobs."""
+    """Set what SLURM reports of job 7; returns the requeued jobs.
+
+    ``set_slurm_state(lost_nodes=[], silent_nodes=[], **fields)``: those of the lost nodes that are silent are not down.
+    """
     requeued = []
     monkeypatch.setattr(scheduler, "request_requeue", requeued.append)
     monkeypatch.setattr(requeue.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     monkeypatch.delenv("HPCSSL_LOCAL_JOB", raising=False)
 
-    def set_state(lost_nodes=(), **fields):
+    def set_state(lost_nodes=(), silent_nodes=(), **fields):
         monkeypatch.setattr(scheduler, "query_job_or_unknown", lambda job, cluster=None: scheduler.JobState(**fields))
         monkeypatch.setattr(
             scheduler,
             "find_lost_nodes",
-            lambda nodes, since: lost_nodes if nodes == NODES and since in (BEGIN_TIME, math.inf) else ["another"],
+            lambda nodes, since, only_down=False: (
+                [node for node in lost_nodes if node not in silent_nodes or not only_down]
+                if nodes == NODES and since in (BEGIN_TIME, math.inf)
+                else ["another"]
+            ),
         )
         return requeued
 
@@ -242,12 +261,33 @@ def test_the_next_attempt_of_a_job_records_a_lost_node(run, set_slurm_state):
     assert (attempt.cause, attempt.error) == ("node_fail", "lost n2")
 
 
+@pytest.mark.parametrize(
+    ("cause", "is_consequence", "silent", "expected"),
+    [
+        ("error", False, ["n2"], "error"),
+        ("hang", False, ["n2"], "hang"),
+        ("error", True, ["n2"], "node_fail"),
+        ("killed", False, ["n2"], "node_fail"),
+        ("error", False, [], "node_fail"),
+    ],
+)
+def test_a_node_that_is_slow_to_answer_does_not_hide_an_error_of_a_rank(
+    run, set_slurm_state, monkeypatch, cause, is_consequence, silent, expected
+):
+    monkeypatch.setattr(scheduler, "list_nodes", lambda job: [])
+    append_line(run.attempts, {**ATTEMPT, "host": NODES, "event": "start", "first_step": 0, "time": BEGIN_TIME})
+    attempts.record_end(run, "train", ATTEMPT, cause, "a bug", is_consequence=is_consequence)
+    set_slurm_state(["n2"], silent, name="RUNNING")
+    requeue.record_removed_nodes(run, "train", ATTEMPT, attempts.read_attempts(run)[0])
+    assert read_causes(run) == [expected]
+
+
 def test_the_next_launch_leaves_out_nodes_that_are_down_or_were_blamed(run, set_slurm_state, monkeypatch):
     """A blamed node runs tasks only if there are not enough others."""
     set_slurm_state(name="RUNNING")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(scheduler, "list_nodes", lambda job: ["n1", "n2", "n3", "n4"])
-    monkeypatch.setattr(scheduler, "find_lost_nodes", lambda nodes, since: ["n3"])
+    monkeypatch.setattr(scheduler, "find_lost_nodes", lambda nodes, since, only_down=False: ["n3"])
     write_attempts(run, (None, 0, 3))
     assert step_nodes.format_arguments(run, "train", 2, 8) == "--nodes=2 --ntasks=8 --nodelist=n1,n2"
     attempts.record_end(run, "train", ATTEMPT, "hang", "no progress for 600 s: rank 0 on n1 (process 5) is stuck")
@@ -377,6 +417,14 @@ def test_the_epilogue_requests_the_requeue_that_the_tasks_could_not(
     assert epilogue.finalize_step(run, "train", step_code) == (job_code, bool(requests))
     assert requeued == ["7"] * requests
     assert read_causes(run) == [cause]
+
+
+def test_a_stop_with_a_saved_state_is_requeued_although_a_rank_was_killed_while_it_left(run, requeued):
+    write_attempts(run, (None, 0, 3))
+    end = {"attempt": 1, "event": "end", "cause": "stopped", "last_step": 3, "signals": ["SIGTERM"]}
+    append_line(run.attempts, end)
+    assert epilogue.finalize_step(run, "train", 137) == (137, True)
+    assert requeued == ["7"] and read_causes(run) == ["stopped"]
 
 
 @pytest.mark.parametrize(

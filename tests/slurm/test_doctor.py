@@ -473,3 +473,14 @@ def test_a_queue_without_free_nodes_is_a_clear_message(cluster, tmp_path):
         assert cluster("squeue", "-h", "-o", "%i").split() == [blocker]
     finally:
         cluster("scancel", blocker)
+
+
+def test_a_job_of_which_slurm_says_nothing_more_is_given_up(tmp_path, monkeypatch):
+    """SLURM reports that the job runs, and answers no more."""
+    now, states = [0.0], iter([JobState("RUNNING")])
+    monkeypatch.setattr(job.scheduler, "query_job_or_unknown", lambda *_: next(states, JobState("UNKNOWN")))
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    result = JobResult(job="7")
+    job._follow(tmp_path, result, None, 300.0, lambda _: None)
+    assert result.started and job.REQUEUE_WAIT_S <= now[0] < job.REQUEUE_WAIT_S + 5

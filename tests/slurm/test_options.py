@@ -263,4 +263,8 @@ def test_spare_nodes_are_allocated_and_run_no_tasks(tmp_path):
     )
     assert "#SBATCH --nodes=3" in script and "#SBATCH --no-kill" in script and "--spare" not in script
     assert re.search(r"slurm\.job\.step_nodes \S+ train 2 16\)", script)
+    (line,) = [line for line in script.splitlines() if "slurm.job.step_nodes" in line]
+    failed = re.sub(r"\$\(.*\)", "$(false)", line) + '; echo "$HPCSSL_STEP_NODES"'
+    answer = subprocess.run(["bash", "-c", failed], capture_output=True, text=True, check=True).stdout
+    assert answer.split() == ["--nodes=2", "--ntasks=16"], "without the program, the tasks run on as many nodes"
     assert re.search(r"srun .* \$HPCSSL_STEP_NODES .*slurm\.job\.task", script)

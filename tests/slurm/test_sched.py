@@ -1,5 +1,7 @@
 """The state of a job, the cause of its end and lost nodes, from SLURM's own output."""
 
+import math
+
 import pytest
 
 from slurm.backend import scheduler
@@ -98,3 +100,12 @@ def test_lost_nodes_are_down_or_were_started_after_the_attempt(monkeypatch, begi
     answer = scheduler.subprocess.CompletedProcess([], 0, NODES, "")
     monkeypatch.setattr(scheduler, "run_command", lambda *words: answer)
     assert scheduler.find_lost_nodes("n[1-2]", scheduler._parse_time(begin)) == lost
+    assert scheduler.find_lost_nodes("n[1-2]", scheduler._parse_time(begin), only_down=True) == ["n2"]
+
+
+@pytest.mark.parametrize("state", ["ALLOCATED+NOT_RESPONDING", "IDLE*"])
+def test_a_node_that_does_not_answer_is_lost_but_not_down(monkeypatch, state):
+    answer = scheduler.subprocess.CompletedProcess([], 0, NODES.replace("DOWN+NOT_RESPONDING", state), "")
+    monkeypatch.setattr(scheduler, "run_command", lambda *words: answer)
+    assert scheduler.find_lost_nodes("n[1-2]", math.inf) == ["n2"]
+    assert scheduler.find_lost_nodes("n[1-2]", math.inf, only_down=True) == []

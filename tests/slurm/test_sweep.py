@@ -269,6 +269,9 @@ def test_published_tables_are_found_by_name():
     with pytest.raises(ConfigError) as caught:
         tables.derive_evaluations(tables.list_points("bsim.t1", 1)[0])
     assert "svm:train=" in caught.value.fix and "linear" in caught.value.fix
+    with pytest.raises(ConfigError) as caught:
+        tables.derive_evaluations(["linear_1pct_top1", "linear_10pct_top1"])
+    assert "linear:train=SUBSET_1PCT,linear:train=SUBSET_10PCT" in caught.value.fix
 
 
 # -- local runs -----------------------------------------------------------------------------------------------------
