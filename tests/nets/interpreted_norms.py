@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from hpcssl.nets.kernels import grouped_triton
+from tests import triton_interpreter
 
 EPS = 1e-5
 # groups, rows of one group and channels, height and width, type, offset of the values from zero
@@ -62,6 +63,7 @@ def measure(groups, samples, channels, side, dtype, offset):
 
 
 if __name__ == "__main__":
+    triton_interpreter.check()
     torch.set_num_threads(1)
     grouped_triton._PROGRAMS = 16  # several splits with little to interpret
     with open(sys.argv[1], "w") as file:

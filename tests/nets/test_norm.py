@@ -1,10 +1,7 @@
 """Batch norms on a GPU and over many ranks, as far as a machine without a GPU shows them."""
 
-import importlib.util
 import json
 import logging
-import subprocess
-import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +20,7 @@ from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError
 from hpcssl.nets import norm, resnet
 from hpcssl.nets.kernels import selection, spanning
+from tests import triton_interpreter
 from tests.nets import norm_kernel_models
 from tests.tolerances import rounding
 
@@ -169,10 +167,7 @@ def test_what_norms_send_does_not_grow_with_the_world():
 
 
 def test_grouped_kernels_equal_float64_in_the_interpreter(tmp_path):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    script = Path(__file__).with_name("interpreted_norms.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path / "out.json")], check=True, timeout=300)
+    triton_interpreter.run_script(Path(__file__).with_name("interpreted_norms.py"), tmp_path / "out.json")
     for case in json.loads((tmp_path / "out.json").read_text()):
         for name, (difference, largest) in case["differences"].items():
             # sums over the values of a group (over all groups for parameters), in float32 and about the mean
