@@ -1,8 +1,8 @@
 # The two commands of the README. Everything lands in .venv and runs/, and nothing outside this folder changes.
 PYTHON ?= python3
 VENV   ?= .venv
-# test files at a time: each of them keeps about one core busy
-JOBS   ?= 2
+# test files at a time: each keeps about one core busy, except those that wait for SLURM
+JOBS   ?= 3
 BIN    := $(VENV)/bin
 # what pip says, as a few lines: its errors go to standard error, and a failure of pip is one of make
 SHELL  := bash
