@@ -228,22 +228,19 @@ def infer_cause(state: JobState, restart: int, nodes: int) -> str | None:
 
 
 def find_lost_nodes(nodelist: str, since: float, *, only_down: bool = False) -> list[str]:
-    """Return the nodes of an attempt that were lost after it began.
-
-    Lost nodes are down, do not answer, or have a daemon that was started after the attempt.
+    """Return the nodes of an attempt that are down, do not answer, or have a daemon that was started after it began.
 
     Args:
         nodelist: The nodes of the attempt, as SLURM writes them (``n[1-2]``).
         since: When the attempt began (Unix time).
-        only_down: Whether only nodes count that SLURM has set down. A daemon that is slow to answer, or was started
-            again, does not end the tasks.
+        only_down: Whether only nodes count that are down: a slow or restarted daemon does not end tasks.
     """
     lost = []
     for line in run_command("scontrol", "show", "node", "-o", nodelist).stdout.splitlines():
         fields = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", line))
-        is_down = re.search(r"DOWN|FAIL" if only_down else r"DOWN|FAIL|NOT_RESPONDING|\*", fields.get("State", ""))
-        started = max(_parse_time(fields.get(key, "")) for key in ("BootTime", "SlurmdStartTime"))
-        if is_down or (started > since and not only_down):
+        is_lost = re.search(r"DOWN|FAIL" if only_down else r"DOWN|FAIL|NOT_RESPONDING|\*", fields.get("State", ""))
+        times = (_parse_time(fields.get(key, "")) for key in ("BootTime", "SlurmdStartTime"))
+        if is_lost or (max(times) > since and not only_down):
             lost.append(fields.get("NodeName", nodelist))
     return lost
 

@@ -60,9 +60,7 @@ def finalize_step(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     signals = [signal.Signals(code - 128).name] if code in SIGNAL_EXIT_CODES else []
     cause = requeue.determine_cause(run, what, attempt, state, signals)
     explanation = f"its step ended with exit code {code}"
-    # a task that takes longer than KillWait to leave is killed, although the state was saved
-    left = code == EXIT_STOPPED or (code == KILL_EXIT_CODE and recorded is not None and recorded.was_saved)
-    stopped = left and recorded is not None and not recorded.is_crash
+    stopped = _was_stopped(code, recorded)
     if stopped and recorded is not None:  # rank 0 has asked for a requeue; if it was refused, this is the second try
         cause = str(recorded.cause) if cause == "stopped" else cause
         decision = RetryDecision(cause != "cancelled", f"the ranks left by themselves ({cause})")
@@ -91,6 +89,13 @@ def finalize_step(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     granted = decision.retry and refused is None and state.requeue_enabled and state.restarts == attempt["restart"]
     is_misleading = code == EXIT_DONE or (code == EXIT_STOPPED and not stopped)
     return EXIT_FAILED if is_misleading else code, granted
+
+
+def _was_stopped(code: int, recorded: attempts.Attempt | None) -> bool:
+    """Whether the ranks saved and left by themselves. One that takes longer than KillWait to leave is killed."""
+    if recorded is None or recorded.is_crash:
+        return False
+    return code == EXIT_STOPPED or (code == KILL_EXIT_CODE and recorded.was_saved)
 
 
 def _may_relaunch(run: RunDir, what: str, attempt: dict[str, Any]) -> bool:
