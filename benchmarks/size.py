@@ -6,6 +6,7 @@ sizes that need less than 1 GB of disk and memory and a few minutes; without it,
 
     sharding     tiny images written by ``hpcssl-shard images``: CPU seconds per image
     index        ``index.npy``: bytes, time to open, memory of the process that reads it and of one that shares it
+    paged        a remote set of a billion images with a paged index: memory of a node with eight ranks, and a resume
     order        the first batch of an epoch, every further one, and the memory for them
     resume       a late step: the journal cut back to it, and the watched scores looked up
     bank         a bank: init, push, search, checkpoint, digest, resume
@@ -37,6 +38,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from benchmarks import common
+from benchmarks.paged import measure_paged
 from data_prep.cli import app
 from hpcssl import cli_runner, rng
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
@@ -145,7 +147,7 @@ def measure_index(folder: Path, quick: bool) -> dict[str, Any]:
         result[f"{samples} samples, bytes of {ROWS}"] = f"{size} ({size / samples:.0f} per sample)"
         for name in (ROWS, INDEX):
             (root / name).unlink()
-    result["a billion samples, computed"] = f"{ROW.itemsize * BILLION / 1e9:.0f} GB per node"
+    result["a billion samples, computed"] = f"{ROW.itemsize * BILLION / 1e9:.0f} GB per node, unless the index is paged"
     return result
 
 
@@ -274,6 +276,7 @@ def compute_store(_folder: Path, _quick: bool) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "sharding": measure_sharding,
     "index": measure_index,
+    "paged": measure_paged,
     "order": measure_order,
     "resume": measure_resume,
     "bank": measure_bank,
