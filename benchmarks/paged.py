@@ -36,6 +36,7 @@ esac
 # One rank: reads its part of some steps, prints their digests, waits for a line, and prints its memory in KiB
 _RANK = """
 import hashlib, json, sys, time
+import webdataset.gopen
 from hpcssl.data.cache import Cache
 from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
@@ -156,7 +157,7 @@ def measure_paged(folder: Path, quick: bool) -> dict[str, Any]:
     files = [path.stat().st_size for path in local.rglob("*") if path.is_file()]
     name = f"{shards * PER_SHARD} samples in {shards} shards, {size} ranks"
     return {
-        f"{name}: memory of the node": f"{pss / 1024:.0f} MiB, of which {imports / 1024:.0f} MiB before the set is opened",
+        f"{name}: memory of the node": f"{(pss - imports) / 1024:.0f} MiB beside {imports / 1024:.0f} MiB of imports",
         f"{name}: memory of a rank": f"{private / 1024:.0f} MiB of its own for index and order",
         f"{name}: opening": f"{opened:.2f} s of CPU per rank; the first batch of an epoch {ordered:.2f} s of CPU",
         f"{name}: disk of the node": f"{format_bytes(sum(files))} in {len(files)} files, table of shards and "
