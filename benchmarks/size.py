@@ -12,7 +12,8 @@ sizes that need less than 1 GB of disk and memory and a few minutes; without it,
     bank         a bank: init, push, search, checkpoint, digest, resume
     knn          k-NN of 50,000 x 1,281,167 features of 2,048 entries, computed from a slice
     exchange     bytes that a rank moves per step and search of a sharded bank, computed from shapes
-    store        records that all ranks write into rank 0's store, computed from the size of a record
+    store        heartbeats of 8 and of 64 forked ranks: bytes per second through rank 0's store, and a formula
+    files        file operations of a rank at its start, per epoch and per save, counted with strace
 
 Wall times depend on what else the machine does, so CPU seconds stand beside them. Rows that end with "computed" are
 products of measured or exact numbers.
@@ -38,14 +39,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from benchmarks import common
+from benchmarks.file_operations import measure_files
 from benchmarks.paged import measure_paged
+from benchmarks.store_traffic import measure_store
 from data_prep.cli import app
 from hpcssl import cli_runner, rng
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
 from hpcssl.data.order import Order
 from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS
-from hpcssl.distributed.liveness.activity import Activity
-from hpcssl.distributed.liveness.limits import PhaseLimits
 from hpcssl.distributed.world import World
 from hpcssl.json_lines import read_scored_steps, truncate_after
 from hpcssl.memory import search
@@ -259,20 +260,6 @@ def compute_exchange(_folder: Path, _quick: bool) -> dict[str, Any]:
     return result
 
 
-def compute_store(_folder: Path, _quick: bool) -> dict[str, Any]:
-    """Traffic of rank 0's store: each rank writes its record once per second, and reads that of rank 0."""
-    activity = Activity(0, 1.0, PhaseLimits(600.0))
-    activity.set_phase("step", 100_000)
-    activity.enter_collective("all_gather", torch.float32, (8, 512))
-    size = len(activity.next_record())
-    result = {"bytes of a record, measured": str(size)}
-    for world in WORLDS:
-        result[f"{world} ranks, computed"] = (
-            f"{2 * world * size / 1e6:.2f} MB/s; after a failure one rank reads {world * size / 1e6:.2f} MB/s more"
-        )
-    return result
-
-
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "sharding": measure_sharding,
     "index": measure_index,
@@ -282,7 +269,8 @@ PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "bank": measure_bank,
     "knn": measure_knn,
     "exchange": compute_exchange,
-    "store": compute_store,
+    "store": measure_store,
+    "files": measure_files,
 }
 
 

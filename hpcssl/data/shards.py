@@ -108,6 +108,7 @@ class ShardSet:
         root: Path | str,
         *,
         check_sizes: bool = True,
+        part: tuple[int, int] = (0, 1),
         mapped: bool = False,
         keep: Callable[[str, bytes], bytes | mmap.mmap] = lambda _, content: content,
     ) -> ShardSet:
@@ -117,6 +118,7 @@ class ShardSet:
             root: The folder.
             check_sizes: Whether to compare every tar's size with the index (one stat each). This finds missing and
                 truncated shards before training; ``hpcssl-shard verify`` compares contents.
+            part: Number of this process and of processes that share this work; each compares some of the tars.
             mapped: Whether to map the index into memory; only for files that nobody else writes to.
             keep: Called with the name and content of each index file that is read; returns where to keep the content.
 
@@ -131,7 +133,8 @@ class ShardSet:
             what, root, text, lambda name, _: root / name if mapped else keep(name, (root / name).read_bytes())
         )
         if check_sizes:
-            for shard in shards.shards:
+            for number in range(part[0], len(shards.shards), part[1]):
+                shard = shards.shards[number]
                 _check_size(root / shard.name, shard)
         return shards
 
