@@ -156,8 +156,11 @@ class ShardSet:
             meta = json.loads(text)
             if meta.get("format") == PAGED_FORMAT:
                 table = ShardTable(load_array(what, TABLE, read(TABLE, meta["table_sha256"]), meta["table_sha256"]))
-                if int(table.column("samples").sum()) != meta["samples"]:
-                    raise ValueError(f"another number of samples than {TABLE}")
+                totals = meta["samples"], meta["shard_count"]
+                if totals != (int(table.column("samples").sum()), len(table)):
+                    raise ValueError(f"other numbers of samples and shards than {TABLE}")
+                if not all(isinstance(meta[name], int) for name in ("labeled", "with_second")):
+                    raise ValueError("no numbers of samples with a label and with a second modality")
                 return cls(root, meta, None, table=table)
             if meta.get("format") != FORMAT:
                 raise DataError(

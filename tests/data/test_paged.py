@@ -1,10 +1,15 @@
 """A paged index: the same samples and batches, and nothing in memory that has an entry per sample."""
 
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from data_prep import pages as page_writer
 from data_prep.pages import page_index
@@ -19,6 +24,7 @@ from hpcssl.data.stream import Remote
 from hpcssl.errors import DataError
 from tests.data.test_cache import batches, bytes_in, bytes_of_largest, make_cache, run_through_cache
 
+ROOT = Path(__file__).resolve().parents[2]
 BILLION, PER_SHARD = 10**9, 1000
 
 
@@ -171,3 +177,23 @@ def test_an_order_and_pages_of_a_billion_samples_hold_nothing_per_sample():
     assert all((fresh.batch(step + n) == batch).all() for n, batch in reversed(list(enumerate(walked))))
     in_window = {rows.shard(int(index)) for index in walked[0]}
     assert len(in_window) <= 32 and in_window & set(windows.tolist())
+
+
+@pytest.mark.full
+def test_a_training_on_a_remote_paged_set_ends_with_the_weights_of_the_plain_one(shards, paged_server, tmp_path):
+    tiny = ["machine.devices=cpu", "views.size=16", "optim.batch=8", "bank.size=16", "schedule.warmup_epochs=0"]
+    remote = [f"data.train={paged_server.url}", f"data.stage_dir={tmp_path / 'node'}", "data.stage_limit_gb=1"]
+
+    def train(name, *words, steps=6):
+        run = tmp_path / name
+        command = [sys.executable, "-m", "hpcssl", "train", "digits_msf", "--run", str(run), *tiny, *words]
+        command += ["data.shuffle_window=2", f"schedule.steps={steps}", "machine.checkpoint_steps=3"]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        return load_file(next((run / "weights").glob(f"step-{steps:08d}.safetensors")))
+
+    plain, paged = train("plain", f"data.train={shards.root}"), train("paged", *remote)
+    assert plain.keys() == paged.keys() and all((plain[name] == paged[name]).all() for name in plain)
+    assert not list((tmp_path / "node").rglob(ROWS))
