@@ -62,8 +62,8 @@ def _run_rank(rank: int, size: int, port: int, out: Path) -> None:
     time.sleep(SECONDS)
     after, count = count_socket_bytes(), len(beats) - first  # on a busy machine they come less often
     (out / f"{rank}.json").write_text(json.dumps([(b - a) / count for a, b in zip(before, after, strict=True)]))
-    world.barrier()
     heartbeat.close()
+    world.barrier()  # rank 0 ends last: the others still ask its store
     world.close()
 
 
