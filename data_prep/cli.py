@@ -219,9 +219,9 @@ def page_index(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Shard
     A training then holds no entry per image in memory, and downloads the entries of a shard with the shard. Do it
     before the first run: the digest of the set changes, so that a run that was started before cannot continue on it.
     """
-    from data_prep.pages import page_index
+    from data_prep import pages
 
-    shards = page_index(folder)
+    shards = pages.page_index(folder)
     print(f"{shards.root}: {len(shards)} samples, an index of {len(shards.shards)} pages")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,7 +97,7 @@ def _npy(array: npt.NDArray[np.void]) -> bytes:
     return body.getvalue()
 
 
-def table_record(shard: Shard, page: bytes) -> tuple[object, ...]:
+def table_record(shard: Shard, page: bytes) -> tuple[Any, ...]:
     """Return the record of a shard in ``shards.npy``; ``page`` is the sha256 of its page."""
     digests = (np.frombuffer(digest, np.uint8) for digest in (bytes.fromhex(shard.sha256), page))
     return shard.name.encode(), shard.bytes, shard.samples, *digests

@@ -165,7 +165,7 @@ def _copy_missing(shards: ShardSet, target: Path, watch: Callable[[bool], None])
         for number, shard in missing:
             _copy(shards.path(number), target / shard.name, shard, watch)
         names = [TABLE if shards.pages else ROWS, *([] if shards.targets is None else [TARGETS])]
-        pages = (shard.page for shard in shards.shards) if shards.pages else ()
+        pages = [shard.page for shard in shards.shards] if shards.pages else []
         for name in (*pages, *names, INDEX):  # the index comes last, because it marks the copy as complete
             atomic_write(target / name, (Path(shards.root) / name).read_bytes())
     except OSError as error:

@@ -30,23 +30,23 @@ Place = tuple[int, int, int]
 class SampleRows(Protocol):
     """Looks up samples by their global index. Safe for any number of threads."""
 
-    def shard(self, index: int) -> int:
+    def shard(self, index: int, /) -> int:
         """The shard number of a sample."""
         ...
 
-    def image(self, index: int) -> Place:
+    def image(self, index: int, /) -> Place:
         """Where the image lies."""
         ...
 
-    def second(self, index: int) -> Place:
+    def second(self, index: int, /) -> Place:
         """Where the second modality lies; 0 bytes without one."""
         ...
 
-    def label(self, index: int) -> int:
+    def label(self, index: int, /) -> int:
         """The class number, -1 without a label."""
         ...
 
-    def header(self, index: int) -> tuple[int, int]:
+    def header(self, index: int, /) -> tuple[int, int]:
         """Shard number, and the offset of the image member's first header block."""
         ...
 
