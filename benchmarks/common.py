@@ -43,7 +43,7 @@ def prepare(data: Path, scratch: Path) -> Images:
         shards = ShardSet.open(data)
         with Reader(shards) as reader:
             for index in range(len(shards)):
-                target = folder / f"class{max(0, int(reader.labels[index])):04d}" / f"{index:07d}.jpg"
+                target = folder / f"class{max(0, reader.label(index)):04d}" / f"{index:07d}.jpg"
                 _write(target, reader.read(index))
     elif data.is_file():
         from data_prep.cli import app

@@ -1,4 +1,4 @@
-"""A private SLURM of two nodes on the loopback of this machine, for tests and for the soak test.
+"""A private SLURM of two or more nodes on the loopback of this machine, for tests and for the soak test.
 
 A SLURM that is installed here for real use is not touched: every program gets ``SLURM_CONF``, ports and a folder of its
 own. A munge daemon that already runs is used as it is. Everything that was started is ended by its pid.
@@ -48,7 +48,7 @@ JobRequeue=0
 KillWait=10
 MessageTimeout=60
 MinJobAge=3000
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=4 RealMemory=2000 State=UNKNOWN
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=4 RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=cancel Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
@@ -56,26 +56,28 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 
 
 class LoopbackCluster:
-    """slurmctld and two slurmd. Calling it runs one of SLURM's commands: ``cluster("squeue", "-h")``.
+    """slurmctld and a slurmd per node. Calling it runs one of SLURM's commands: ``cluster("squeue", "-h")``.
 
     Partitions: ``main`` (preempted jobs may be requeued, after a grace time of 20 s), ``cancel`` (preempted jobs are
     cancelled, without a grace time) and ``high``, whose jobs preempt the others.
 
     Args:
         root: A folder for configuration, state and logs.
+        nodes: Number of nodes, 2 or more, named n1, n2, …
 
     Attributes:
         conf: The configuration file.
-        processes: The running programs, by name (``slurmctld``, ``slurmd n1``, ``slurmd n2``, ``munged``).
+        nodes: Names of the nodes.
+        processes: The running programs, by name (``slurmctld``, ``slurmd n1``, ``slurmd n2``, …, ``munged``).
     """
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, nodes: int = 2):
+        self.root, self.nodes = root, [f"n{number}" for number in range(1, nodes + 1)]
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.conf = root / "slurm.conf"
 
     def start(self) -> None:
-        """Start the programs, set ``SLURM_CONF`` in this process, and wait until both nodes are idle.
+        """Start the programs, set ``SLURM_CONF`` in this process, and wait until all nodes are idle.
 
         Raises:
             AssertionError: They do not become idle; the message has the ends of the logs.
@@ -84,9 +86,9 @@ class LoopbackCluster:
         for folder in (self.root, *self.root.parents):
             if folder != Path("/") and folder.stat().st_uid == os.getuid():
                 folder.chmod(folder.stat().st_mode | 0o755)
-        for name in ("state", "spool.n1", "spool.n2"):
+        for name in self._state_folders():
             (self.root / name).mkdir(parents=True)
-        ports = _find_free_ports(3)
+        ports = _find_free_ports(1 + len(self.nodes))
         self.conf.write_text(
             CONF.format(
                 host=socket.gethostname(),
@@ -94,7 +96,8 @@ class LoopbackCluster:
                 munge=self._start_munge(),
                 ctld=ports[0],
                 first=ports[1],
-                last=ports[2],
+                last=ports[-1],
+                nodes=len(self.nodes),
             )
         )
         os.environ["SLURM_CONF"] = str(self.conf)
@@ -168,7 +171,7 @@ class LoopbackCluster:
         for name in daemons:
             self.processes[name].kill()
             self.processes[name].wait()
-        for folder in ("state", "spool.n1", "spool.n2"):
+        for folder in self._state_folders():
             shutil.rmtree(self.root / folder)
             (self.root / folder).mkdir()
         lines = [line for line in self.conf.read_text().splitlines() if not line.startswith("FirstJobId=")]
@@ -184,9 +187,13 @@ class LoopbackCluster:
 
     def _start_daemons(self) -> None:
         self._spawn("slurmctld", "-D", "-c")
-        for name in ("n1", "n2"):
+        for name in self.nodes:
             self._spawn("slurmd", "-D", "-N", name)
-        self.wait_until(lambda: self("sinfo", "-h", "-t", "idle", "-o", "%D").split()[:1] == ["2"], "two idle nodes")
+        idle = [str(len(self.nodes))]
+        self.wait_until(lambda: self("sinfo", "-h", "-t", "idle", "-o", "%D").split()[:1] == idle, "idle nodes")
+
+    def _state_folders(self) -> list[str]:
+        return ["state", *(f"spool.{name}" for name in self.nodes)]
 
     def _start_munge(self) -> str:
         """The socket of a munge that already runs, or of a private one with a key of its own."""
@@ -239,16 +246,17 @@ class LoopbackCluster:
 
 
 @contextlib.contextmanager
-def running_cluster(root: Path) -> Iterator[LoopbackCluster]:
+def running_cluster(root: Path, nodes: int = 2) -> Iterator[LoopbackCluster]:
     """Run a cluster for the time of the block, and restore ``SLURM_CONF``.
 
     Args:
         root: See ``LoopbackCluster``.
+        nodes: Likewise.
 
     Raises:
         AssertionError: It does not start.
     """
-    cluster, before = LoopbackCluster(root), os.environ.get("SLURM_CONF")
+    cluster, before = LoopbackCluster(root, nodes), os.environ.get("SLURM_CONF")
     try:
         cluster.start()
         yield cluster

@@ -6,12 +6,14 @@ sizes that need less than 1 GB of disk and memory and a few minutes; without it,
 
     sharding     tiny images written by ``hpcssl-shard images``: CPU seconds per image
     index        ``index.npy``: bytes, time to open, memory of the process that reads it and of one that shares it
+    paged        a remote set of a billion images with a paged index: memory of a node with eight ranks, and a resume
     order        the first batch of an epoch, every further one, and the memory for them
     resume       a late step: the journal cut back to it, and the watched scores looked up
     bank         a bank: init, push, search, checkpoint, digest, resume
     knn          k-NN of 50,000 x 1,281,167 features of 2,048 entries, computed from a slice
     exchange     bytes that a rank moves per step and search of a sharded bank, computed from shapes
-    store        records that all ranks write into rank 0's store, computed from the size of a record
+    store        heartbeats of 8 and of 64 forked ranks: bytes per second through rank 0's store, and a formula
+    files        file operations of a rank at its start, per epoch and per save, counted with strace
 
 Wall times depend on what else the machine does, so CPU seconds stand beside them. Rows that end with "computed" are
 products of measured or exact numbers.
@@ -37,13 +39,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from benchmarks import common
+from benchmarks.file_operations import measure_files
+from benchmarks.paged import measure_paged
+from benchmarks.store_traffic import measure_store
 from data_prep.cli import app
 from hpcssl import cli_runner, rng
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
 from hpcssl.data.order import Order
 from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS
-from hpcssl.distributed.liveness.activity import Activity
-from hpcssl.distributed.liveness.limits import PhaseLimits
 from hpcssl.distributed.world import World
 from hpcssl.json_lines import read_scored_steps, truncate_after
 from hpcssl.memory import search
@@ -145,7 +148,7 @@ def measure_index(folder: Path, quick: bool) -> dict[str, Any]:
         result[f"{samples} samples, bytes of {ROWS}"] = f"{size} ({size / samples:.0f} per sample)"
         for name in (ROWS, INDEX):
             (root / name).unlink()
-    result["a billion samples, computed"] = f"{ROW.itemsize * BILLION / 1e9:.0f} GB per node"
+    result["a billion samples, computed"] = f"{ROW.itemsize * BILLION / 1e9:.0f} GB per node, unless the index is paged"
     return result
 
 
@@ -257,29 +260,17 @@ def compute_exchange(_folder: Path, _quick: bool) -> dict[str, Any]:
     return result
 
 
-def compute_store(_folder: Path, _quick: bool) -> dict[str, Any]:
-    """Traffic of rank 0's store: each rank writes its record once per second, and reads that of rank 0."""
-    activity = Activity(0, 1.0, PhaseLimits(600.0))
-    activity.set_phase("step", 100_000)
-    activity.enter_collective("all_gather", torch.float32, (8, 512))
-    size = len(activity.next_record())
-    result = {"bytes of a record, measured": str(size)}
-    for world in WORLDS:
-        result[f"{world} ranks, computed"] = (
-            f"{2 * world * size / 1e6:.2f} MB/s; after a failure one rank reads {world * size / 1e6:.2f} MB/s more"
-        )
-    return result
-
-
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "sharding": measure_sharding,
     "index": measure_index,
+    "paged": measure_paged,
     "order": measure_order,
     "resume": measure_resume,
     "bank": measure_bank,
     "knn": measure_knn,
     "exchange": compute_exchange,
-    "store": compute_store,
+    "store": measure_store,
+    "files": measure_files,
 }
 
 

@@ -213,6 +213,19 @@ def verify(
 
 
 @app.command()
+def page_index(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Shard folder.")]) -> None:
+    """Replace index.npy by one small file per shard, for sets of tens of millions of images.
+
+    A training then holds no entry per image in memory, and downloads the entries of a shard with the shard. Do it
+    before the first run: the digest of the set changes, so that a run that was started before cannot continue on it.
+    """
+    from data_prep import pages
+
+    shards = pages.page_index(folder)
+    print(f"{shards.root}: {len(shards)} samples, an index of {len(shards.shards)} pages")
+
+
+@app.command()
 def show(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Shard folder.")]) -> None:
     """Counts, classes and sizes: tables on a terminal, one record per line on a pipe."""
     from data_prep.show import make_tables, read_records

@@ -95,14 +95,15 @@ def write_index(
         body = io.BytesIO()
         np.save(body, array, allow_pickle=False)
         meta[f"{label}_sha256"] = hashlib.sha256(body.getvalue()).hexdigest()
-        _write_file(out / name, body.getvalue())
+        write_file(out / name, body.getvalue())
     meta["samples"] = len(rows)
     if finished and finished["shards"] != meta["shards"]:
         LOG.warning("%s: the images of the source have changed since this folder was first written.", out)
-    _write_file(out / INDEX, json.dumps(meta, indent=1, sort_keys=True) + "\n")
+    write_file(out / INDEX, json.dumps(meta, indent=1, sort_keys=True) + "\n")
 
 
-def _write_file(path: Path, content: bytes | str) -> None:
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file, or leave it as it was. Raises ``DataError``."""
     try:
         files.atomic_write(path, content)
     except OSError as error:
@@ -126,7 +127,7 @@ def write_left_out(out: Path, left_out: list[LeftOut]) -> None:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("name", "reason", "broken"))
     lines.writerows((*file[:2], "yes" if file.broken else "no") for file in sorted(left_out))
-    _write_file(out / LEFT_OUT, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_file(out / LEFT_OUT, text.getvalue().encode("utf-8", "surrogateescape"))
     others = [file.source for file in left_out if not file.broken]
     if others:
         LOG.warning("%d other files are left out (%s), see %s.", len(others), format_examples(others), out / LEFT_OUT)

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.catalog import Catalog, Sample, sha256_of_lines
 from data_prep.shards.writer import FREE_SPACE_FIX
-from hpcssl.data.shards import INDEX
+from hpcssl.data.shards import INDEX, PAGED_FORMAT
 from hpcssl.errors import DataError, format_bytes
 
 WORK_FOLDER = ".hpcssl-shard"
@@ -102,9 +102,20 @@ def _identity(s: Sample) -> tuple[Any, ...]:
 
 
 def read_finished_index(out: Path) -> dict[str, Any] | None:
-    """Return the index of a finished folder, empty if it cannot be used; None if there is none."""
+    """Return the index of a finished folder, empty if it cannot be used; None if there is none.
+
+    Raises:
+        DataError: The index is paged.
+    """
     try:
         meta = json.loads((out / INDEX).read_text())
+        if meta.get("format") == PAGED_FORMAT:
+            raise DataError(
+                f"shard folder {out}",
+                got="a paged index",
+                expected="one that hpcssl-shard wrote and that was not paged since",
+                fix="copy damaged shards again from where they came, or write the set to another folder",
+            )
         return meta if {"plan", "shards", "sizes", "skipped"} <= meta.keys() else {}
     except FileNotFoundError:
         return None

@@ -45,7 +45,8 @@ LAYERS = (  # the lowest first; a module belongs to the longest name listed here
     "data_prep.shards",
     "data_prep.sources",
     "data_prep.index data_prep.jobs",
-    "data_prep.build data_prep.next_commands data_prep.show data_prep.split data_prep.subset data_prep.verify",
+    "data_prep.build data_prep.next_commands data_prep.pages data_prep.show data_prep.split data_prep.subset "
+    "data_prep.verify",
     "data_prep.cli_images",
     "data_prep.cli",
     "data_prep.__main__",

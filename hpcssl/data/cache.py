@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+
+from hpcssl.data import node_folder
 from hpcssl.data.address import check_stage_dir, is_remote
-from hpcssl.data.node_folder import copy_error, is_verified, make_private_folder, no_space_error, try_lock
 from hpcssl.data.order import Order
 from hpcssl.data.shards import ShardSet, index_digest
 from hpcssl.data.stage import stage_index
 from hpcssl.data.stream import Remote
-from hpcssl.errors import ConfigError, DataError
+from hpcssl.errors import DataError
 
 LOG = logging.getLogger("hpcssl")
 _RETRY_S = 10.0  # seconds before the thread tries again after a download that failed for good
@@ -99,9 +101,11 @@ class Cache:
             name = index_digest(json.loads(text))
         except (KeyError, TypeError):
             name = remote.open(text).digest  # raises the error that says what is wrong with the index
-        self.folder = make_private_folder(folder, f"{name[:16]}-remote{owner_suffix}")
+        self.folder = node_folder.make_private_folder(folder, f"{name[:16]}-remote{owner_suffix}")
         self._locks = self.folder / "locks"
         self.shards = stage_index(remote, text, self.folder)
+        if self.shards.pages is not None:
+            self.shards.pages.locate = self._page_path
         self._condition = threading.Condition()
         self._passed_step = self._opened_step = 0  # earlier steps need no shard; the loader has begun with those before
         self._thread: threading.Thread | None = None
@@ -113,7 +117,7 @@ class Cache:
 
     def has(self, number: int) -> bool:
         """Whether shard ``number`` is here, unchanged since its download. Its content is not read."""
-        return is_verified(self.shards.path(number), self.shards.shards[number])
+        return node_folder.is_verified(self.shards.path(number), self.shards.shards[number])
 
     def path(self, number: int) -> Path:
         """Path of shard ``number``, which is downloaded first if it is not here. Raises ``DataError``."""
@@ -130,6 +134,14 @@ class Cache:
         self.progress()
         return self.shards.path(number)
 
+    def _page_path(self, number: int) -> Path:
+        """Path of the page of shard ``number``, which is downloaded with its shard."""
+        path = self.path(number)
+        page = path.with_name(self.shards.shards[number].page)
+        if not page.exists():  # a cleaner of /tmp may have removed it
+            self.remote.fetch_page(self.shards, number, self.folder)
+        return page
+
     def refetch(self, number: int) -> None:
         """Download a shard again after its file has changed on this disk. Raises ``DataError``."""
         self.shards.path(number).unlink(missing_ok=True)
@@ -140,7 +152,7 @@ class Cache:
         shard, target = self.shards.shards[number], self.shards.path(number)
         try:
             self._locks.mkdir(exist_ok=True)  # a cleaner of /tmp may have removed the folder
-            with try_lock(self._locks / shard.name) as is_held:
+            with node_folder.try_lock(self._locks / shard.name) as is_held:
                 if not is_held:
                     return False
                 if self.has(number):
@@ -149,11 +161,12 @@ class Cache:
                     temporary.unlink(missing_ok=True)
                 free = shutil.disk_usage(self.folder).free
                 if free < shard.bytes:
-                    raise no_space_error(self.folder, shard.bytes, free)
+                    raise node_folder.no_space_error(self.folder, shard.bytes, free)
+                self.remote.fetch_page(self.shards, number, self.folder)  # first: where a shard is, its page is too
                 self.remote.fetch(shard, target)
                 return True
         except OSError as error:
-            raise copy_error(self.folder, shard.bytes, error) from error
+            raise node_folder.copy_error(self.folder, shard.bytes, error) from error
 
     def _check_open(self) -> None:
         if self._closed:
@@ -196,21 +209,10 @@ class Cache:
             ConfigError: If the limit cannot hold what the lookahead reads.
             DataError: If the disk is too small.
         """
-        sizes = sorted((shard.bytes for shard in self.shards.shards), reverse=True)
-        least = sum(sizes[: order.max_shards_read(lookahead + _SLACK)])
+        sizes = np.sort(self.shards.bytes_per_shard)[::-1]
+        least = int(sizes[: order.max_shards_read(lookahead + _SLACK)].sum())
         if self.limit and self.limit < least:
-            alternative = (
-                "set data.shuffle_window=16, which reads a few shards at a time"
-                if order.window == "all"
-                else "use a smaller data.shuffle_window, or smaller shards"
-            )
-            raise ConfigError(
-                "data.stage_limit_gb",
-                got=f"{self.limit / 1e9:g}",
-                expected=f"at least {least / 1e9:.3g} for the shards that data.shuffle_window={order.window} reads "
-                "at a time, or 0 for no limit",
-                fix=f"raise it, or {alternative}",
-            )
+            raise node_folder.small_limit_error(self.limit, least, order.window)
         self._check_space(self._upcoming_shards(order, start, stop))
         self._passed_step = self._opened_step = start
         self._remove_passed = lambda: self._keep_upcoming(order, self._passed_step, stop, release)
@@ -235,11 +237,11 @@ class Cache:
         """Raise ``DataError`` where the disk cannot hold these shards, or as many of them as the limit allows."""
         needed = sum(self.shards.shards[n].bytes for n in numbers if not self.has(n))
         if self.limit:
-            kept = sum(shard.bytes for n, shard in enumerate(self.shards.shards) if self.has(n))
+            kept = node_folder.bytes_of_shards(self.folder)
             needed = min(needed, self.limit - kept)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            raise no_space_error(self.folder, needed, free)
+            raise node_folder.no_space_error(self.folder, needed, free)
 
     def _upcoming_shards(self, order: Order, step: int, stop: int) -> list[int]:
         """The shards that will be read from ``step`` on, soonest first, as many as the limit holds."""
@@ -287,8 +289,11 @@ class Cache:
         """Choose the shards to keep from ``step`` on; a cache with a limit removes the others."""
         keep = {*self._upcoming_shards(order, step, stop), *self._extra}
         if self.limit:
-            others = [n for n in range(len(self.shards.shards)) if n not in keep and self.shards.path(n).exists()]
+            kept = {self.shards.shards[number].name for number in keep}
+            others = [path for path in self.folder.glob("*.tar") if path.name not in kept]
             release(keep)
-            for number in others:
-                self.shards.path(number).unlink(missing_ok=True)
+            for path in others:
+                path.unlink(missing_ok=True)
+                if self.shards.pages:
+                    path.with_suffix(".npy").unlink(missing_ok=True)
         return keep

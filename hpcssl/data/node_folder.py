@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hpcssl.data.shards import Shard
-from hpcssl.errors import DataError, format_bytes
+from hpcssl.errors import ConfigError, DataError, format_bytes
 from hpcssl.files import lock_descriptor
 
 
@@ -79,6 +79,15 @@ def is_verified(path: Path, shard: Shard) -> bool:
     except OSError:
         return False
     return status.st_size == shard.bytes and int(status.st_mtime) == _verified_time(shard)
+
+
+def bytes_of_shards(folder: Path) -> int:
+    """Bytes of all shards that are in a folder, from which other processes may be removing some."""
+    total = 0
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def _verified_time(shard: Shard) -> int:
@@ -161,4 +170,20 @@ def no_space_error(target: Path, needed: int, free: int) -> DataError:
         fix="free space there (`hpcssl-shard show` of that folder lists the sets in it), name another disk, "
         "or leave out data.stage_dir to read the shards where they are; for a remote set, "
         "data.shuffle_window=N with data.stage_limit_gb=N keeps only a part",
+    )
+
+
+def small_limit_error(limit: int, least: int, window: int | str) -> ConfigError:
+    """Make the error for a limit of bytes below the ``least`` that a window of the shuffle reads at a time."""
+    alternative = (
+        "set data.shuffle_window=16, which reads a few shards at a time"
+        if window == "all"
+        else "use a smaller data.shuffle_window, or smaller shards"
+    )
+    return ConfigError(
+        "data.stage_limit_gb",
+        got=f"{limit / 1e9:g}",
+        expected=f"at least {least / 1e9:.3g} for the shards that data.shuffle_window={window} reads at a time, or 0 "
+        "for no limit",
+        fix=f"raise it, or {alternative}",
     )

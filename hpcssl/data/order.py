@@ -57,7 +57,7 @@ class Order:
 
     def __init__(
         self,
-        samples_per_shard: Sequence[int],
+        samples_per_shard: Sequence[int] | Indices,
         *,
         seed: int,
         global_batch: int,
@@ -96,13 +96,9 @@ class Order:
             The shard numbers of a window, int64. The first window is the one that ``step`` begins in.
         """
         epoch, place = divmod(step, self.steps_per_epoch)
-        remaining = place * self.global_batch  # samples of the epoch before ``step``
         while epoch * self.steps_per_epoch < stop:
-            for shards in self._epochs.windows(epoch):
-                remaining -= int(self._counts[shards].sum())
-                if remaining < 0:
-                    yield shards
-            epoch, remaining = epoch + 1, 0
+            yield from self._epochs.windows(epoch, place * self.global_batch)
+            epoch, place = epoch + 1, 0
 
     def max_shards_read(self, steps: int) -> int:
         """An upper bound of the number of shards that ``steps`` consecutive steps read."""

@@ -53,7 +53,6 @@ class Reader:
             ``shards`` gives.
 
     Attributes:
-        labels: Class number of every sample, int32 [N]; -1 without a label.
         damaged: The damaged samples met so far, by global index.
     """
 
@@ -67,14 +66,9 @@ class Reader:
         locate: Callable[[int], Path] | None = None,
     ):
         self.shards, self.limit, self.seed = shards, limit, seed
-        self.labels: npt.NDArray[np.int32] = shards.rows["label"]
         self.damaged: dict[int, DamagedSample] = {}
         self._files = ShardFiles(shards, mapped=mapped, locate=locate)
-        # views of one column each: taking a field of a record costs as much as the read
-        columns = {name: shards.rows[name] for name in shards.rows.dtype.names or ()}
-        self._shard_of: Callable[[int], int] = columns["shard"].item
-        self._offset_of, self._size_of = columns["offset"].item, columns["size"].item
-        self._second_offset_of, self._second_size_of = columns["offset_b"].item, columns["size_b"].item
+        self._samples = shards.samples
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -82,11 +76,15 @@ class Reader:
 
     def read(self, index: int) -> bytes:
         """The encoded image of sample ``index``. Raises ``DataError`` where the shard cannot be read."""
-        return self._files.read(self._shard_of(index), self._offset_of(index), self._size_of(index))
+        return self._files.read(*self._samples.image(index))
 
     def read_second(self, index: int) -> bytes:
         """The encoded second modality (``KEY.b.*``) of sample ``index``. Raises ``DataError`` like ``read``."""
-        return self._files.read(self._shard_of(index), self._second_offset_of(index), self._second_size_of(index))
+        return self._files.read(*self._samples.second(index))
+
+    def label(self, index: int) -> int:
+        """Class number of sample ``index``, -1 without a label."""
+        return self._samples.label(index)
 
     def read_images(
         self,
@@ -128,7 +126,7 @@ class Reader:
                     second_image = decode(self.read_second(chosen), scratch[1] if scratch else None)
                 return chosen, image, second_image
             except DamagedImageError as error:
-                self._files.check_shard(self._shard_of(chosen))
+                self._files.check_shard(self._samples.shard(chosen))
                 self._record_damage(chosen, str(error))
             body = None
             draw = rng.raw(rng.key(self.seed, "replace", epoch, index, attempt), 1)[0]
@@ -162,7 +160,7 @@ class Reader:
     def _record_damage(self, index: int, reason: str) -> None:
         with self._lock:
             if index not in self.damaged:
-                shard = self.shards.shards[self._shard_of(index)].name
+                shard = self.shards.shards[self._samples.shard(index)].name
                 sample = self.damaged[index] = DamagedSample(index, self.shards.key(index), shard, reason)
                 LOG.warning(
                     "Damaged sample %s (%s in %s): %s. Another sample replaces it.",

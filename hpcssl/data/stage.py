@@ -25,7 +25,7 @@ from hpcssl.data.node_folder import (
     mark_verified,
     no_space_error,
 )
-from hpcssl.data.shards import INDEX, ROWS, TARGETS, Shard, ShardSet
+from hpcssl.data.shards import INDEX, ROWS, TABLE, TARGETS, Shard, ShardSet
 from hpcssl.data.stream import Remote
 from hpcssl.errors import DataError, format_bytes
 from hpcssl.files import atomic_file, atomic_write, sha256_of_file
@@ -164,8 +164,9 @@ def _copy_missing(shards: ShardSet, target: Path, watch: Callable[[bool], None])
     try:
         for number, shard in missing:
             _copy(shards.path(number), target / shard.name, shard, watch)
-        targets = [] if shards.targets is None else [TARGETS]
-        for name in (ROWS, *targets, INDEX):  # the index comes last, because it marks the copy as complete
+        names = [TABLE if shards.pages else ROWS, *([] if shards.targets is None else [TARGETS])]
+        pages = [shard.page for shard in shards.shards] if shards.pages else []
+        for name in (*pages, *names, INDEX):  # the index comes last, because it marks the copy as complete
             atomic_write(target / name, (Path(shards.root) / name).read_bytes())
     except OSError as error:
         raise copy_error(target, needed, error) from error

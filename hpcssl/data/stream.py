@@ -27,9 +27,9 @@ from typing import Any, TypeVar
 
 from hpcssl.data.address import TransferError, check_address, exit_error, probe_server
 from hpcssl.data.node_folder import mark_verified
-from hpcssl.data.shards import INDEX, Shard, ShardSet, max_index_bytes
+from hpcssl.data.shards import INDEX, TABLE, Shard, ShardSet, max_index_bytes, max_page_bytes
 from hpcssl.errors import ConfigError, DataError
-from hpcssl.files import atomic_file
+from hpcssl.files import atomic_file, atomic_write
 
 LOG = logging.getLogger("hpcssl")
 _Result = TypeVar("_Result")
@@ -119,8 +119,26 @@ class Remote:
             DataError: If no attempt gives a file with this sha256.
             OSError: If the temporary file cannot be written.
         """
-        most = max_index_bytes(json.loads(text), name)
+        return self._read_verified(name, sha256, INDEX, max_index_bytes(json.loads(text), name))
 
+    def fetch_page(self, shards: ShardSet, number: int, folder: Path) -> None:
+        """Download the page of a shard to a folder, where it appears only when its sha256 agrees.
+
+        Args:
+            shards: The set; nothing is downloaded if its index is not paged.
+            number: Number of the shard.
+            folder: The folder.
+
+        Raises:
+            DataError: If no attempt gives a file with this sha256.
+            OSError: If the file cannot be written.
+        """
+        if shards.table is not None:
+            shard = shards.shards[number]
+            body = self._read_verified(shard.page, shards.table.page_sha256(number), TABLE, max_page_bytes(shard))
+            atomic_write(folder / shard.page, body)
+
+    def _read_verified(self, name: str, sha256: str, source: str, most: int) -> mmap.mmap:
         def download() -> mmap.mmap:
             digest = hashlib.sha256()
             with tempfile.TemporaryFile() as file:
@@ -132,7 +150,7 @@ class Remote:
                     raise TransferError(f"{file.tell()} bytes with another sha256")
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-        return self._retry(name, download, expected=f"sha256 {sha256[:12]}… as recorded in {INDEX}", fix=_FIX)
+        return self._retry(name, download, expected=f"sha256 {sha256[:12]}… as recorded in {source}", fix=_FIX)
 
     def fetch(self, shard: Shard, target: Path) -> None:
         """Download a shard to ``target``, which appears only when it is complete and its sha256 agrees.

@@ -241,7 +241,7 @@ class LoaderWorkers:
             index, image_a, image_b = self.reader.read_images(
                 requested, slot.epoch, first=first, second=second, body=body, scratch=scratch[:2]
             )
-            slot.index[row], slot.label[row] = index, self.reader.labels[index]
+            slot.index[row], slot.label[row] = index, self.reader.label(index)
             if index != requested:
                 slot.damaged.append(self.reader.damaged[requested])
             for number, view in enumerate(self.views):

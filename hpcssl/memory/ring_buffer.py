@@ -92,7 +92,7 @@ class RingBuffer:
 
         Args:
             slots: [W·b] int64, equal on all ranks: write to these slots instead (below 0: nowhere) and leave the
-                pointer where it is. See ``draw_slots``.
+                pointer where it is. See ``draw_slots``. With many ranks, a sharded buffer waits for a GPU to read them.
             taken: bool [], equal on all ranks; where it is false, no row is changed although the pointer moves. None
                 means True. It is not read by the host.
             **rows: [b, D] or [b] for every column.
@@ -114,11 +114,12 @@ class RingBuffer:
                 fix="raise bank.size to the global batch or more",
             )
         route, pieces = None, []
-        if slots is not None:
-            pieces = chosen_pieces(slots, self.first, self.last)
-        elif self.sharded and self.world.size > 1:
-            route = PushRoute(self.world, self.pointer, count, self.size, self.layout)
+        if self.sharded and self.world.size > 1:
+            targets = (self.pointer + torch.arange(count)) % self.size if slots is None else slots
+            route = PushRoute(self.world, targets, self.size, self.layout)
             pieces = [(slice(None), route.place)]
+        elif slots is not None:
+            pieces = chosen_pieces(slots, self.first, self.last)
         else:
             pieces = next_pieces(self.pointer, count, self.size, self.first, self.last)
         replaced = {}

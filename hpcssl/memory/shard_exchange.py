@@ -76,12 +76,13 @@ def sum_local_rows(world: World, x: Tensor) -> Tensor:
 
 
 class PushRoute:
-    """Which rows of a push go to which rank, if the next ``count`` slots are written. Known without communication.
+    """Which rows of a push go to which rank, so that each row is sent to its owner only. Known without communication.
+
+    The numbers of rows are needed on the host: if the slots lie on a GPU, it is waited for once.
 
     Args:
         world: the ranks.
-        pointer: the first slot.
-        count: rows of all ranks, W·b.
+        slots: the slot of each row of the global batch [W·b] int64, equal on all ranks; below 0: stored nowhere.
         size: number of slots, N.
         layout: how the global batch is split; None for one micro-batch.
 
@@ -89,17 +90,17 @@ class PushRoute:
         place: the local rows [m] int64 of the m rows that this rank receives, in the order in which it receives them.
     """
 
-    def __init__(self, world: World, pointer: int, count: int, size: int, layout: BatchLayout | None):
+    def __init__(self, world: World, slots: Tensor, size: int, layout: BatchLayout | None):
         self.world, share = world, share_of(world, size)
         parts = 1 if layout is None else layout.micro_batches
-        position = torch.arange(count).view(parts, world.size, -1)  # in the order of the global batch
-        slots = ((pointer + position) % size).transpose(0, 1).flatten(1)  # [W, b]: of each rank's rows
-        owner = slots // share
-        own, self._order = owner[world.rank].sort(stable=True)
-        self._to_send: list[int] = torch.bincount(own, minlength=world.size).tolist()
+        by_rank = slots.cpu().view(parts, world.size, -1).transpose(0, 1).flatten(1)  # [W, b]: of each rank's rows
+        owner = torch.where(by_rank < 0, world.size, by_rank // share)
+        own, order = owner[world.rank].sort(stable=True)
+        self._order = order[own < world.size]
+        self._to_send: list[int] = torch.bincount(own, minlength=world.size + 1)[: world.size].tolist()
         arriving = owner == world.rank
         self._to_receive: list[int] = arriving.sum(1).tolist()
-        self.place = (slots[arriving] - world.rank * share).to(world.device)
+        self.place = (by_rank[arriving] - world.rank * share).to(world.device)
 
     def send(self, rows: Tensor) -> Tensor:
         """Send this rank's rows [b, …] to their owners, and return the rows [m, …] that this rank owns."""

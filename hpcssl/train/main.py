@@ -23,6 +23,7 @@ from hpcssl.train import recipe as recipes
 from hpcssl.train import replicas
 from hpcssl.train.attempt.record import AttemptRecord, AttemptResult
 from hpcssl.train.attempt.watchdog import watchdog
+from hpcssl.train.checks.data_set import training_labels
 from hpcssl.train.damage_log import DamageLog
 from hpcssl.train.data import DataPipeline
 from hpcssl.train.loop import Loop, LoopResult, OnlineEvaluation
@@ -201,7 +202,7 @@ def build_training(recipe: Recipe, world: World, pipeline: DataPipeline) -> tupl
     """
     machine, shards, reader = recipe.machine, pipeline.shards, pipeline.reader
     order = Order(
-        [shard.samples for shard in shards.shards],
+        shards.samples_per_shard,
         seed=recipe.seed,
         global_batch=recipe.optim.batch,
         window=recipe.data.window_shards,
@@ -215,7 +216,7 @@ def build_training(recipe: Recipe, world: World, pipeline: DataPipeline) -> tupl
         recipe,
         world,
         steps_per_epoch=order.steps_per_epoch,
-        labels=shards.labels,
+        labels=training_labels(recipe, shards),
         data_digest=shards.digest,
         support=support,
     )

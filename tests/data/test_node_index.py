@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from hpcssl.data import shards as shards_module
 from hpcssl.data.shards import INDEX, ROWS, ShardSet
 from hpcssl.errors import DataError
 from hpcssl.storage.node_memory import NodeMemory, attach
@@ -75,6 +77,21 @@ def test_a_missing_shard_is_reported_by_all_ranks(shards, tmp_path, monkeypatch)
 
     run_ranks(4, work, NodeRanks)
     assert len(errors) == 4 and all(shards.shards[1].name in what for what in errors)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_the_nodes_share_the_look_ups_of_shard_sizes(shards, monkeypatch, nodes):
+    """However many nodes there are, each shard is looked up once."""
+    thread, looked_up = threading.local(), []
+    monkeypatch.setattr(node_index, "node_name", lambda: f"n{thread.rank // 2}")
+    monkeypatch.setattr(shards_module, "_check_size", lambda path, shard: looked_up.append(shard.name))
+
+    def work(world):
+        thread.rank = world.rank
+        return node_index.open_on_node(shards.root, world).digest
+
+    assert set(run_ranks(2 * nodes, work, NodeRanks)) == {shards.digest}
+    assert sorted(looked_up) == [shard.name for shard in shards.shards]
 
 
 # -- memory -------------------------------------------------------------------------------------------------------

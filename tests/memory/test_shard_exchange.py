@@ -73,6 +73,33 @@ def test_bits_arrive_unchanged_and_missing_slots_give_nothing():
             assert torch.equal(row, bits if is_known else torch.zeros(4, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_writes_to_chosen_slots_are_those_of_one_process(micro_batches):
+    """A bank that replaces random rows, and a table of embeddings: repeated images, and images that are left out."""
+    layout = BatchLayout(ranks.BATCH, micro_batches)
+    draws = [rng.raw(rng.key(0, "images", step), ranks.BATCH) % 30 for step in range(4)]
+    images = [torch.from_numpy(draw.astype("int64")) - 1 for draw in draws]  # repeated ones, and -1
+
+    def write(world):
+        table = EmbeddingTable(29, ranks.D, world, layout=layout, placement="sharded", dtype=torch.float32)
+        bank = Bank(50, ranks.COLUMNS, world, layout=layout, placement="sharded", key=ranks.KEY)
+        for step, index in enumerate(images):
+            rows = {name: world.local_batch_rows(x, layout) for name, x in ranks.batch(step).items()}
+            table.write(world.local_batch_rows(index, layout), rows["key"], torch.tensor(step != 2))
+            push = bank.push(bank.draw_slots(step, ranks.BATCH), torch.tensor(step != 1), **rows)
+            if step == 3:
+                bank.undo(push)
+        return table.state()[0], bank.state()[0]
+
+    whole = write(World.single_process())
+    assert whole[0]["known"].tensor.sum() > 20 and (whole[0]["known"].tensor <= 0).any()
+    for world_size in (2, 4, 12):
+        results = run_ranks(world_size, write)
+        for memory, expected in enumerate(whole):
+            for name, column in expected.items():
+                assert torch.equal(torch.cat([r[memory][name].tensor for r in results]), column.tensor)
+
+
 # -- bytes --------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +175,39 @@ def test_bytes_of_a_search_per_rank(world_size, monkeypatch):
     assert winners * width * 4 < traffic.received < 20 * MEGABYTE
     # a rank sends as many rows as it receives, up to six standard deviations of the number of winners in its block
     assert abs(traffic.sent - traffic.received) < 6 * math.sqrt(winners) * width * 4
+
+
+@pytest.mark.parametrize("world_size", [8, 64, 512])
+def test_bytes_of_a_write_per_rank(world_size, monkeypatch):
+    """4,096 embeddings of 512 entries: each rank sends its own and receives those of its images, beside their numbers.
+
+    Gathered by all ranks, as they were before, they are 8.4 MB.
+    """
+    batch, width, images = 4096, 512, 100_000
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        traffic = _Traffic(monkeypatch, images)
+        world = Collectives(0, world_size, torch.device("cpu"))
+        table = EmbeddingTable(images, width, world, placement="sharded", dtype=torch.float32)
+        own = batch // world_size
+        table.write(torch.arange(own) * (images // own), torch.ones(own, width))  # images of all owners
+        table_bytes = traffic.sent, traffic.received
+        traffic.sent = traffic.received = 0
+        bank = Bank(images, {"key": ColumnSpec(width)}, world, placement="sharded", key=0, init="empty")
+        bank.filled = images
+        bank.push(bank.draw_slots(0, batch), key=torch.ones(own, width))
+        refill = traffic.received
+    finally:
+        dist.destroy_process_group()
+    sent, received = table_bytes
+    numbers = batch * 8  # of the images, which all ranks gather
+    # a row whose image stands in the batch of a later rank as well is left out
+    assert 0.9 * own * width * 4 <= sent - numbers <= own * (width * 4 + 8)
+    rows_of_a_rank = own + 6 * math.sqrt(own)  # they lie anywhere with equal probability: six standard deviations
+    assert received - numbers <= rows_of_a_rank * (width * 4 + 8)
+    assert refill <= rows_of_a_rank * width * 4
+    if world_size == 512:
+        assert max(sent, received, refill) < 0.2 * MEGABYTE
 
 
 def _some_candidates(query, rows, k, **_):

@@ -51,9 +51,15 @@ class ShuffledEpochs:
             start, number = end, number + 1
         return np.concatenate(parts)
 
-    def windows(self, epoch: int) -> list[Indices]:
-        """The shard numbers of each window of an epoch, in the order in which they are read."""
-        return self._layout(epoch)[0]
+    def windows(self, epoch: int, place: int = 0) -> list[Indices]:
+        """The shard numbers of each window of an epoch, in the order in which they are read.
+
+        Args:
+            epoch: The epoch.
+            place: A position in the epoch; windows that end before it are left out.
+        """
+        windows, ends = self._layout(epoch)
+        return windows[int(np.searchsorted(ends, place, side="right")) :]
 
     def _layout(self, epoch: int) -> tuple[list[Indices], Indices]:
         """The windows of an epoch, and the position in the epoch at which each window ends."""

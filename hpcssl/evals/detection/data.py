@@ -61,7 +61,7 @@ class DetectionShards:
         # the tar members after the image are read as the reader reads a second modality: one pread of known bytes
         rows["offset_b"] = rows["offset"] + -(-rows["size"].astype(np.uint64) // _TAR_BLOCK) * _TAR_BLOCK
         rows["size_b"] = ends - rows["offset_b"]
-        self.reader = Reader(ShardSet(data.root, data.meta, rows), limit=0)
+        self.reader = Reader(ShardSet(data.root, data.meta, rows, table=data.table), limit=0)
 
     def record(self, index: int) -> dict[str, Any]:
         """Read the annotations of an image (``KEY.json``).

@@ -23,9 +23,10 @@ from hpcssl.storage.node_memory import NodeMemory, attach
 def open_on_node(folder: Path | str, world: World) -> ShardSet:
     """Open a shard folder on all ranks. A collective.
 
-    The first process of each node opens it, which compares the size of every shard with the index, and offers its
-    index files in sealed memory. Others map them and compare their sha256. Where they cannot, as between containers
-    that do not see each other's processes, they open the folder themselves.
+    The first process of each node opens it, and offers its index files in sealed memory. Others map them and compare
+    their sha256. Where they cannot, as between containers that do not see each other's processes, they open the folder
+    themselves. The nodes share the work of comparing the size of each shard with the index: a shard that is truncated
+    on another node only is found when it is opened there.
 
     Args:
         folder: The folder.
@@ -38,9 +39,11 @@ def open_on_node(folder: Path | str, world: World) -> ShardSet:
         return ShardSet.open(folder)
     offers: dict[str, NodeMemory] = {}
     shards, error, node = None, None, node_name()
+    nodes = sorted(set(world.all_gather_text(node)))
     if world.local_rank == 0:
         try:
-            shards = ShardSet.open(folder, keep=lambda name, content: _offer(offers, name, content))
+            part = nodes.index(node), len(nodes)
+            shards = ShardSet.open(folder, part=part, keep=lambda name, content: _offer(offers, name, content))
         except HpcsslError as caught:
             error = caught
     try:
@@ -55,7 +58,7 @@ def open_on_node(folder: Path | str, world: World) -> ShardSet:
         for report in reports:
             if report["error"]:
                 raise HpcsslError.from_json(report["error"])
-        shards = shards or _attach(folder, reports, node) or ShardSet.open(folder)
+        shards = shards or _attach(folder, reports, node) or ShardSet.open(folder, check_sizes=False)
         world.barrier()  # all have mapped what this process offers
     finally:
         for offer in offers.values():

@@ -55,7 +55,7 @@ def check_shards(run: RunDir, shards: ShardSet, world: World, *, refuse: bool) -
         ResumeError: On all ranks: shards hold other images than those that the run was started on.
         DataError: On all ranks: a shard cannot be read.
     """
-    first_rows = [0, *accumulate(shard.samples for shard in shards.shards)]
+    first_rows = [0, *accumulate(shards.samples_per_shard.tolist())]
     numbers = range(len(shards.shards))
     now = _share(world, shards, numbers, lambda number: _make_stamp(shards, number, first_rows[number]))
     before = _read_recorded(run, shards, world)
@@ -119,8 +119,8 @@ def _make_stamp(shards: ShardSet, number: int, first_row: int) -> Stamp:
     with open(shards.path(number), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         for draw in rng.raw(rng.key(0, "recorded images", number), IMAGES_PER_SHARD if count else 0):
-            row = shards.rows[first_row + int(draw % np.uint64(count))]
-            digest.update(os.pread(file.fileno(), int(row["size"]), int(row["offset"])))
+            _, offset, size = shards.samples.image(first_row + int(draw % np.uint64(count)))
+            digest.update(os.pread(file.fileno(), size, offset))
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest.hexdigest()[:16]]
 
 

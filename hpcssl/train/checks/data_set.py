@@ -8,6 +8,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hpcssl import config
@@ -96,7 +98,7 @@ def check_data_set(recipe: Recipe, shards: ShardSet, world_size: int | None) -> 
         world_sizes.check(recipe, world_size, needs_whole_batch=method.needs_whole_batch)
     images, batch = len(shards), recipe.optim.batch
     order = Order(
-        [shard.samples for shard in shards.shards],
+        shards.samples_per_shard,
         seed=recipe.seed,
         global_batch=batch,
         window=recipe.data.window_shards,
@@ -109,6 +111,25 @@ def check_data_set(recipe: Recipe, shards: ShardSet, world_size: int | None) -> 
     length = schedule.epoch_length(recipe.schedule, order.steps_per_epoch, images=images, batch=batch)
     _check_length(recipe, length, order.steps_per_epoch)
     _check_method_options(recipe, shards, order.steps_per_epoch, schedule.total_steps(recipe.schedule, length))
+
+
+def training_labels(recipe: Recipe, shards: ShardSet) -> npt.NDArray[np.int64]:
+    """The labels of all images, int64 [images], for methods and diagnostics; -1 for images without one.
+
+    Of a paged set they are read only for methods that learn from them: each page would be downloaded. Others train as
+    on images without labels, which changes no weights.
+    """
+    rule, neighbors = _rules(recipe)
+    if shards.pages is not None and rule not in LABELED_RULES and neighbors != "oracle":
+        return np.broadcast_to(np.int64(-1), len(shards))
+    return shards.labels
+
+
+def _rules(recipe: Recipe) -> tuple[str, str]:
+    """The rule of CMSF, and that of NNCLR's neighbors; empty for other methods."""
+    method: Any = recipe.method
+    rule = method.rule if method.name == "cmsf" else ""
+    return rule, method.neighbors.rule if method.name in ("nnclr", "nnsiam") else ""
 
 
 def describe_large_bank(recipe: Recipe, images: int) -> str:
@@ -165,8 +186,7 @@ def _check_length(recipe: Recipe, epoch_length: int | Fraction, steps_per_epoch:
 def _check_method_options(recipe: Recipe, shards: ShardSet, steps_per_epoch: int, total: int) -> None:
     """Compare the method's options with the number of images, their labels, and the number of steps."""
     method: Any = recipe.method
-    rule = method.rule if method.name == "cmsf" else ""
-    neighbors = method.neighbors.rule if method.name in ("nnclr", "nnsiam") else ""
+    rule, neighbors = _rules(recipe)
     if rule in LABELED_RULES:
         require_labels(shards.labels, "write shards from folders named by class, or choose another method.rule")
     if neighbors == "oracle":
