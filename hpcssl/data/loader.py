@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from hpcssl.data.batch import CONSUMER_BATCHES, RING_SIZE, Batch, BatchSlot
-from hpcssl.data.native.library import select_library
+from hpcssl.data.native.selection import select_library
 from hpcssl.data.order import BatchOrder
 from hpcssl.data.reader import Reader
 from hpcssl.data.workers import LoaderWorkers
@@ -32,7 +32,7 @@ class Loader:
         threads: Number of threads of this process, 1 or more.
         ring: Batches of memory to allocate. All but ``CONSUMER_BATCHES`` of them are filled ahead.
         pin: Whether to use page-locked memory, which copies to a GPU asynchronously.
-        decoder: One of ``native.library.SETTINGS``. The content of the batches does not depend on it.
+        decoder: One of ``native.selection.SETTINGS``. The content of the batches does not depend on it.
         progress: Called as ``progress(step, opened)`` when a step is taken. The threads have begun with all steps
             before ``opened``.
 

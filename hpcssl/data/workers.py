@@ -47,7 +47,7 @@ class LoaderWorkers:
         start: First step.
         stop: One past the last step.
         pin: Whether the slots are pinned memory, from which a GPU may still copy after a batch was released.
-        library: The native decoder (``native.library.select_library``); None for the plain one.
+        library: The native decoder (``native.selection.select_library``); None for the plain one.
 
     Attributes:
         opened: The next step whose rows will be handed out to threads.

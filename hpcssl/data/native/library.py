@@ -1,10 +1,8 @@
-"""Find the library that was built from the C files of this folder, try it, and call it."""
+"""Load the library that was built from the C files of this folder, and call it."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 import struct
 import sysconfig
 import weakref
@@ -12,12 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hpcssl.data.decode import MAX_PIXELS, read_orientation
-from hpcssl.errors import ConfigError
-from hpcssl.views.augment import ViewSpec
 
-LOG = logging.getLogger("hpcssl")
-SETTINGS = ("auto", "plain", "native")
-"""Values of the recipe key ``machine.decoder``."""
 FILE = Path(__file__).with_name(f"_views{sysconfig.get_config_var('EXT_SUFFIX')}")
 """Where setup.py lets the library be built."""
 NOT_BUILT = "not built"
@@ -106,56 +99,3 @@ class ViewDecoder:
             return False
         packed = [_pack_view(*box, side, _KINDS[kind], address) for box, side, kind, address in views]
         return bool(self._decode(self._handle, data, len(data), *size, b"".join(packed), len(packed)) == _DONE)
-
-
-def can_cut(view: ViewSpec) -> bool:
-    """Whether the library can make this view: a random crop with an antialiased resize, of the first modality."""
-    return view.augment.crop == "random" and view.augment.library == "torchvision" and not view.second
-
-
-@functools.cache
-def find_fault() -> str:
-    """Load and try the library.
-
-    Returns:
-        Why it cannot be used, as a clause; empty if it can.
-    """
-    from hpcssl.data.native.trial import run_trial  # it imports this module
-
-    try:
-        run_trial(open_library(FILE))
-    except NativeError as error:
-        level = logging.DEBUG if str(error) == NOT_BUILT else logging.WARNING
-        LOG.log(level, "JPEGs are decoded without the native decoder, more slowly: %s.", error)
-        return str(error)
-    return ""
-
-
-def select_library(setting: str, views: Sequence[ViewSpec]) -> ctypes.CDLL | None:
-    """Choose the decoder of a loader.
-
-    Args:
-        setting: One of ``SETTINGS``.
-        views: The views that the loader cuts.
-
-    Returns:
-        The library; None where all images are decoded without it: with ``plain``, where some view needs the whole
-        image, and with ``auto`` where the library cannot be used.
-
-    Raises:
-        ConfigError: For ``native``, where the library cannot be used.
-    """
-    if setting == "plain" or not all(map(can_cut, views)):
-        return None
-    fault = find_fault()
-    if not fault:
-        return open_library(FILE)
-    if setting == "native":
-        raise ConfigError(
-            "machine.decoder=native",
-            got=f"the native decoder: {fault}",
-            expected="a native decoder that works",
-            fix="install a C compiler and the headers of libjpeg-turbo (libjpeg-turbo8-dev, libjpeg62-turbo-dev or "
-            "libjpeg-turbo-devel) and then hpcssl again, or set machine.decoder=auto",
-        )
-    return None

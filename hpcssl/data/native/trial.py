@@ -38,9 +38,10 @@ def run_trial(library: ctypes.CDLL) -> None:
         for kind in ("bilinear", "bicubic"):
             for box in _BOXES:
                 _compare(decoder, data, image, sampling, kind, box)
-    data = _make_jpeg("420")
+    data, place = _make_jpeg("420"), np.empty((7, 7, 3), np.uint8)
     for share in (0.5, 0.9):
-        if decoder.decode(data[: int(share * len(data))], (_HEIGHT, _WIDTH), [_view(_BOXES[1], np.empty((7, 7, 3)))]):
+        part = data[: int(share * len(data))]
+        if decoder.decode(part, (_HEIGHT, _WIDTH), [(_BOXES[1], len(place), "bilinear", place.ctypes.data)]):
             raise NativeError("it takes a JPEG that is cut off")
 
 
@@ -57,10 +58,6 @@ def _compare(
         crop_view(image, box, view, plain.permute(0, 3, 1, 2), ScratchBuffer())
         if not np.array_equal(plain[0].numpy(), place):
             raise NativeError(f"its pixels differ from the plain ones (sampling {sampling}, {kind} to {len(place)})")
-
-
-def _view(box: tuple[int, ...], place: npt.NDArray[np.generic]) -> tuple[tuple[int, ...], int, str, int]:
-    return box, len(place), "bilinear", place.ctypes.data
 
 
 def _make_jpeg(sampling: str) -> bytes:
