@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hpcssl.errors import ConfigError, require_choice
+from hpcssl.memory.bank import Neighbors
 from hpcssl.methods import equations
 from hpcssl.methods.base import BankSpec, Embedding, StepContext
 from hpcssl.methods.diagnostics import record_purity
