@@ -128,7 +128,7 @@ def search_bank(target: Embedding, ctx: StepContext, k: int) -> Neighbors:
         together = ctx.bank.nearest(torch.cat([embedding.z for embedding in views.values()]), k)
         lengths = [len(embedding.z) for embedding in views.values()]
         columns = (together.slot, together.similarity, together.valid, together.rows)
-        parts = zip(*(column.split(lengths) for column in columns), strict=True)
+        parts = zip(*(torch.split(column, lengths) for column in columns), strict=True)
         ctx.searches[k] = {view: Neighbors(*part) for view, part in zip(views, parts, strict=True)}
     neighbors: Neighbors = ctx.searches[k][target.view]
     return neighbors

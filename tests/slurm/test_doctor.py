@@ -15,7 +15,7 @@ from slurm.backend import profiles
 from slurm.backend.profiles import Profile
 from slurm.backend.scheduler import JobState
 from slurm.doctor import capacity, cli, command, job, login, nodes, probe_tools
-from slurm.doctor.findings import BROKEN, SKIPPED, WARNING
+from slurm.doctor.findings import BROKEN, OK, SKIPPED, WARNING
 from slurm.doctor.job import JobResult
 
 VERSIONS = {"python": "3.12.1", "torch": "2.11.0", "hpcssl": "0.2.0"}
