@@ -18,7 +18,7 @@ PIP_PROGRESS = awk ' \
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: setup.cfg pyproject.toml
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON): $$($(PYTHON) --version 2>&1) \
 	(expected Python 3.11 or newer). Fix: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "== 1 of 3: environment in $(VENV)"

@@ -2,7 +2,7 @@
 
 One image means its decoding and two views of 224 x 224. Our loader leaves flip, jitter, blur and normalization to the
 device, which is most of its advantage. The section "like for like" excludes that: decoding and cropping on both sides,
-and the whole augmentation of MSF on the CPU with our code.
+and the whole augmentation of MSF on the CPU with our code. "Ours" has the native decoder where it was built.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks import common, peers
 from hpcssl.data.decode import ScratchBuffer, decode
 from hpcssl.data.loader import Loader
+from hpcssl.data.native import selection
 from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
 from hpcssl.views.augment import AUGMENTATIONS, ViewSpec, augment_batch
@@ -34,11 +35,13 @@ BATCH = 50
 class Ours:
     """Our loader, which lives as long as a run; each turn starts its threads and continues with the next steps."""
 
-    def __init__(self, images: common.Images, threads: int, steps: int, device_work: bool = False):
+    def __init__(
+        self, images: common.Images, threads: int, steps: int, device_work: bool = False, decoder: str = "auto"
+    ):
         order = Order(
             [s.samples for s in images.shards.shards], seed=0, window="all", global_batch=min(BATCH, len(images.bodies))
         )
-        self.loader = Loader(Reader(images.shards), order, VIEWS, seed=0, threads=threads)
+        self.loader = Loader(Reader(images.shards), order, VIEWS, seed=0, threads=threads, decoder=decoder)
         self.steps, self.device_work, self.done = steps, device_work, 0
 
     def __call__(self) -> int:
@@ -79,6 +82,7 @@ def one_core(images: common.Images, rounds: int, count: int) -> dict:
     steps = max(1, count // BATCH)
     candidates = {
         "ours": Ours(images, 1, steps),
+        "ours, plain decoder": Ours(images, 1, steps, decoder="plain"),
         "ours + device work on this core": Ours(images, 1, steps, device_work=True),
         "MSF (ImageFolder, PIL)": image_folder,
         "PIL decode + two crops": for_each_image(
@@ -151,6 +155,8 @@ def two_cores(images: common.Images, rounds: int, count: int) -> dict:
     candidates = {
         "ours, 2 threads": Ours(images, 2, steps),
         "ours, 1 thread": Ours(images, 1, steps),
+        "ours, plain decoder, 2 threads": Ours(images, 2, steps, decoder="plain"),
+        "ours, plain decoder, 1 thread": Ours(images, 1, steps, decoder="plain"),
         "MSF ImageFolder + DataLoader": workers(images, ImageFolder(images.folder, peers.MsfViews()), count, True),
         "webdataset decode('pil') + MSF": workers(images, wds, count, False),
     }
@@ -165,6 +171,10 @@ def two_cores(images: common.Images, rounds: int, count: int) -> dict:
                 seconds, "ours, 2 threads", "webdataset decode('pil') + MSF"
             ),
             "ours with one thread": common.with_goal(common.ratio(seconds, "ours, 2 threads", "ours, 1 thread"), 1.9),
+            "ours with the plain decoder": common.ratio(seconds, "ours, 2 threads", "ours, plain decoder, 2 threads"),
+        },
+        "two threads are times faster than one": {
+            "plain decoder": common.ratio(seconds, "ours, plain decoder, 2 threads", "ours, plain decoder, 1 thread"),
         },
     }
 
@@ -186,7 +196,10 @@ def main(
         if part in ("two", "all"):
             body |= two_cores(images, rounds, 2 * count)
         mean = sum(map(len, images.bodies)) / len(images.bodies) / 1000
-        common.report("loader", f"{len(images.bodies)} images of {mean:.0f} kB in the mean, {rounds} rounds", body, out)
+        fault = selection.find_fault()
+        decoder = f"plain decoder (native: {fault})" if fault else "native decoder"
+        what = f"{len(images.bodies)} images of {mean:.0f} kB in the mean, {rounds} rounds, {decoder}"
+        common.report("loader", what, body, out)
 
 
 if __name__ == "__main__":

@@ -227,4 +227,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    from benchmarks import sharder  # under its own name, so that worker processes find its functions
+
+    typer.run(sharder.main)

@@ -121,7 +121,8 @@ def _decode_jpeg(data: bytes, scratch: ScratchBuffer | None) -> npt.NDArray[np.u
             return _decode_with_pillow(data)
         reason = "JPEG: a truncated header" if isinstance(error, KeyError) else f"JPEG: {error}"
         raise DamagedImageError(reason) from error
-    return _turn_upright(image, data) if _has_exif(data) else image
+    orientation = read_orientation(data)
+    return image if orientation == 1 else _turn_upright(image, orientation)
 
 
 def _has_exif(data: bytes) -> bool:
@@ -134,12 +135,23 @@ def _has_exif(data: bytes) -> bool:
     return False
 
 
-def _turn_upright(image: npt.NDArray[np.uint8], data: bytes) -> npt.NDArray[np.uint8]:
-    """Turn or mirror the image as EXIF tag 0x0112 says. A broken EXIF block is ignored."""
+def read_orientation(data: bytes) -> int:
+    """Read the EXIF orientation of a JPEG.
+
+    Returns:
+        EXIF tag 0x0112; 1, upright, where there is none or the EXIF block is broken.
+    """
+    if not _has_exif(data):
+        return 1
     try:
         orientation = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - the image itself was decoded; Pillow's EXIF parser fails in many ways
-        return image
+    except Exception:  # noqa: BLE001 - the image itself can be decoded; Pillow's EXIF parser fails in many ways
+        return 1
+    return int(orientation) if orientation in range(2, 9) else 1
+
+
+def _turn_upright(image: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+    """Turn or mirror the image as an EXIF orientation from 2 to 8 says."""
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from hpcssl.data.batch import CONSUMER_BATCHES, RING_SIZE, Batch, BatchSlot
+from hpcssl.data.native.selection import select_library
 from hpcssl.data.order import BatchOrder
 from hpcssl.data.reader import Reader
 from hpcssl.data.workers import LoaderWorkers
@@ -31,11 +32,13 @@ class Loader:
         threads: Number of threads of this process, 1 or more.
         ring: Batches of memory to allocate. All but ``CONSUMER_BATCHES`` of them are filled ahead.
         pin: Whether to use page-locked memory, which copies to a GPU asynchronously.
+        decoder: One of ``native.selection.SETTINGS``. The content of the batches does not depend on it.
         progress: Called as ``progress(step, opened)`` when a step is taken. The threads have begun with all steps
             before ``opened``.
 
     Raises:
-        ConfigError: If ``threads``, ``ring`` or the number of views is too small.
+        ConfigError: If ``threads``, ``ring`` or the number of views is too small, or if ``decoder`` is ``native`` and
+            the native decoder cannot be used.
         WorldError: If ``size`` does not divide the global batch.
     """
 
@@ -51,6 +54,7 @@ class Loader:
         threads: int = 1,
         ring: int = RING_SIZE,
         pin: bool = False,
+        decoder: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ):
         limits = (("data.threads", threads, 1), ("data.ring", ring, CONSUMER_BATCHES + 1), ("views", len(views), 1))
@@ -59,7 +63,7 @@ class Loader:
                 raise ConfigError(name, got=got, expected=f"at least {least}", fix=f"set {name} to {least} or more")
         self.reader, self.order, self.views = reader, order, list(views)
         self.seed, self.rank, self.size, self.threads, self.progress = seed, rank, size, threads, progress
-        self.pin = pin
+        self.pin, self._library = pin, select_library(decoder, views)
         self._slot_arguments = order.rows_per_rank(size), self.views, pin
         self._slots = [BatchSlot(*self._slot_arguments) for _ in range(ring)]
         self._workers: LoaderWorkers | None = None
@@ -98,6 +102,7 @@ class Loader:
             start=start,
             stop=stop,
             pin=self.pin,
+            library=self._library,
         )
         try:
             workers.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from hpcssl import rng
 from hpcssl.data.batch import CONSUMER_BATCHES, Batch, BatchSlot, record_copies
 from hpcssl.data.crop import crop_view
 from hpcssl.data.decode import ScratchBuffer, peek_size
+from hpcssl.data.native.library import ViewDecoder
 from hpcssl.data.order import BatchOrder
 from hpcssl.data.reader import Reader
 from hpcssl.views.augment import PARAMS, ViewSpec, draw_params
@@ -45,6 +47,7 @@ class LoaderWorkers:
         start: First step.
         stop: One past the last step.
         pin: Whether the slots are pinned memory, from which a GPU may still copy after a batch was released.
+        library: The native decoder (``native.selection.select_library``); None for the plain one.
 
     Attributes:
         opened: The next step whose rows will be handed out to threads.
@@ -65,6 +68,7 @@ class LoaderWorkers:
         start: int,
         stop: int,
         pin: bool = False,
+        library: ctypes.CDLL | None = None,
     ):
         self.reader, self.order, self.views, self.slots = reader, order, views, slots
         self.seed, self.rank, self.size = seed, rank, size
@@ -84,7 +88,11 @@ class LoaderWorkers:
         self._is_opening = False  # whether a thread waits for copies from the next slot
         self._stopped = False
         self._condition = threading.Condition()
-        self._threads = [threading.Thread(target=self._work, name=f"loader-{i}", daemon=True) for i in range(threads)]
+        decoders = [ViewDecoder(library) if library is not None else None for _ in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(decoder,), name=f"loader-{i}", daemon=True)
+            for i, decoder in enumerate(decoders)
+        ]
         self._ready = threading.Barrier(threads + 1)
 
     def start(self) -> None:
@@ -204,7 +212,7 @@ class LoaderWorkers:
             self._condition.acquire()
             self._is_opening = False
 
-    def _work(self) -> None:
+    def _work(self, decoder: ViewDecoder | None) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread handles signals
         torch.get_num_threads()  # makes this thread take its default now, and not after the next line
         torch.set_num_threads(1)
@@ -214,7 +222,7 @@ class LoaderWorkers:
             slot, rows = task
             error = None
             try:
-                self._fill(slot, rows, scratch)
+                self._fill(slot, rows, scratch, decoder)
             except BaseException as caught:  # noqa: BLE001 - raised again in the consumer's thread
                 error = caught
             with self._condition:
@@ -223,7 +231,7 @@ class LoaderWorkers:
                 if slot.remaining == 0:
                     self._condition.notify_all()
 
-    def _fill(self, slot: BatchSlot, rows: range, scratch: Scratch3) -> None:
+    def _fill(self, slot: BatchSlot, rows: range, scratch: Scratch3, decoder: ViewDecoder | None) -> None:
         """Read and draw for all rows first, then decode and cut one row after the other.
 
         A decode evicts the interpreter from the nearest caches: drawing between two decodes costs several times as
@@ -238,6 +246,8 @@ class LoaderWorkers:
             pending.append((body, size, drawn))
         for row, (body, size, drawn) in zip(rows, pending, strict=True):
             requested = slot.requested[row]
+            if decoder is not None and self._decode_natively(slot, row, body, size, drawn, decoder):
+                continue
             index, image_a, image_b = self.reader.read_images(
                 requested, slot.epoch, first=first, second=second, body=body, scratch=scratch[:2]
             )
@@ -253,6 +263,29 @@ class LoaderWorkers:
                     params = self._draw(slot, row, number, image.shape[:2])
                 slot.params[number][row] = params
                 crop_view(image, params["box"].tolist(), view, slot.places[number][row], scratch[2])
+
+    def _decode_natively(
+        self,
+        slot: BatchSlot,
+        row: int,
+        body: bytes | None,
+        size: tuple[int, int],
+        drawn: Sequence[np.void | None],
+        decoder: ViewDecoder,
+    ) -> bool:
+        """Fill a row with the native decoder. Returns False where it does not take the image."""
+        views = []
+        for view, place, params in zip(self.views, slot.places, drawn, strict=True):
+            if params is None:
+                return False
+            views.append((params["box"].tolist(), view.size, view.augment.interpolation, place[row].data_ptr()))
+        if body is None or not decoder.decode(body, size, views):
+            return False
+        requested = slot.requested[row]
+        slot.index[row], slot.label[row] = requested, self.reader.labels[requested]
+        for stored, params in zip(slot.params, drawn, strict=True):
+            stored[row] = params
+        return True
 
     def _draw(self, slot: BatchSlot, row: int, number: int, size: tuple[int, ...]) -> np.void:
         """Parameters of view ``number`` in ``row``. The key is that of the requested sample, also for a replacement."""

@@ -111,6 +111,8 @@ class StepContext:
         metrics: scalars that are logged with the step, by name.
         target_embeddings: embeddings of all target views, by view.
         memories: what the method keeps besides the bank, by name; see ``StateHooks``.
+        searches: neighbors of all target views of this step or micro-batch, by their number and by view; see
+            ``neighbors.search_bank``.
         taken: bool [] on the device, equal on all ranks, after the backward pass of a step whose verdict the host has
             not read: whether the step is taken (``train/verdict.py``). None where it is known to be.
     """
@@ -130,6 +132,7 @@ class StepContext:
     metrics: dict[str, Tensor] = field(default_factory=dict)
     target_embeddings: dict[int, Embedding] = field(default_factory=dict)
     memories: dict[str, Any] = field(default_factory=dict)
+    searches: dict[int, dict[int, Any]] = field(default_factory=dict)
     taken: Tensor | None = None
 
     @property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hpcssl.errors import ConfigError, require_choice
+from hpcssl.memory.bank import Neighbors
 from hpcssl.methods import equations
 from hpcssl.methods.base import BankSpec, Embedding, StepContext
 from hpcssl.methods.diagnostics import record_purity
@@ -114,6 +115,25 @@ class NeighborOptions:
         )
 
 
+def search_bank(target: Embedding, ctx: StepContext, k: int) -> Neighbors:
+    """Find the k nearest rows of the bank for each row of a target view.
+
+    On a CPU, all target views of the step are searched for together, which reads the bank once. The answer is the same,
+    since it is certified there (``search.nearest``). On a GPU each view is searched for alone.
+    """
+    views = ctx.target_embeddings
+    if target.z.device.type != "cpu" or views.get(target.view) is not target:
+        return ctx.bank.nearest(target.z, k)
+    if k not in ctx.searches:
+        together = ctx.bank.nearest(torch.cat([embedding.z for embedding in views.values()]), k)
+        lengths = [len(embedding.z) for embedding in views.values()]
+        columns = (together.slot, together.similarity, together.valid, together.rows)
+        parts = zip(*(torch.split(column, lengths) for column in columns), strict=True)
+        ctx.searches[k] = {view: Neighbors(*part) for view, part in zip(views, parts, strict=True)}
+    neighbors: Neighbors = ctx.searches[k][target.view]
+    return neighbors
+
+
 @torch.no_grad()
 def find_positives(target: Embedding, ctx: StepContext, options: NeighborOptions) -> Tensor:
     """Return the positive of each target row: NN(z, Q), or the row itself where an empty bank has none.
@@ -128,7 +148,7 @@ def find_positives(target: Embedding, ctx: StepContext, options: NeighborOptions
         if not len(bank_ND):
             return target.z.detach()
         return equations.soft_nearest_neighbor(target.z, bank_ND, options.temperature)
-    neighbors = ctx.bank.nearest(target.z, options.k)
+    neighbors = search_bank(target, ctx, options.k)
     rows_BKD, valid_BK = neighbors.rows, neighbors.valid
     if options.rule == "oracle":
         same_label = ctx.bank.nearest(target.z, options.k, among=("label", ctx.label_B))

@@ -230,6 +230,7 @@ def build_training(recipe: Recipe, world: World, pipeline: DataPipeline) -> tupl
         progress=pipeline.progress,
         threads=threads,
         pin=pin,
+        decoder=machine.decoder,
     )
     return training, loader, order
 

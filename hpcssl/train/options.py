@@ -154,6 +154,9 @@ class MachineOptions:
         devices: ``cpu``, ``gpu``, or ``auto`` for a GPU where there is one for each process.
         threads: Threads per process for arithmetic. 0: one on a CPU, torch's default beside a GPU.
         loader_threads: Threads per process that read and decode images.
+        decoder: How JPEGs are decoded and cropped: ``auto`` (with the native decoder, if it was built and a trial finds
+            it equal to the plain one), ``plain``, or ``native`` (an error where it cannot be used). The pixels are the
+            same.
         accumulation_steps: Micro-batches that a step's batch is cut into, to save memory.
         channels_last: Whether weights and images use the channels-last memory layout.
         deterministic: Whether a GPU uses deterministic algorithms only, which are slower.
@@ -184,6 +187,7 @@ class MachineOptions:
     devices: str = "auto"
     threads: int = 0
     loader_threads: int = 1
+    decoder: str = "auto"
     accumulation_steps: int = 1
     channels_last: bool = True
     deterministic: bool = False

@@ -166,7 +166,9 @@ def _forward_backward(
                 online = {v: _as_target(query[v], t.method.target_encoder) for v in t.plan.targets}
                 online_targets.append(online)
                 index_B, label_B = ctx.index_B[rows_B], ctx.label_B[rows_B]
-                micro_ctx = replace(ctx, index_B=index_B, label_B=label_B, rows_B=rows_B, target_embeddings=online)
+                micro_ctx = replace(
+                    ctx, index_B=index_B, label_B=label_B, rows_B=rows_B, target_embeddings=online, searches={}
+                )
                 targets = {v: t.method.targets(embedding, micro_ctx) for v, embedding in online.items()}
                 target_rows_B = rows_B - rows_B[0]
             terms = [_term_loss(t, term, query, targets, target_rows_B, micro_ctx, mixtures) for term in t.plan.terms]

@@ -87,6 +87,7 @@ def build_support_loader(
         size=world.size,
         threads=threads,
         pin=pin,
+        decoder=recipe.machine.decoder,
     )
     epoch_length = schedule.epoch_length(recipe.schedule, steps_per_epoch, images=len(reader), batch=batch)
     last_step = schedule.total_steps(recipe.schedule, epoch_length)

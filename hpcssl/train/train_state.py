@@ -191,6 +191,9 @@ class TrainState:
     def gradients_are_finite(self) -> Tensor:
         """Return whether every gradient is finite, bool []. Gradients are averaged, and so equal on all ranks."""
         gradients = [p.grad for p in self.pair.online.parameters() if p.grad is not None]
+        if self.world.device.type == "cpu":  # where torch's maximum norm takes eight times as long
+            extremes = [extreme for gradient in gradients for extreme in (gradient.amin(), gradient.amax())]
+            return torch.stack(extremes).isfinite().all()
         return nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite()
 
     # -- checkpoints ----------------------------------------------------------------------------------------

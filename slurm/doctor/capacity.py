@@ -133,7 +133,9 @@ def judge_decoding(result: JobResult, need: Need | None) -> list[Finding]:
         return [Finding("decoding", SKIPPED, "the job did not get that far")]
     rate = min(r["images_per_s"] for r in records)
     cores = sum(r["cores"] for r in records)
-    text = f"{rate:.0f} images/s per core ({IMAGE[0]} × {IMAGE[1]} pixels), {cores} cores in all"
+    text = (
+        f"{rate:.0f} images/s per core ({IMAGE[0]} × {IMAGE[1]} pixels), {cores} cores in all{_name_decoder(records)}"
+    )
     if need is None:
         return [Finding("decoding", OK, text)]
     text += f"; a batch of {need.batch} takes at least {need.batch / rate / cores:.2f} s"
@@ -144,6 +146,17 @@ def judge_decoding(result: JobResult, need: Need | None) -> list[Finding]:
         return [Finding("decoding", OK, text)]
     fix = "request more --cpus-per-task, or store smaller images (hpcssl-shard)"
     return [Finding("decoding", WARNING, text, f"{need.images_per_s:.0f} images/s", fix)]
+
+
+def _name_decoder(records: list[dict[str, Any]]) -> str:
+    """Which decoder cuts crops (``machine.decoder=auto``), and why it is not the native one, as a clause."""
+    faults = {r["node"]: r["native_fault"] for r in records}
+    slow = "; ".join(f"{node}: {fault}" for node, fault in sorted(faults.items()) if fault)
+    if not slow:
+        return ", crops by the native decoder"
+    if len(set(faults.values())) == 1:
+        slow = next(iter(faults.values()))
+    return f", crops by the plain decoder (native: {slow})"
 
 
 def _without_build(version: object) -> str:

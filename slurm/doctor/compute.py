@@ -81,6 +81,13 @@ def measure_decoding() -> float:
     return measure_rate(lambda: decode.decode(data, scratch))
 
 
+def find_decoder_fault() -> str:
+    """Return why crops of JPEGs are not decoded by the native decoder on this node; empty if they are."""
+    from hpcssl.data.native import selection
+
+    return selection.find_fault()
+
+
 def measure_gpu_copies() -> dict[str, float]:
     """Return the rate of copies from the first GPU to each other one of this node, in GB/s by ``0-k``."""
     import torch
@@ -131,7 +138,8 @@ def main() -> None:
     """Measure, and print one line per result."""
     versions = describe_versions()
     print_result("versions", **versions)
-    print_result("decode", images_per_s=measure_decoding(), cores=len(os.sched_getaffinity(0)))
+    cores, fault = len(os.sched_getaffinity(0)), find_decoder_fault()
+    print_result("decode", images_per_s=measure_decoding(), cores=cores, native_fault=fault)
     if versions["gpus"] > 1:
         print_result("gpu_copies", rates=measure_gpu_copies())
     if int(os.environ["WORLD_SIZE"]) > 1:

@@ -134,8 +134,8 @@ def test_a_second_pass_over_the_same_steps_fills_its_batches_again(shards):
         first = [b.images[0].clone() for b in loader.iterate(0, 2)]
         for image in loader._slots[0].images + loader._slots[1].images:
             image.zero_()
-        real = reader.read_images
-        reader.read_images = lambda index, *a, **k: read.append(index) or real(index, *a, **k)
+        real = reader.read
+        reader.read = lambda index, *a, **k: read.append(index) or real(index, *a, **k)
         for wanted, batch in zip(first, loader.iterate(0, 2), strict=True):
             assert torch.equal(batch.images[0], wanted)
     assert len(read) == 16
@@ -188,8 +188,8 @@ def test_workers_do_not_change_the_number_of_torch_threads_of_the_caller(shards)
     torch.set_num_threads(3)
     try:
         reader = Reader(shards)
-        real = reader.read_images
-        reader.read_images = lambda *a, **k: seen.append(torch.get_num_threads()) or real(*a, **k)
+        real = reader.read
+        reader.read = lambda *a, **k: seen.append(torch.get_num_threads()) or real(*a, **k)
         with Loader(reader, order(shards), VIEWS, seed=1, threads=2) as loader:
             for _ in loader.iterate(0, 2):
                 assert torch.get_num_threads() == 3
@@ -214,8 +214,8 @@ def test_the_current_and_the_previous_batch_are_never_overwritten(shards):
 
 def test_the_loader_fills_the_ring_ahead_and_not_more(shards):
     reader, filled = Reader(shards), []
-    real = reader.read_images
-    reader.read_images = lambda index, *a, **k: filled.append(index) or real(index, *a, **k)
+    real = reader.read
+    reader.read = lambda index, *a, **k: filled.append(index) or real(index, *a, **k)
     with Loader(reader, order(shards), VIEWS, seed=1, threads=2, ring=4) as loader:
         iterator = loader.iterate(0, 50)
         next(iterator)

@@ -217,3 +217,18 @@ def test_purity_counts_other_images_of_the_same_label(small_training):
     assert float(scalars[3]["purity"]) == pytest.approx(same / other, abs=rounding(torch.float32, 2))
     expected = with_self / (3 * len(label))
     assert float(scalars[3]["purity_with_self"]) == pytest.approx(expected, abs=rounding(torch.float32, 2))
+
+
+def test_a_gradient_that_is_not_finite_is_found_wherever_it_is(small_training):
+    training = small_training("digits_byol", []).training
+    parameters = [p for p in training.pair.online.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.finfo(parameter.dtype).max)
+    assert training.gradients_are_finite()
+    for parameter in (parameters[0], parameters[len(parameters) // 2], parameters[-1]):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            good = parameter.grad.clone()
+            parameter.grad[(-1,) * parameter.dim()] = bad
+            assert not training.gradients_are_finite()
+            parameter.grad = good
+    assert training.gradients_are_finite()

@@ -1,5 +1,7 @@
 """The neighbors of NNCLR and NNSiam by rule, on a bank filled by hand, and which rows are pushed where."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from hpcssl.memory.bank import Bank
 from hpcssl.memory.columns import ColumnSpec
 from hpcssl.methods import equations
 from hpcssl.methods.base import Embedding, StepContext
-from hpcssl.methods.neighbors import NeighborOptions, find_positives
+from hpcssl.methods.neighbors import NeighborOptions, find_positives, search_bank
 from tests.tolerances import of_step, rounding
 
 B, N, D = 8, 40, 6
@@ -54,6 +56,23 @@ def test_nearest_has_the_smallest_distance():
     z, (rows, ctx) = unit(B, D, at="z"), make_context()
     literal = torch.stack([rows[((rows - row) ** 2).sum(1).argmin()] for row in z])
     assert torch.equal(find_positives(Embedding(z), ctx, NeighborOptions()), literal)
+
+
+def test_views_that_are_searched_for_together_find_what_each_finds_alone():
+    """With one search of the bank for both, and k that differ."""
+    views = {v: Embedding(unit(B, D, at=f"z{v}"), view=v) for v in (0, 1)}
+    alone = make_context()[1]
+    together = replace(make_context()[1], target_embeddings=views)
+    searches, nearest = [], together.bank.nearest
+    together.bank.nearest = lambda query, k: searches.append(len(query)) or nearest(query, k)
+    for k in (1, 3):
+        for view in views.values():
+            found, wanted = search_bank(view, together, k), alone.bank.nearest(view.z, k)
+            for name in ("slot", "similarity", "valid", "rows"):
+                assert torch.equal(getattr(found, name), getattr(wanted, name))
+    assert searches == [2 * B, 2 * B]
+    other = replace(views[0], z=views[1].z)  # no view of this step
+    assert torch.equal(search_bank(other, together, 1).slot, alone.bank.nearest(other.z, 1).slot)
 
 
 def test_oracle_chooses_rows_of_the_same_label_or_else_any():

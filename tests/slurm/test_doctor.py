@@ -15,7 +15,7 @@ from slurm.backend import profiles
 from slurm.backend.profiles import Profile
 from slurm.backend.scheduler import JobState
 from slurm.doctor import capacity, cli, command, job, login, nodes, probe_tools
-from slurm.doctor.findings import BROKEN, SKIPPED, WARNING
+from slurm.doctor.findings import BROKEN, OK, SKIPPED, WARNING
 from slurm.doctor.job import JobResult
 
 VERSIONS = {"python": "3.12.1", "torch": "2.11.0", "hpcssl": "0.2.0"}
@@ -26,7 +26,7 @@ OF_NODE = {
     "disk": {"spaces": {"/tmp": 60e9, "/dev/shm": 20e9}},
     "shared": {"missing": []},
     "versions": {**VERSIONS, "torch": "2.11.0+cu130", "cuda": "13.0", "nccl": "2.27", "driver": "580.1", "gpus": 2},
-    "decode": {"images_per_s": 300.0, "cores": 2},
+    "decode": {"images_per_s": 300.0, "cores": 2, "native_fault": ""},
     "gpu_copies": {"rates": {"0-1": 40.0}},
     "all_reduce": {"device": "cuda", "correct": True, "gb_per_s": 2.0},
     "signals": {"after": {"SIGUSR1": 16.1, "SIGUSR2": 27.9}, "refused": ""},
@@ -176,6 +176,18 @@ def test_decoding_is_compared_with_what_a_run_reached():
     assert list_problems(capacity.judge_decoding(result, capacity.Need("run", 256, 1000.0))) == {}
     (finding,) = capacity.judge_decoding(result, capacity.Need("run", 256, 2000.0))
     assert finding.level == WARNING and "--cpus-per-task" in finding.fix
+
+
+def test_the_decoder_of_the_nodes_is_named():
+    records = healthy_records()
+    (finding,) = capacity.judge_decoding(JobResult(records=list(records.values())), None)
+    assert "native decoder" in finding.got and "plain" not in finding.got
+    records["decode", "n2"]["native_fault"] = "not built"
+    (finding,) = capacity.judge_decoding(JobResult(records=list(records.values())), None)
+    assert finding.level == OK and "plain decoder (native: n2: not built)" in finding.got
+    records["decode", "n1"]["native_fault"] = "not built"
+    (finding,) = capacity.judge_decoding(JobResult(records=list(records.values())), None)
+    assert "plain decoder (native: not built)" in finding.got
 
 
 # ---- the login node, with programs in place of SLURM's

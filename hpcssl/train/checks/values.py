@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from hpcssl.data.address import check_address, check_stage_dir, is_remote
+from hpcssl.data.native import selection as decoders
 from hpcssl.errors import ConfigError, require_choice
 from hpcssl.nets import norm, resnet
 from hpcssl.nets.kernels import selection
@@ -62,6 +63,7 @@ def check_values(recipe: Recipe) -> None:
 def _check_machine(machine: MachineOptions) -> None:
     require_choice("machine.devices", machine.devices, DEVICES)
     require_choice("machine.kernels", machine.kernels, selection.SETTINGS)
+    require_choice("machine.decoder", machine.decoder, decoders.SETTINGS)
     for key, minimum in (
         ("accumulation_steps", 1),
         ("loader_threads", 1),
