@@ -45,12 +45,14 @@ class GroupedNorm(torch.autograd.Function):
         y, moments_G2C, statistics = torch.ops.hpcssl.grouped_norm(x, groups, weight, bias, eps)
         ctx.save_for_backward(x, moments_G2C, weight)
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient that the statistics do not get
         return y, statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
         """Gradients for ``x``, ``weight`` and ``bias``."""
         x, moments_G2C, weight = ctx.saved_tensors
+        grad = torch.zeros_like(x) if grad is None else grad
         if not takes(grad):
             grad = grad.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
         grad_x, dot_C, sum_C = torch.ops.hpcssl.grouped_norm_backward(grad, x, moments_G2C, weight)

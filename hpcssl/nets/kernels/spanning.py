@@ -43,12 +43,14 @@ class PlainSpanningNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean_C, invstd_C)
         ctx.peers = peers
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient that the statistics do not get
         return (wide * scale_C.view(shape) + shift_C.view(shape)).to(x.dtype), statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
         """Gradients for ``x``, ``weight`` and ``bias``. A collective."""
         x, weight, mean_C, invstd_C = ctx.saved_tensors
+        grad = torch.zeros_like(x) if grad is None else grad  # the other ranks wait for this one
         axes, shape = _reduced_axes(x)
         wide, grad_wide = x.to(mean_C.dtype), grad.to(mean_C.dtype)
         normal = (wide - mean_C.view(shape)) * invstd_C.view(shape)
@@ -94,13 +96,15 @@ class CudaSpanningNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean_C, invstd_C)
         ctx.peers = peers
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
         return torch.batch_norm_elemt(x, weight, bias, mean_C, invstd_C, eps), statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
         """Gradients for ``x``, ``weight`` and ``bias``. A collective."""
         x, weight, mean_C, invstd_C = ctx.saved_tensors
-        grad, peers, affine = _dense(grad, x), ctx.peers, weight is not None
+        grad = torch.zeros_like(x) if grad is None else _dense(grad, x)
+        peers, affine = ctx.peers, weight is not None
         sum_C, dot_C, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean_C, invstd_C, weight, True, affine, affine
         )
