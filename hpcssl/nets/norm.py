@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from hpcssl.distributed.world import World
 from hpcssl.nets.kernels import grouped
+from hpcssl.nets.kernels.constants import ZeroPool
 from hpcssl.nets.kernels.grouped import GroupedNorm
 from hpcssl.nets.kernels.spanning import CudaSpanningNorm, PlainSpanningNorm
 from hpcssl.optim.masked import unchanged_unless
@@ -72,28 +73,6 @@ def explain_invalid_group(group: int, *, global_batch: int, world_size: int) -> 
         f"norm groups of {group} samples, which do not tile a batch of {global_batch}, or neither divide a process's "
         f"{rows} samples nor span whole processes"
     )
-
-
-class ZeroPool:
-    """Zeros for the statistics of all norms of a network, filled in blocks: not every norm launches a fill of its own.
-
-    Args:
-        block: Values that are filled at once.
-    """
-
-    def __init__(self, block: int = 2**17):
-        self._size, self._used, self._block = block, 0, torch.empty(0)
-
-    def __deepcopy__(self, _memo: object) -> ZeroPool:
-        return self  # the norms of a copied network take from the same blocks
-
-    def take(self, count: int, like: Tensor) -> Tensor:
-        """Return [count] zeros of the type and device of ``like``, which nothing else uses."""
-        block = self._block
-        if self._used + count > len(block) or block.dtype != like.dtype or block.device != like.device:
-            self._used, self._block = 0, torch.zeros(max(count, self._size), dtype=like.dtype, device=like.device)
-        self._used += count
-        return self._block[self._used - count : self._used]
 
 
 class BatchNorm(nn.Module):
@@ -163,12 +142,17 @@ class BatchNorm(nn.Module):
         """The arguments, for ``repr``."""
         return f"{self.channels}, group={self.group}, eps={self.eps}, momentum={self.momentum}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalize this rank's rows of a batch. In training, a collective where groups span ranks.
+
+        A residual and the ReLU after it are part of the kernels where those are fast and groups lie within the rank.
+        Elsewhere they are operations of their own.
 
         Args:
             x: [b, C] or [b, C, H, W], consecutive rows of the global batch (of a micro-batch under accumulation). b is
                 the same on all ranks.
+            residual: Added to the normalized rows, of their shape and type. Only with ``relu``.
+            relu: Whether negative results become 0.
 
         Returns:
             A tensor of the shape and type of ``x``.
@@ -177,16 +161,24 @@ class BatchNorm(nn.Module):
             ValueError: If a group has a single value per channel, which has no variance (from torch).
         """
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return _activate(y, residual, relu)
         group = self.group * self.rows_per_sample
+        is_fast = self.fast and x.device.type == "cuda" and len(x) % group == 0 and grouped.takes(x)
         if group > len(x):
             y, statistics = self._spanning(x, group)
+        elif is_fast and (relu or group < len(x)):
+            residual = None if residual is None else grouped.like(x, residual)
+            y, statistics = GroupedNorm.apply(x, len(x) // group, self.weight, self.bias, self.eps, residual, relu)
+            residual, relu = None, False
         elif group == len(x):
             y, statistics = self._one_group(x)
         else:
             y, statistics = self._several_groups(x, group)
+        if statistics.dim() == 2 and (len(statistics) == 1 or self.running == "first_group"):
+            statistics = statistics[0]
         self.pending.append(statistics)
-        return y
+        return _activate(y, residual, relu)
 
     def _one_group(self, x: Tensor, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize all of ``x`` with its own statistics, which go to ``statistics``, zeros [2·C]."""
@@ -198,22 +190,24 @@ class BatchNorm(nn.Module):
         return y, statistics
 
     def _several_groups(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        groups, rest = divmod(len(x), group)
-        if self.fast and x.device.type == "cuda" and rest == 0 and grouped.takes(x):
-            y, statistics = GroupedNorm.apply(x, groups, self.weight, self.bias, self.eps)
-            return y, statistics[0] if self.running == "first_group" else statistics  # averaged with those of others
-        # outside of training steps, the last group may be smaller
-        width = 2 * self.channels
-        statistics = torch.zeros(groups + (rest > 0), width, dtype=self.running_mean.dtype, device=x.device)
+        groups = -(-len(x) // group)  # outside of training steps, the last one may be smaller
+        statistics = torch.zeros(groups, 2 * self.channels, dtype=self.running_mean.dtype, device=x.device)
         parts = zip(torch.split(x, group), statistics.unbind(), strict=True)
         y = torch.cat([self._one_group(part, of_part)[0] for part, of_part in parts])
-        return y, statistics[0] if self.running == "first_group" else statistics.mean(0)
+        return y, statistics if self.running == "first_group" else statistics.mean(0)
 
     def _spanning(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         peers = self.world.neighbors(group // len(x))
         norm = CudaSpanningNorm if self.fast and x.device.type == "cuda" else PlainSpanningNorm
-        y, statistics = norm.apply(x, self.weight, self.bias, self.eps, peers)
+        y, statistics = norm.apply(x, self.weight, self.bias, self.eps, peers, self.zeros)
         return y, statistics.to(self.running_mean.dtype)
+
+
+def _activate(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Add a residual and make the ReLU, in place."""
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True) if relu else y
 
 
 def find_norms(networks: Iterable[nn.Module]) -> list[BatchNorm]:
