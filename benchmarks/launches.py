@@ -76,7 +76,8 @@ def describe(name: str, ranks: str, row: dict[str, Any], launch_us: float) -> st
     host = row["operations"] * launch_us / 1e3
     return (
         f"{name} on {ranks} GPU(s), {row['rows_per_gpu']} images each: {row['operations']} operations, "
-        f"{row['ratio']:.2f} x the plain encoders, {row['ratio_without_views']:.2f} x without the augmentations ({host:.1f} ms of launches at {launch_us:g} µs each); "
+        f"{row['ratio']:.2f} x the plain encoders, {row['ratio_without_views']:.2f} x without "
+        f"the augmentations ({host:.1f} ms of launches at {launch_us:g} µs each); "
         f"waits: {waits}; collectives: {sent}"
     )
 

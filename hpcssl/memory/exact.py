@@ -93,7 +93,12 @@ def sums(rows: Tensor, among: Among, *, max_rows: int) -> tuple[Tensor, Tensor]:
 
 def to_grid(x: Tensor) -> Tensor:
     """Return a float64 copy of x, rounded to multiples of 2^-24."""
-    return x.to(torch.float64, copy=True).mul_(_GRID).round_().div_(_GRID)
+    return _grid_units(x).div_(_GRID)
+
+
+def _grid_units(x: Tensor) -> Tensor:
+    """``to_grid`` in units of 2^-24: whole numbers, whose products and sums are exact just the same."""
+    return x.to(torch.float64, copy=True).mul_(_GRID).round_()
 
 
 def _is_bad(score: Tensor) -> Tensor:
@@ -136,14 +141,14 @@ def exhaustive_search(query: Tensor, rows: Tensor, k: int, among: Among | None) 
     for first in range(0, len(query), queries):
         part = slice(first, first + queries)
         restriction = None if among is None else (among[0], among[1][part])
-        score, slot = _exhaustive_chunked(to_grid(query[part]), rows, k, restriction)
+        score, slot = _exhaustive_chunked(_grid_units(query[part]), rows, k, restriction)
         scores_.append(score)
         slots.append(slot)
     return (torch.cat(scores_), torch.cat(slots)) if len(scores_) > 1 else (scores_[0], slots[0])
 
 
 def _exhaustive_chunked(query: Tensor, rows: Tensor, k: int, among: Among | None) -> tuple[Tensor, Tensor]:
-    """Search all rows chunk by chunk, for queries that are on the grid.
+    """Search all rows chunk by chunk, for queries in units of the grid.
 
     Rows with equal scores are the reason for this search, and ``topk`` leaves the order of equal values open. So one
     integer holds both score and place: 2^48 · score, which is below 2^51 for a score below 8, and 12 bits for the
@@ -154,12 +159,12 @@ def _exhaustive_chunked(query: Tensor, rows: Tensor, k: int, among: Among | None
     where = torch.empty_like(best, dtype=torch.int64)
     step = CHUNK if rows.device.type == "cuda" else max(256, min(CHUNK, 2**20 // rows.shape[1]))
     for start in range(0, len(rows), step):
-        score = query @ to_grid(rows[start : start + step]).T
+        score = query @ _grid_units(rows[start : start + step]).T  # 2^48 times the score
         bad = _is_bad(score)
         if among is not None:
             bad |= forbidden(among, start, start + score.shape[1])
         place = torch.arange(score.shape[1], device=rows.device)
-        code = score.masked_fill_(bad, 0).clamp_(-7.0, 7.0).mul_(_GRID * _GRID).long()
+        code = score.masked_fill_(bad, 0).clamp_(-7 * _GRID * _GRID, 7 * _GRID * _GRID).long()
         code = code.mul_(CHUNK).add_(CHUNK - 1 - place).masked_fill_(bad, nothing)
         code = code.topk(min(k, code.shape[1]), dim=1).values
         score = (code // CHUNK).double().div_(_GRID * _GRID).masked_fill_(code == nothing, -torch.inf)
