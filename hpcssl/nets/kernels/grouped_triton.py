@@ -22,6 +22,7 @@ _PROGRAMS = 1024
 """Programs that the kernels that read everything are split into, at least: some seven per multiprocessor of an H200."""
 _MAX_SPLITS = 256
 
+# fmt: off  # arguments of kernels would take a line each
 # Without this, triton compiles again for every kind of number here: 1, multiples of 16, and others. The number of
 # channels is left out, because it decides whether a kernel may read several values at once.
 _compiled = triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
@@ -233,6 +234,7 @@ def _propagate(
     tl.store(pointers, (slope * scale[None, :]).to(grad_x.dtype.element_ty), mask=exists)
 
 
+# fmt: on
 class _Layout:
     """How rows [G·n, C, ...] are cut into programs."""
 
