@@ -22,7 +22,7 @@ _PROGRAMS = 1024
 """Programs that the kernels that read everything are split into, at least: some seven per multiprocessor of an H200."""
 _MAX_SPLITS = 256
 
-# fmt: off  # arguments of kernels would take a line each
+# fmt: off
 # Without this, triton compiles again for every kind of number here: 1, multiples of 16, and others. The number of
 # channels is left out, because it decides whether a kernel may read several values at once.
 _compiled = triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
@@ -87,19 +87,8 @@ def _join_moments(
 
 @_compiled
 def _normalize(
-    x,
-    y,
-    moments,
-    weight,
-    bias,
-    residual,
-    rows,
-    channels,
-    AFFINE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    x, y, moments, weight, bias, residual, rows, channels, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU:
+    tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """``y = (x - mean) * invstd * weight + bias``, plus ``residual``, and 0 where that is negative."""
     g, block = tl.program_id(1), tl.program_id(2)
@@ -124,20 +113,8 @@ def _normalize(
 
 @_compiled
 def _sum_gradients(
-    grad,
-    x,
-    moments,
-    activated,
-    grad_residual,
-    partial,
-    rows,
-    channels,
-    split_rows,
-    splits,
-    RELU: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    grad, x, moments, activated, grad_residual, partial, rows, channels, split_rows, splits, RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """Sums of the gradient, and of its product with the normalized values, of each split, to [G, 2, S, C].
 
@@ -197,19 +174,8 @@ def _join_gradients(
 
 @_compiled
 def _propagate(
-    grad,
-    x,
-    grad_x,
-    moments,
-    sums,
-    weight,
-    activated,
-    rows,
-    channels,
-    AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    grad, x, grad_x, moments, sums, weight, activated, rows, channels, AFFINE: tl.constexpr, RELU: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """``grad_x = (grad - mean(grad) - normal * mean(grad * normal)) * invstd * weight``, ``grad`` as summed."""
     g, block = tl.program_id(1), tl.program_id(2)
