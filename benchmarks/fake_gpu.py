@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import sys
 import warnings
 from collections import Counter
@@ -45,7 +46,8 @@ import hpcssl
 
 DEVICE = torch.device("cuda", 0)
 _ENGINE_DEVICE = torch.device("meta", 7)
-_PACKAGE = Path(hpcssl.__file__).parent
+_PREFIX = str(Path(hpcssl.__file__).parent) + os.sep
+_TRANSFERS = "distributed/devices.py"  # whose copies are counted for who asks for them
 _aten = torch.ops.aten
 # operations whose result has as many rows as there are values of a kind: the host waits for the number
 _READS_SHAPE = {
@@ -110,6 +112,8 @@ class Trace:
 
     Attributes:
         operations: Operations of the GPU that do work (no views, no allocations), by name. A ``_foreach`` is one.
+        parts: The same operations by the folder of the package that the innermost function is of, e.g. ``views``.
+            Operations of a backward pass are those of ``train``, which calls it.
         waits: Why the host waited for the GPU and where in the package, e.g. ``item at train/step.py train_step``.
         copies: Bytes copied to the device, by ``blocking`` or ``asynchronous``.
         collectives: In order.
@@ -117,6 +121,7 @@ class Trace:
     """
 
     operations: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)
     collectives: list[Collective] = field(default_factory=list)
@@ -166,7 +171,7 @@ class Recorder(TorchDispatchMode):
         if func in _READS_SHAPE:
             if on_gpu:
                 self.wait(func.overloadpacket.__name__)
-                self.trace.operations[func.overloadpacket.__name__] += 1
+                self._count(func)
             return _READS_SHAPE[func](*args)
         if func in (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default):
             args = self._index_by_masks(args)
@@ -177,10 +182,14 @@ class Recorder(TorchDispatchMode):
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         self._note_copy(func, args, kwargs, inputs, outputs)
         if (on_gpu or any(x.device.type == "cuda" for x in outputs)) and _does_work(func):
-            self.trace.operations[func.overloadpacket.__name__] += 1
+            self._count(func)
             if func.overloadpacket in flop_registry:
                 self.trace.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         return result
+
+    def _count(self, func: Any) -> None:
+        self.trace.operations[func.overloadpacket.__name__] += 1
+        self.trace.parts[_package_frame(_TRANSFERS)[0].split("/")[0]] += 1
 
     def _index_by_masks(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Replace masks by the indices of their true entries, which is what the operation does, and waits for."""
@@ -236,13 +245,18 @@ def _keep_layout(result: Any, inputs: list[Tensor]) -> Any:
 
 def _call_site() -> str:
     """The innermost function of the package that is running, as ``nets/pair.py embed``."""
+    return " ".join(_package_frame()).strip()
+
+
+def _package_frame(besides: str = "") -> tuple[str, str]:
+    """File and name of the innermost function of the package, but for those of the file ``besides``."""
     frame = sys._getframe(1)
     while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_PACKAGE):
-            return f"{path.relative_to(_PACKAGE).as_posix()} {frame.f_code.co_name}"
+        name = frame.f_code.co_filename
+        if name.startswith(_PREFIX) and name != _PREFIX + besides:
+            return name.removeprefix(_PREFIX).replace(os.sep, "/"), frame.f_code.co_name
         frame = frame.f_back  # type: ignore[assignment]
-    return "outside of the package"
+    return "outside of the package", ""
 
 
 def _sends_gradients() -> bool:

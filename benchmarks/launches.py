@@ -54,6 +54,8 @@ def row_of(m: Measured) -> dict[str, Any]:
         "operations": m.step.launches,
         "plain_operations": m.plain.launches,
         "ratio": round(m.step.launches / m.plain.launches, 3),
+        "parts": dict(sorted(m.step.parts.items())),
+        "ratio_without_views": round((m.step.launches - m.step.parts["views"]) / m.plain.launches, 3),
         "waits": dict(sorted(m.step.waits.items())),
         "copied_bytes": dict(sorted(m.step.copies.items())),
         "collectives": {kind: list(figures) for kind, figures in m.step.by_kind().items()},
@@ -74,7 +76,8 @@ def describe(name: str, ranks: str, row: dict[str, Any], launch_us: float) -> st
     host = row["operations"] * launch_us / 1e3
     return (
         f"{name} on {ranks} GPU(s), {row['rows_per_gpu']} images each: {row['operations']} operations, "
-        f"{row['ratio']:.2f} x the plain encoders ({host:.1f} ms of launches at {launch_us:g} µs each); "
+        f"{row['ratio']:.2f} x the plain encoders, {row['ratio_without_views']:.2f} x without "
+        f"the augmentations ({host:.1f} ms of launches at {launch_us:g} µs each); "
         f"waits: {waits}; collectives: {sent}"
     )
 

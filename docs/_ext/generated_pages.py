@@ -121,7 +121,8 @@ launches` takes the step with tensors that have a shape but no values, in a proc
 - *Given*: bytes that a GPU passes to the collectives of the step. An all-gather returns that many from each GPU, an
   all-reduce as many as it was given.
 - *Operations*: kernels and copies that the host launches, without views; *of plain encoders*: the same networks with
-  `nn.BatchNorm2d` (`nn.SyncBatchNorm` where groups span GPUs) and plain SGD take 1.00.
+  `nn.BatchNorm2d` (`nn.SyncBatchNorm` where groups span GPUs) and plain SGD take 1.00; *without views*: the same
+  without the operations of the augmentations.
 - *Waits*: how often the host waits for the GPU within the step. One is the agreement of all ranks whether the step is
   taken.
 
@@ -138,13 +139,14 @@ def collectives_page() -> str:
         rows = {name: by_ranks[ranks] for name, by_ranks in counts.items() if ranks in by_ranks}
         kinds = sorted({kind for row in rows.values() for kind in row["collectives"]})
         head = ["recipe", "images per GPU", *[cell for kind in kinds for cell in (kind, "given")]]
-        head += ["operations", "of plain encoders", "waits"]
+        head += ["operations", "of plain encoders", "without views", "waits"]
         page += [f"\n## {ranks} GPU{'s' * (ranks != '1')}\n", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, row in rows.items():
             sent = [row["collectives"].get(kind, (0, 0, 0)) for kind in kinds]
             cells = [f"`{name}`", str(row["rows_per_gpu"])]
             cells += [cell for number, given, _ in sent for cell in (str(number), f"{given / 1e6:.2f} MB")]
-            cells += [str(row["operations"]), f"{row['ratio']:.2f}", str(sum(row["waits"].values()))]
+            cells += [str(row["operations"]), f"{row['ratio']:.2f}", f"{row['ratio_without_views']:.2f}"]
+            cells.append(str(sum(row["waits"].values())))
             page.append(f"| {' | '.join(cells)} |")
     return "\n".join(page) + "\n"
 

@@ -189,11 +189,11 @@ class Collectives:
 
     # -- numbers --------------------------------------------------------------------------------------------
 
-    def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Elementwise sum over ranks; the same bits on every rank."""
+    def all_reduce_sum(self, x: Tensor, in_place: bool = False) -> Tensor:
+        """Elementwise sum over ranks; the same bits on every rank. ``in_place`` for a contiguous x that may change."""
         if self.size == 1:
             return x.detach()
-        x = x.detach().clone(memory_format=torch.contiguous_format)
+        x = x.detach() if in_place else x.detach().clone(memory_format=torch.contiguous_format)
         with self._collective("all_reduce_sum", x):
             dist.all_reduce(x, group=self._group)
         return x

@@ -12,6 +12,8 @@ of float32 itself.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +27,9 @@ Query i may only have rows whose column equals value[i]. A value below 0 means "
 CHUNK = 4096
 """Rows per matrix product on a CPU, which then stays in the cache. Must be 2^12: see ``_exhaustive_chunked``."""
 _GRID = 2.0**24
-_QUERIES = 256  # queries at a time, which bounds the memory
+# These bound the memory. A GPU gets larger pieces: each takes some ten launches, however small it is.
+_QUERIES = {"cpu": 2**8, "cuda": 2**12}  # of an exhaustive search at a time
+_GRID_ENTRIES = {"cpu": 2**19, "cuda": 2**25}  # of candidates in float64 at a time: 4 and 256 MiB
 
 
 def merge(score: Tensor, slot: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +61,7 @@ def scores(query: Tensor, rows: Tensor) -> Tensor:
         [B, m] float64; -inf where the score is not finite.
     """
     score = torch.bmm(to_grid(rows), to_grid(query).unsqueeze(2)).squeeze(2)
-    return score.masked_fill_(~score.isfinite(), -torch.inf)
+    return score.masked_fill_(_is_bad(score), -torch.inf)
 
 
 def sums(rows: Tensor, among: Among, *, max_rows: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +93,17 @@ def sums(rows: Tensor, among: Among, *, max_rows: int) -> tuple[Tensor, Tensor]:
 
 def to_grid(x: Tensor) -> Tensor:
     """Return a float64 copy of x, rounded to multiples of 2^-24."""
-    return x.to(torch.float64, copy=True).mul_(_GRID).round_().div_(_GRID)
+    return _grid_units(x).div_(_GRID)
+
+
+def _grid_units(x: Tensor) -> Tensor:
+    """``to_grid`` in units of 2^-24: whole numbers, whose products and sums are exact just the same."""
+    return x.to(torch.float64, copy=True).mul_(_GRID).round_()
+
+
+def _is_bad(score: Tensor) -> Tensor:
+    """``~score.isfinite()``, in three launches instead of five."""
+    return ~(score.abs() < math.inf)
 
 
 def forbidden(among: Among, start: int, stop: int) -> Tensor:
@@ -106,12 +120,12 @@ def rerank(query: Tensor, rows: Tensor, slot: Tensor, k: int, among: Among | Non
         is -inf.
     """
     score = torch.empty(slot.shape, dtype=torch.float64, device=rows.device)
-    step = max(1, 2**19 // (slot.shape[1] * rows.shape[1]))  # 4 MiB of float64
+    step = max(1, _GRID_ENTRIES[rows.device.type] // (slot.shape[1] * rows.shape[1]))
     for start in range(0, len(query), step):
         part = slice(start, start + step)
         candidates = to_grid(rows[slot[part].clamp(min=0)])
         torch.bmm(candidates, to_grid(query[part]).unsqueeze(2), out=score[part].unsqueeze(2))
-    bad = ~score.isfinite() | (slot < 0)  # for a query of NaNs, faiss proposes slot -1
+    bad = _is_bad(score) | (slot < 0)  # for a query of NaNs, faiss proposes slot -1
     if among is not None:
         value = among[1].unsqueeze(1)
         bad |= (among[0][slot] != value) | (value < 0)
@@ -120,37 +134,43 @@ def rerank(query: Tensor, rows: Tensor, slot: Tensor, k: int, among: Among | Non
 
 def exhaustive_search(query: Tensor, rows: Tensor, k: int, among: Among | None) -> tuple[Tensor, Tensor]:
     """Return the k best of all rows by their exact scores, like ``rerank`` with every row as a candidate."""
-    scores_, slots = [query.new_empty(0, k, dtype=torch.float64)], [query.new_empty(0, k, dtype=torch.int64)]
-    for first in range(0, len(query), _QUERIES):
-        part = slice(first, first + _QUERIES)
+    if len(query) == 0:
+        return query.new_empty(0, k, dtype=torch.float64), query.new_empty(0, k, dtype=torch.int64)
+    scores_, slots = [], []
+    queries = _QUERIES[query.device.type]
+    for first in range(0, len(query), queries):
+        part = slice(first, first + queries)
         restriction = None if among is None else (among[0], among[1][part])
-        score, slot = _exhaustive_chunked(to_grid(query[part]), rows, k, restriction)
+        score, slot = _exhaustive_chunked(_grid_units(query[part]), rows, k, restriction)
         scores_.append(score)
         slots.append(slot)
-    return torch.cat(scores_), torch.cat(slots)
+    return (torch.cat(scores_), torch.cat(slots)) if len(scores_) > 1 else (scores_[0], slots[0])
 
 
 def _exhaustive_chunked(query: Tensor, rows: Tensor, k: int, among: Among | None) -> tuple[Tensor, Tensor]:
-    """Search all rows chunk by chunk, for queries that are on the grid.
+    """Search all rows chunk by chunk, for queries in units of the grid.
 
     Rows with equal scores are the reason for this search, and ``topk`` leaves the order of equal values open. So one
     integer holds both score and place: 2^48 · score, which is below 2^51 for a score below 8, and 12 bits for the
     place in the chunk. No two integers are equal.
     """
     nothing = torch.iinfo(torch.int64).min
-    best = query.new_empty(len(query), 0)
+    best = query.new_empty(len(query), 0, dtype=torch.float64)
     where = torch.empty_like(best, dtype=torch.int64)
-    step = max(256, min(CHUNK, 2**20 // rows.shape[1]))
+    step = CHUNK if rows.device.type == "cuda" else max(256, min(CHUNK, 2**20 // rows.shape[1]))
     for start in range(0, len(rows), step):
-        score = query @ to_grid(rows[start : start + step]).T
-        bad = ~score.isfinite()
+        score = query @ _grid_units(rows[start : start + step]).T  # 2^48 times the score
+        bad = _is_bad(score)
         if among is not None:
             bad |= forbidden(among, start, start + score.shape[1])
         place = torch.arange(score.shape[1], device=rows.device)
-        code = score.masked_fill_(bad, 0).clamp_(-7.0, 7.0).mul_(_GRID * _GRID).long()
+        code = score.masked_fill_(bad, 0).clamp_(-7 * _GRID * _GRID, 7 * _GRID * _GRID).long()
         code = code.mul_(CHUNK).add_(CHUNK - 1 - place).masked_fill_(bad, nothing)
         code = code.topk(min(k, code.shape[1]), dim=1).values
         score = (code // CHUNK).double().div_(_GRID * _GRID).masked_fill_(code == nothing, -torch.inf)
         slot = start + CHUNK - 1 - code % CHUNK
-        best, where = merge(torch.cat([best, score], 1), torch.cat([where, slot], 1), k)
-    return merge(best, where, k)
+        if start == 0:  # ``topk`` has sorted them, by score and then by slot
+            best, where = score, slot
+        else:
+            best, where = merge(torch.cat([best, score], 1), torch.cat([where, slot], 1), k)
+    return (best, where) if best.shape[1] == k else merge(best, where, k)

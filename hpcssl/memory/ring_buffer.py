@@ -182,7 +182,7 @@ class RingBuffer:
 
         Args:
             column: name of the column.
-            slot: int64 of any shape. Slots below 0 give -1 for integers and 0 for vectors.
+            slot: int64 of any shape, below N. Slots below 0 give -1 for integers and 0 for vectors.
 
         Returns:
             The shape of ``slot``, with a last dimension D for vectors.
@@ -193,8 +193,8 @@ class RingBuffer:
             values = fetch_rows(self.world, stored, slot.flatten(), self.size).view(*slot.shape, *stored.shape[1:])
         else:
             values = stored[slot.clamp(0, self.size - 1)]
-            missing = (slot < 0) | (slot >= self.size)
-            values = values.masked_fill(missing if stored.dim() == 1 else missing.unsqueeze(-1), 0)
+            if stored.dim() == 2:
+                return values.masked_fill((slot < 0).unsqueeze(-1), 0)
         return values.masked_fill(slot < 0, -1) if stored.dim() == 1 else values
 
     def all_rows(self, column: str) -> Tensor:

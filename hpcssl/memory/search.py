@@ -29,6 +29,9 @@ SPARE = {"fp32": 3, "bf16": 59}
 """Proposals beyond k, by prefilter. More proposals certify more queries, and a coarser product needs more of them."""
 SMALL = 4096
 """Up to this many rows, exact arithmetic on all of them is as fast as proposing candidates first."""
+_PRODUCT_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of the scores of one chunk of rows
+_MOST_ROWS = {"cpu": CHUNK, "cuda": 64 * CHUNK}  # in one chunk; more do not speed it up
+_PENDING = 16  # chunks whose candidates are kept before the best are chosen
 _COPY_BYTES = 2**24  # a search of few allowed rows copies at most this number of bytes of them
 
 
@@ -43,7 +46,9 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Find the k nearest rows of each query.
 
-    Extra memory: below 40 MiB on a CPU and 64 MiB on a GPU, for up to 1,024 queries of 512 entries.
+    Extra memory: below 40 MiB on a CPU, for up to 1,024 queries of 512 entries. On a GPU, where a piece that is too
+    small costs as many launches as a large one: 256 MiB for the scores, and up to three times as much for candidates in
+    float64.
 
     Args:
         query: [B, D], unit length, on the device of ``rows``.
@@ -146,8 +151,8 @@ def _by_chunks(query: Tensor, rows: Tensor, m: int, among: Among | None, prefilt
     query = query.bfloat16() if prefilter == "bf16" else query
     step = _rows_per_chunk(query)
     buffer = query.new_empty(len(query) * step)
-    best = query.new_empty(len(query), 0)
-    where = torch.empty_like(best, dtype=torch.int64)
+    scores_: list[Tensor] = []
+    slots: list[Tensor] = []
     for start in range(0, len(rows), step):
         part = rows[start : start + step].to(query.dtype)
         score = buffer[: len(query) * len(part)].view(len(query), len(part))
@@ -155,11 +160,23 @@ def _by_chunks(query: Tensor, rows: Tensor, m: int, among: Among | None, prefilt
         if among is not None:
             score.masked_fill_(forbidden(among, start, start + len(part)), -torch.inf)
         score, slot = score.topk(min(m, len(part)), dim=1, sorted=False)
-        best, where = torch.cat([best, score], 1), torch.cat([where, slot + start], 1)
-        if best.shape[1] > m:
-            best, kept = best.topk(m, dim=1, sorted=False)
-            where = where.gather(1, kept)
-    return best, where
+        scores_.append(score)
+        slots.append(slot.add_(start) if start else slot)
+        if len(scores_) == _PENDING:
+            score, slot = _choose(scores_, slots, m)
+            scores_, slots = [score], [slot]
+    return _choose(scores_, slots, m)
+
+
+def _choose(scores_: list[Tensor], slots: list[Tensor], m: int) -> tuple[Tensor, Tensor]:
+    """The m best of the candidates of several chunks, in any order."""
+    if len(scores_) == 1:
+        return scores_[0], slots[0]
+    score, slot = torch.cat(scores_, 1), torch.cat(slots, 1)
+    if score.shape[1] > m:
+        score, kept = score.topk(m, dim=1, sorted=False)
+        slot = slot.gather(1, kept)
+    return score, slot
 
 
 def _matmul_is_float32() -> bool:
@@ -170,6 +187,6 @@ def _matmul_is_float32() -> bool:
 
 
 def _rows_per_chunk(query: Tensor) -> int:
-    """Rows per matrix product: a product of at most 16 MiB, and no more rows than speed it up."""
-    most = CHUNK if query.device.type == "cpu" else 8 * CHUNK
-    return max(256, min(most, 2**24 // (query.element_size() * max(1, len(query)))))
+    """Rows per matrix product: a product of a bounded size, and no more rows than speed it up."""
+    device = query.device.type
+    return max(256, min(_MOST_ROWS[device], _PRODUCT_BYTES[device] // (query.element_size() * max(1, len(query)))))

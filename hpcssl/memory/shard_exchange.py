@@ -9,10 +9,12 @@ Everything is copied, nothing is added, so that every bit arrives.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hpcssl.distributed.batch_layout import BatchLayout
+from hpcssl.distributed.devices import to_device
 from hpcssl.distributed.world import World
 
 
@@ -24,7 +26,10 @@ def share_of(world: World, size: int) -> int:
 def fetch_rows(world: World, stored: Tensor, slots: Tensor, size: int) -> Tensor:
     """Fetch this rank's own choice of rows from their owners.
 
-    The numbers of rows to send are needed on the host, for which a GPU is waited for once.
+    On a CPU each rank receives only what it asked for. The numbers of rows are needed on the host for that, for which a
+    GPU would have to be waited for. So there each pair of ranks exchanges as many rows as were asked for, and those of
+    other owners are left aside: a rank receives W·n rows in place of n. That number is k rows per image of the global
+    batch, however many ranks there are.
 
     Args:
         world: the ranks.
@@ -35,6 +40,29 @@ def fetch_rows(world: World, stored: Tensor, slots: Tensor, size: int) -> Tensor
     Returns:
         The rows [n] or [n, D]; zeros for slots that do not exist.
     """
+    fetch = _fetch_equal_parts if world.device.type == "cuda" else _fetch_asked_rows
+    return fetch(world, stored, slots, size)
+
+
+def _fetch_equal_parts(world: World, stored: Tensor, slots: Tensor, size: int) -> Tensor:
+    """``fetch_rows`` without a number that the host must know."""
+    share = share_of(world, size)
+    if world.size == 1:
+        answers = stored[slots.clamp(0, len(stored) - 1)]
+    else:
+        requests = world.all_gather(slots)
+        shape = (len(requests), *stored.shape[1:])
+        places = (requests - world.rank * share).clamp(0, max(0, len(stored) - 1))
+        rows = stored[places] if len(stored) else stored.new_zeros(shape)  # the last ranks may hold none
+        by_owner = world.all_to_all(rows).unflatten(0, (world.size, -1))  # type: ignore[no-untyped-call]
+        owner = (slots // share).clamp(0, world.size - 1)
+        answers = by_owner[owner, torch.arange(len(slots), device=slots.device)]
+    missing = (slots < 0) | (slots >= size)
+    return answers.masked_fill(missing if answers.dim() == 1 else missing.unsqueeze(-1), 0)
+
+
+def _fetch_asked_rows(world: World, stored: Tensor, slots: Tensor, size: int) -> Tensor:
+    """``fetch_rows`` with as few bytes as possible."""
     share = share_of(world, size)
     requests = world.all_gather(slots).unflatten(0, (world.size, -1))  # type: ignore[no-untyped-call]
     first = world.rank * share
@@ -93,15 +121,17 @@ class PushRoute:
     def __init__(self, world: World, slots: Tensor, size: int, layout: BatchLayout | None):
         self.world, share = world, share_of(world, size)
         parts = 1 if layout is None else layout.micro_batches
-        by_rank = slots.cpu().view(parts, world.size, -1).transpose(0, 1).flatten(1)  # [W, b]: of each rank's rows
-        owner = torch.where(by_rank < 0, world.size, by_rank // share)
-        own, order = owner[world.rank].sort(stable=True)
-        self._order = order[own < world.size]
-        self._to_send: list[int] = torch.bincount(own, minlength=world.size + 1)[: world.size].tolist()
+        # [W, b]: the slots of each rank's rows, in the order of the global batch
+        by_rank = slots.cpu().numpy().reshape(parts, world.size, -1).swapaxes(0, 1).reshape(world.size, -1)
+        owner = np.where(by_rank < 0, world.size, by_rank // share)
+        own = owner[world.rank]
+        order = np.argsort(own, kind="stable")
+        self._order = to_device(order[own[order] < world.size], world.device)
+        self._to_send: list[int] = np.bincount(own, minlength=world.size + 1)[: world.size].tolist()
         arriving = owner == world.rank
         self._to_receive: list[int] = arriving.sum(1).tolist()
-        self.place = (by_rank[arriving] - world.rank * share).to(world.device)
+        self.place = to_device(by_rank[arriving] - world.rank * share, world.device)
 
     def send(self, rows: Tensor) -> Tensor:
         """Send this rank's rows [b, …] to their owners, and return the rows [m, …] that this rank owns."""
-        return self.world.all_to_all(rows[self._order.to(rows.device)], self._to_send, self._to_receive)
+        return self.world.all_to_all(rows[self._order], self._to_send, self._to_receive)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from hpcssl.distributed.world import World
 from hpcssl.nets.kernels import grouped
+from hpcssl.nets.kernels.constants import ZeroPool
 from hpcssl.nets.kernels.grouped import GroupedNorm
 from hpcssl.nets.kernels.spanning import CudaSpanningNorm, PlainSpanningNorm
 from hpcssl.optim.masked import unchanged_unless
@@ -98,6 +99,7 @@ class BatchNorm(nn.Module):
         running: Whose statistics enter the running ones: the mean over ``all_groups``, or those of the ``first_group``.
         fast: Whether CUDA tensors are normalized by the kernels that ``kernels.selection`` has tried. The same on all
             ranks.
+        zeros: Shared by the norms of a network; None if this norm fills its own.
 
     Attributes:
         running_mean: float [C], 0 at first.
@@ -105,8 +107,8 @@ class BatchNorm(nn.Module):
         micro_batches: Forward passes that make up one batch of a step (gradient accumulation).
         rows_per_sample: Consecutive rows of each sample in a forward pass: more than 1 where several views pass
             together and share their statistics.
-        pending: [2·C] per forward pass since the last commit: means and unbiased variances, averaged over this rank's
-            groups, or those of its first group.
+        pending: Per forward pass since the last commit, means and unbiased variances of this rank's groups: [2·C], if
+            they are averaged already or only those of the first group count, or [G, 2·C].
     """
 
     running_mean: Tensor
@@ -123,10 +125,11 @@ class BatchNorm(nn.Module):
         affine: bool = True,
         running: str = "all_groups",
         fast: bool = False,
+        zeros: ZeroPool | None = None,
     ):
         super().__init__()
         self.channels, self.group, self.world, self.eps, self.momentum = channels, group, world, eps, momentum
-        self.running, self.fast = running, fast
+        self.running, self.fast, self.zeros = running, fast, zeros or ZeroPool(block=0)
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -139,12 +142,17 @@ class BatchNorm(nn.Module):
         """The arguments, for ``repr``."""
         return f"{self.channels}, group={self.group}, eps={self.eps}, momentum={self.momentum}"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalize this rank's rows of a batch. In training, a collective where groups span ranks.
+
+        A residual and the ReLU after it are part of the kernels where those are fast and groups lie within the rank.
+        Elsewhere they are operations of their own.
 
         Args:
             x: [b, C] or [b, C, H, W], consecutive rows of the global batch (of a micro-batch under accumulation). b is
                 the same on all ranks.
+            residual: Added to the normalized rows, of their shape and type. Only with ``relu``.
+            relu: Whether negative results become 0.
 
         Returns:
             A tensor of the shape and type of ``x``.
@@ -153,44 +161,53 @@ class BatchNorm(nn.Module):
             ValueError: If a group has a single value per channel, which has no variance (from torch).
         """
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return _activate(y, residual, relu)
         group = self.group * self.rows_per_sample
+        is_fast = self.fast and x.device.type == "cuda" and len(x) % group == 0 and grouped.takes(x)
         if group > len(x):
             y, statistics = self._spanning(x, group)
+        elif is_fast and (relu or group < len(x)):
+            residual = None if residual is None else grouped.like(x, residual)
+            y, statistics = GroupedNorm.apply(x, len(x) // group, self.weight, self.bias, self.eps, residual, relu)
+            residual, relu = None, False
         elif group == len(x):
             y, statistics = self._one_group(x)
         else:
             y, statistics = self._several_groups(x, group)
+        if statistics.dim() == 2 and (len(statistics) == 1 or self.running == "first_group"):
+            statistics = statistics[0]
         self.pending.append(statistics)
-        return y
+        return _activate(y, residual, relu)
 
     def _one_group(self, x: Tensor, statistics: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize all of ``x`` with its own statistics, which go to ``statistics``, zeros [2·C]."""
         if statistics is None:
-            statistics = torch.zeros(2 * self.channels, dtype=self.running_mean.dtype, device=x.device)
+            statistics = self.zeros.take(2 * self.channels, self.running_mean)
         # with momentum 1, torch writes the group's mean and unbiased variance into the two buffers
         mean_C, var_C = statistics.chunk(2)
         y = F.batch_norm(x, mean_C, var_C, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
         return y, statistics
 
     def _several_groups(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        groups, rest = divmod(len(x), group)
-        if self.fast and x.device.type == "cuda" and rest == 0 and grouped.takes(x):
-            y, statistics = GroupedNorm.apply(x, groups, self.weight, self.bias, self.eps)
-            statistics = statistics.to(self.running_mean.dtype)
-        else:
-            # outside of training steps, the last group may be smaller
-            width = 2 * self.channels
-            statistics = torch.zeros(groups + (rest > 0), width, dtype=self.running_mean.dtype, device=x.device)
-            parts = zip(torch.split(x, group), statistics.unbind(), strict=True)
-            y = torch.cat([self._one_group(part, of_part)[0] for part, of_part in parts])
-        return y, statistics[0] if self.running == "first_group" else statistics.mean(0)
+        groups = -(-len(x) // group)  # outside of training steps, the last one may be smaller
+        statistics = torch.zeros(groups, 2 * self.channels, dtype=self.running_mean.dtype, device=x.device)
+        parts = zip(torch.split(x, group), statistics.unbind(), strict=True)
+        y = torch.cat([self._one_group(part, of_part)[0] for part, of_part in parts])
+        return y, statistics if self.running == "first_group" else statistics.mean(0)
 
     def _spanning(self, x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         peers = self.world.neighbors(group // len(x))
         norm = CudaSpanningNorm if self.fast and x.device.type == "cuda" else PlainSpanningNorm
-        y, statistics = norm.apply(x, self.weight, self.bias, self.eps, peers)
+        y, statistics = norm.apply(x, self.weight, self.bias, self.eps, peers, self.zeros)
         return y, statistics.to(self.running_mean.dtype)
+
+
+def _activate(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """Add a residual and make the ReLU, in place."""
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True) if relu else y
 
 
 def find_norms(networks: Iterable[nn.Module]) -> list[BatchNorm]:
@@ -221,12 +238,12 @@ def commit_pending(norms: list[BatchNorm], world: World, taken: Tensor | None = 
     if not norms:
         return
     local = [statistics for norm in norms for statistics in _average_micro_batches(norm)]
-    flat = torch.cat(local)  # by norm, then by view: [2·C] each
+    flat = _average_groups(local)  # by norm, then by view: [2·C] each
     if norms[0].running == "all_groups":
         flat = world.all_reduce_mean(flat)
     else:
         flat = world.all_reduce_sum(flat if world.rank == 0 else torch.zeros_like(flat))
-    halves = iter(torch.split(flat, [len(statistics) // 2 for statistics in local for _ in range(2)]))
+    halves = iter(torch.split(flat, [statistics.shape[-1] // 2 for statistics in local for _ in range(2)]))
     updates = [[(next(halves), next(halves)) for _ in norm.pending[:: norm.micro_batches]] for norm in norms]
     with unchanged_unless(taken, [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]):
         for view in range(max(map(len, updates))):
@@ -237,8 +254,15 @@ def commit_pending(norms: list[BatchNorm], world: World, taken: Tensor | None = 
 
 
 def _average_micro_batches(norm: BatchNorm) -> list[Tensor]:
-    """A layer's pending statistics by view, [2·C] each: averaged over micro-batches, or those of the first one."""
+    """A layer's pending statistics by view: averaged over micro-batches, or those of the first one."""
     views = len(norm.pending) // norm.micro_batches
     if norm.micro_batches == 1 or norm.running == "first_group":
         return norm.pending[:views]
     return list(torch.unflatten(torch.stack(norm.pending), 0, (norm.micro_batches, views)).mean(0))
+
+
+def _average_groups(statistics: list[Tensor]) -> Tensor:
+    """Join [2·C] and [G, 2·C] of several layers and views, averaged over groups: in one pass if all have as many."""
+    if all(s.dim() == 2 and len(s) == len(statistics[0]) for s in statistics):
+        return torch.cat(statistics, 1).mean(0)
+    return torch.cat([s.mean(0) if s.dim() == 2 else s for s in statistics])

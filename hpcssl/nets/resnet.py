@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from hpcssl import rng
 from hpcssl.errors import ConfigError, suggest
+from hpcssl.nets.norm import BatchNorm
 
 Norm = Callable[[int], nn.Module]
 """Makes a normalization layer for a number of channels."""
@@ -67,6 +68,38 @@ class Arch:
         return cls(**json.loads(text))
 
 
+class FusedBasicBlock(BasicBlock):
+    """torchvision's block, whose norms get the residual and the ReLU behind them, which ``BatchNorm`` may fuse."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute what torchvision's block computes."""
+        out = _norm_relu(self.bn1, self.conv1(x))
+        return _norm_relu(self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x))
+
+
+class FusedBottleneck(Bottleneck):
+    """The same for torchvision's bottleneck."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute what torchvision's block computes."""
+        out = _norm_relu(self.bn2, self.conv2(_norm_relu(self.bn1, self.conv1(x))))
+        return _norm_relu(self.bn3, self.conv3(out), x if self.downsample is None else self.downsample(x))
+
+
+def _norm_relu(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    y: Tensor
+    if isinstance(norm, BatchNorm):
+        y = norm(x, residual, relu=True)
+        return y
+    y = norm(x)
+    if residual is not None:
+        y += residual
+    return F.relu(y, inplace=True)
+
+
+_FUSED = {BasicBlock: FusedBasicBlock, Bottleneck: FusedBottleneck}
+
+
 class TinyResNet(nn.Module):
     """A ResNet of 0.3 M parameters for images of about 16 pixels.
 
@@ -96,7 +129,7 @@ def _make_stage(channels_in: int, channels: int, stride: int, norm: Norm) -> nn.
     skip = None
     if stride != 1 or channels_in != channels:
         skip = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False), norm(channels))
-    return nn.Sequential(BasicBlock(channels_in, channels, stride, skip, norm_layer=norm))
+    return nn.Sequential(FusedBasicBlock(channels_in, channels, stride, skip, norm_layer=norm))
 
 
 def build(arch: Arch, norm: Norm = nn.BatchNorm2d) -> nn.Module:
@@ -130,7 +163,7 @@ def build(arch: Arch, norm: Norm = nn.BatchNorm2d) -> nn.Module:
 
 def _build_resnet(arch: Arch, norm: Norm) -> ResNet:
     block, layers = RESNETS[arch.arch]
-    network = ResNet(block, list(layers), norm_layer=norm)
+    network = ResNet(_FUSED[block], list(layers), norm_layer=norm)
     network.fc = nn.Identity()
     if arch.stem.startswith("small"):
         padding = 2 if arch.stem == "small_pad2" else 1

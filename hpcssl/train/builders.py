@@ -87,7 +87,7 @@ def build_encoders(
             ``machine.kernels=fast`` where the fast kernels cannot be used.
     """
     options = recipe.model
-    fast = selection.use_fast_kernels(recipe.machine.kernels, world)
+    fast, zeros = selection.use_fast_kernels(recipe.machine.kernels, world), norm.ZeroPool()
 
     def norm_layer(channels: int, affine: bool = True) -> nn.Module:
         return norm.BatchNorm(
@@ -98,6 +98,7 @@ def build_encoders(
             affine=affine,
             running=options.norm_running,
             fast=fast,
+            zeros=zeros,
         )
 
     def encoder(prefix: str, second: Encoder | None) -> Encoder:

@@ -21,6 +21,7 @@ from hpcssl.methods.base import Embedding, StepContext
 from hpcssl.methods.diagnostics import spread
 from hpcssl.nets import norm
 from hpcssl.optim import masked
+from hpcssl.optim.masked import are_finite
 from hpcssl.train import verdict
 from hpcssl.train.train_state import TrainState
 from hpcssl.train.verdict import HostState, LaunchedStep, StepFlags, StepReport, StepVerdict
@@ -181,8 +182,7 @@ def _forward_backward(
     ctx.target_embeddings = ctx.target_embeddings or _concatenate(online_targets)
     total = cast(Tensor, sum(losses))
     # Targets are checked as well: a target row that is not finite has no neighbors, and adds nothing to the loss.
-    checks = [total.isfinite(), *(embedding.z.isfinite().all() for embedding in ctx.target_embeddings.values())]
-    return total, torch.stack(checks).all()
+    return total, are_finite([total, *(embedding.z.detach() for embedding in ctx.target_embeddings.values())])
 
 
 def _refill_bank(t: TrainState) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpcssl import config, rng
 from hpcssl.checkpoint.manager import CheckpointState
@@ -24,6 +24,7 @@ from hpcssl.memory.checkpointed import CheckpointedMemory
 from hpcssl.methods.base import MemoryContext, StateHooks, StepContext
 from hpcssl.nets import norm
 from hpcssl.optim import build, schedule
+from hpcssl.optim.masked import are_finite
 from hpcssl.train import builders, world_sizes
 from hpcssl.train.recipe import Recipe, recipe_mismatch_error
 from hpcssl.train.support_set import SupportLoader
@@ -190,11 +191,7 @@ class TrainState:
 
     def gradients_are_finite(self) -> Tensor:
         """Return whether every gradient is finite, bool []. Gradients are averaged, and so equal on all ranks."""
-        gradients = [p.grad for p in self.pair.online.parameters() if p.grad is not None]
-        if self.world.device.type == "cpu":  # where torch's maximum norm takes eight times as long
-            extremes = [extreme for gradient in gradients for extreme in (gradient.amin(), gradient.amax())]
-            return torch.stack(extremes).isfinite().all()
-        return nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite()
+        return are_finite([p.grad for p in self.pair.online.parameters() if p.grad is not None])
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 

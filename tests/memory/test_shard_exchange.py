@@ -12,6 +12,7 @@ from hpcssl import rng
 from hpcssl.distributed.batch_layout import BatchLayout
 from hpcssl.distributed.collectives import Collectives
 from hpcssl.distributed.world import World
+from hpcssl.memory import shard_exchange
 from hpcssl.memory.bank import Bank
 from hpcssl.memory.columns import ColumnSpec
 from hpcssl.memory.embedding_table import EmbeddingTable
@@ -25,8 +26,13 @@ MEGABYTE = 10**6
     ("world_size", "size"),
     [(3, 50), (24, 50)] + [pytest.param(w, n, marks=pytest.mark.full) for w in (3, 6, 8, 24) for n in ranks.RINGS[1:]],
 )
-def test_many_ranks_find_what_one_finds(world_size, size):
-    """24 ranks with 50 slots: three slots each, the last ranks none. Equal rows of different owners are among them."""
+@pytest.mark.parametrize("way", ["_fetch_asked_rows", "_fetch_equal_parts"])
+def test_many_ranks_find_what_one_finds(world_size, size, way, monkeypatch):
+    """24 ranks with 50 slots: three slots each, the last ranks none. Equal rows of different owners are among them.
+
+    A GPU fetches equal parts from all ranks, so that the host need not know how many rows each of them has.
+    """
+    monkeypatch.setattr(shard_exchange, "_fetch_asked_rows", getattr(shard_exchange, way))
     expected, whole = ranks.push_and_search(World.single_process(), size, "sharded")
     results = run_ranks(world_size, lambda world: ranks.push_and_search(world, size, "sharded"))
     for i, value in enumerate(expected):
@@ -55,8 +61,10 @@ def test_a_push_of_micro_batches_keeps_the_order_of_the_global_batch(micro_batch
             assert torch.equal(torch.cat([shard[name].tensor for shard in shards]), whole[name].tensor)
 
 
-def test_bits_arrive_unchanged_and_missing_slots_give_nothing():
+@pytest.mark.parametrize("way", ["_fetch_asked_rows", "_fetch_equal_parts"])
+def test_bits_arrive_unchanged_and_missing_slots_give_nothing(way, monkeypatch):
     """Not-a-numbers with payloads and negative zeros, which adding would change."""
+    monkeypatch.setattr(shard_exchange, "_fetch_asked_rows", getattr(shard_exchange, way))
     bits = torch.tensor([0x7FC00001, -0x80000000, 0x7F800001, -1], dtype=torch.int32)
 
     def read(world):

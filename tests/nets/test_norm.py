@@ -86,7 +86,7 @@ class ThreadPeers(Collectives):
         self.barrier.wait(30)
         return gathered
 
-    def all_reduce_sum(self, x):
+    def all_reduce_sum(self, x, in_place=False):
         return self.all_gather(x[None]).sum(0)
 
 
@@ -173,7 +173,7 @@ def test_grouped_kernels_equal_float64_in_the_interpreter(tmp_path):
             # sums over the values of a group (over all groups for parameters), in float32 and about the mean
             terms = 2 * case["values"] * (case["groups"] if name in ("grad_weight", "grad_bias") else 1)
             tolerance = rounding(torch.float32, terms, amplification=1 + case["offset"], scale=max(1.0, largest))
-            if name in ("y", "grad_x"):  # stored in half precision, which the interpreter cuts off
+            if name in ("y", "grad_x", "grad_residual"):  # stored in half precision, which the interpreter cuts off
                 tolerance += case["eps"] * largest
             assert difference <= tolerance, (case, name)
 
@@ -201,8 +201,9 @@ def test_norms_on_a_gpu_launch_about_as_many_operations_as_those_of_torch(scope)
     operations, commit = count_on_fake_gpu(world, lambda c: norm.BatchNorm(c, group=group, world=world, fast=True))
     assert sum(operations.values()) + sum(commit.values()) <= 1.25 * sum(plain.values())
     assert operations["aten::cat"] == 0  # activations are not put together from groups, nor are their gradients
-    if scope == "ghost":
-        assert operations["hpcssl::grouped_norm"] == operations["hpcssl::grouped_norm_backward"] == 20
+    fused = {"ghost": 20, "local": 16}[scope]  # of local norms, those with a ReLU in a block
+    assert operations["hpcssl::grouped_norm"] == operations["hpcssl::grouped_norm_backward"] == fused
+    assert operations["aten::relu_"] == operations["aten::threshold_backward"] == 1  # of the stem
     # group by group instead: the count sees it
     grouped, _ = count_on_fake_gpu(world, lambda c: norm.BatchNorm(c, group=2, world=world))
     assert grouped["aten::cat"] == 40 and sum(grouped.values()) > 2 * sum(plain.values())
@@ -215,11 +216,11 @@ def test_a_group_over_gpus_reads_activations_in_kernels_of_torch_alone(group):
     with fake_world(8, device=CUDA) as world:
         operations, _ = count_on_fake_gpu(world, lambda c: norm.BatchNorm(c, group=group, world=world, fast=True))
     del library
-    small = {"stack", "new_zeros", "new_full", "clone", "zeros"}  # of statistics [C]
+    small = {"stack", "full", "zeros"}  # of statistics [C]
     added = {name.split("::")[1].split(".")[0]: count for name, count in (operations - plain).items()}
     assert set(added) - small == {*SYNC_NORM_SHAPES, "_allgather_base_", "allreduce_"}
     assert {added[name] for name in SYNC_NORM_SHAPES} == {20}
-    assert sum(added.values()) <= 15 * 20
+    assert sum(added.values()) <= 12 * 20
 
 
 def test_fast_kernels_are_chosen_on_a_gpu_alone():
@@ -236,8 +237,8 @@ def norm_of_torch(error):
 
     def apply(x, *arguments):
         groups = arguments[0] if isinstance(arguments[0], int) else 1
-        weight, bias = (t for t in arguments if isinstance(t, torch.Tensor))
-        y, statistics = selection._plain_norm(x, weight, bias, groups)
+        weight, bias, *residual = (t for t in arguments if isinstance(t, torch.Tensor))
+        y, statistics = selection._plain_norm(x, weight, bias, groups, fused=bool(residual))
         return y * (1 + error), statistics
 
     return apply

@@ -22,6 +22,7 @@ _PROGRAMS = 1024
 """Programs that the kernels that read everything are split into, at least: some seven per multiprocessor of an H200."""
 _MAX_SPLITS = 256
 
+# fmt: off
 # Without this, triton compiles again for every kind of number here: 1, multiples of 16, and others. The number of
 # channels is left out, because it decides whether a kernel may read several values at once.
 _compiled = triton.jit(do_not_specialize=["rows", "split_rows", "splits", "groups"])
@@ -86,9 +87,10 @@ def _join_moments(
 
 @_compiled
 def _normalize(
-    x, y, moments, weight, bias, rows, channels, AFFINE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    x, y, moments, weight, bias, residual, rows, channels, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, RELU:
+    tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """``y = (x - mean) * invstd * weight + bias``."""
+    """``y = (x - mean) * invstd * weight + bias``, plus ``residual``, and 0 where that is negative."""
     g, block = tl.program_id(1), tl.program_id(2)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
@@ -100,15 +102,25 @@ def _normalize(
     if AFFINE:
         normal = normal * tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)[None, :]
         normal += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        pointers, exists = _tile(residual, g, row, channel, rows, channels, rows)
+        normal += tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    if RELU:
+        normal = tl.where(normal < 0, 0.0, normal)  # which keeps a NaN, unlike a maximum
     pointers, exists = _tile(y, g, row, channel, rows, channels, rows)
     tl.store(pointers, normal.to(y.dtype.element_ty), mask=exists)
 
 
 @_compiled
 def _sum_gradients(
-    grad, x, moments, partial, rows, channels, split_rows, splits, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    grad, x, moments, activated, grad_residual, partial, rows, channels, split_rows, splits, RELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Sums of the gradient, and of its product with the normalized values, of each split, to [G, 2, S, C]."""
+    """Sums of the gradient, and of its product with the normalized values, of each split, to [G, 2, S, C].
+
+    With RELU, the gradient is that where ``activated`` is positive, and 0 elsewhere. With RESIDUAL this is written to
+    ``grad_residual``, too.
+    """
     split, g, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
@@ -124,6 +136,12 @@ def _sum_gradients(
         normal = (tl.load(pointers, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         pointers, exists = _tile(grad, g, row, channel, rows, channels, end)
         slope = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+        if RELU:
+            pointers, exists = _tile(activated, g, row, channel, rows, channels, end)
+            slope = tl.where(tl.load(pointers, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, slope)
+        if RESIDUAL:
+            pointers, exists = _tile(grad_residual, g, row, channel, rows, channels, end)
+            tl.store(pointers, slope.to(grad_residual.dtype.element_ty), mask=exists)
         total += tl.sum(slope, 0)
         dot += tl.sum(slope * normal, 0)
     place = partial + (g * 2 * splits + split) * channels + channel
@@ -156,19 +174,10 @@ def _join_gradients(
 
 @_compiled
 def _propagate(
-    grad,
-    x,
-    grad_x,
-    moments,
-    sums,
-    weight,
-    rows,
-    channels,
-    AFFINE: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    grad, x, grad_x, moments, sums, weight, activated, rows, channels, AFFINE: tl.constexpr, RELU: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """``grad_x = (grad - mean(grad) - normal * mean(grad * normal)) * invstd * weight``."""
+    """``grad_x = (grad - mean(grad) - normal * mean(grad * normal)) * invstd * weight``, ``grad`` as summed."""
     g, block = tl.program_id(1), tl.program_id(2)
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
@@ -180,13 +189,18 @@ def _propagate(
     pointers, exists = _tile(x, g, row, channel, rows, channels, rows)
     normal = (tl.load(pointers, mask=exists, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
     pointers, exists = _tile(grad, g, row, channel, rows, channels, rows)
-    slope = tl.load(pointers, mask=exists, other=0.0).to(tl.float32) - total[None, :] - normal * dot[None, :]
+    slope = tl.load(pointers, mask=exists, other=0.0).to(tl.float32)
+    if RELU:
+        pointers, exists = _tile(activated, g, row, channel, rows, channels, rows)
+        slope = tl.where(tl.load(pointers, mask=exists, other=0.0).to(tl.float32) <= 0, 0.0, slope)
+    slope = slope - total[None, :] - normal * dot[None, :]
     if AFFINE:
         scale = scale * tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
     pointers, exists = _tile(grad_x, g, row, channel, rows, channels, rows)
     tl.store(pointers, (slope * scale[None, :]).to(grad_x.dtype.element_ty), mask=exists)
 
 
+# fmt: on
 class _Layout:
     """How rows [G·n, C, ...] are cut into programs."""
 
@@ -203,19 +217,24 @@ class _Layout:
         self.whole = (triton.cdiv(self.rows, _ROWS), groups, self.blocks)
         self.partial = x.new_empty((groups, 2, self.splits, self.channels), dtype=torch.float32)
 
-    def launch_partial(self, kernel: Any, *tensors: Tensor) -> None:
-        kernel[(self.splits, self.groups, self.blocks)](
-            *tensors, self.partial, self.rows, self.channels, self.split_rows, self.splits, _ROWS, self.block
-        )
+    def launch_partial(self, kernel: Any, *tensors: Tensor, constants: tuple[bool, ...] = ()) -> None:
+        sizes = self.rows, self.channels, self.split_rows, self.splits
+        kernel[(self.splits, self.groups, self.blocks)](*tensors, self.partial, *sizes, *constants, _ROWS, self.block)
 
 
 def forward(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize rows [G·n, C] or [G·n, C, H, W] in channels-last layout.
+    """Normalize rows [G·n, C] or [G·n, C, H, W] in channels-last layout, add ``residual`` of this layout, and ReLU.
 
     Returns:
-        The normalized rows; mean and inverse deviation of each group, float32 [G, 2, C]; mean and unbiased variance,
+        The rows; mean and inverse deviation of each group, float32 [G, 2, C]; mean and unbiased variance,
         float32 [G, 2·C].
     """
     at = _Layout(x, groups)
@@ -235,24 +254,46 @@ def forward(
         at.block,
     )
     affine = weight is not None
-    _normalize[at.whole](
-        x, y, moments_G2C, weight if affine else x, bias if affine else x, at.rows, at.channels, affine, _ROWS, at.block
-    )
+    has_residual = residual is not None
+    tensors = x, y, moments_G2C, weight if affine else x, bias if affine else x, residual if has_residual else x
+    _normalize[at.whole](*tensors, at.rows, at.channels, affine, has_residual, relu, _ROWS, at.block)
     return y, moments_G2C, statistics
 
 
-def backward(grad: Tensor, x: Tensor, moments_G2C: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the rows, in their type, and of weight and bias, float32 [C]; all layouts as in ``forward``."""
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    moments_G2C: Tensor,
+    weight: Tensor | None,
+    activated: Tensor | None = None,
+    residual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of what ``forward`` took; all layouts as there.
+
+    Args:
+        grad: Gradient of the rows that ``forward`` returned.
+        x: Its input.
+        moments_G2C: What it returned.
+        weight: Its weight.
+        activated: The rows that it returned, if it made the ReLU.
+        residual: Whether it added a residual.
+
+    Returns:
+        Gradients of the rows, in their type; of weight and bias, float32 [C]; of the residual, empty without one.
+    """
     groups = len(moments_G2C)
     at = _Layout(x, groups)
     sums_G2C, grad_x = torch.empty_like(moments_G2C), torch.empty_like(x)
     grad_weight, grad_bias = moments_G2C.new_empty(at.channels), moments_G2C.new_empty(at.channels)
-    at.launch_partial(_sum_gradients, grad, x, moments_G2C)
+    has_relu, grad_residual = activated is not None, torch.empty_like(x) if residual else x.new_empty(0)
+    activated = activated if activated is not None else x
+    at.launch_partial(_sum_gradients, grad, x, moments_G2C, activated, grad_residual, constants=(has_relu, residual))
+    if residual:  # is the gradient after the ReLU already
+        grad, has_relu = grad_residual, False
     _join_gradients[(at.blocks,)](
         at.partial, sums_G2C, grad_weight, grad_bias, groups, at.channels, at.splits, at.padded_splits, at.block
     )
     affine = weight is not None
-    _propagate[at.whole](
-        grad, x, grad_x, moments_G2C, sums_G2C, weight if affine else x, at.rows, at.channels, affine, _ROWS, at.block
-    )
-    return grad_x, grad_weight, grad_bias
+    tensors = grad, x, grad_x, moments_G2C, sums_G2C, weight if affine else x, activated
+    _propagate[at.whole](*tensors, at.rows, at.channels, affine, has_relu, _ROWS, at.block)
+    return grad_x, grad_weight, grad_bias, grad_residual

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpcssl.distributed.collectives import Collectives
+from hpcssl.nets.kernels.constants import ZeroPool
 
 REDUCED_FROM = 64
 """From this number of ranks in a group, statistics are reduced instead of gathered: what a rank receives then no longer
@@ -29,7 +30,13 @@ class PlainSpanningNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, peers: Collectives
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        peers: Collectives,
+        zeros: ZeroPool | None = None,
     ) -> Normalized:
         """Normalize rows [b, C, ...]; ``weight`` and ``bias`` are [C] or None. A collective."""
         axes, shape = _reduced_axes(x)
@@ -43,12 +50,14 @@ class PlainSpanningNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean_C, invstd_C)
         ctx.peers = peers
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)  # no zeros for the gradient that the statistics do not get
         return (wide * scale_C.view(shape) + shift_C.view(shape)).to(x.dtype), statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
         """Gradients for ``x``, ``weight`` and ``bias``. A collective."""
         x, weight, mean_C, invstd_C = ctx.saved_tensors
+        grad = torch.zeros_like(x) if grad is None else grad  # the other ranks wait for this one
         axes, shape = _reduced_axes(x)
         wide, grad_wide = x.to(mean_C.dtype), grad.to(mean_C.dtype)
         normal = (wide - mean_C.view(shape)) * invstd_C.view(shape)
@@ -65,6 +74,7 @@ class PlainSpanningNorm(torch.autograd.Function):
             None if weight is None else sum_C.to(weight.dtype),
             None,
             None,
+            None,
         )
 
 
@@ -73,15 +83,22 @@ class CudaSpanningNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, peers: Collectives
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        peers: Collectives,
+        zeros: ZeroPool | None = None,
     ) -> Normalized:
         """Normalize rows [b, C, ...]; ``weight`` and ``bias`` are [C] or None. A collective."""
+        zeros = zeros or ZeroPool(block=0)
         x = _dense(x, x)
         mean_C, invstd_C = torch.batch_norm_stats(x, eps)
         if peers.size < REDUCED_FROM:
-            statistics = mean_C.new_zeros(2 * len(mean_C))
+            statistics = zeros.take(2 * len(mean_C), mean_C)
             means_RC, invstds_RC = peers.all_gather(torch.stack((mean_C, invstd_C))[None]).unbind(1)
-            counts_R = mean_C.new_full((peers.size,), _count(x))
+            counts_R = zeros.counts(peers.size, _count(x), mean_C.dtype, x.device)
             # with momentum 1, the kernel writes the group's mean and unbiased variance into the two buffers
             running_C, running_var_C = statistics.chunk(2)
             mean_C, invstd_C = torch.batch_norm_gather_stats_with_counts(
@@ -92,22 +109,24 @@ class CudaSpanningNorm(torch.autograd.Function):
             invstd_C = (var_C + eps).rsqrt()
             statistics = _as_statistics(mean_C, var_C, peers.size * _count(x))
         ctx.save_for_backward(x, weight, mean_C, invstd_C)
-        ctx.peers = peers
+        ctx.peers, ctx.zeros = peers, zeros
         ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
         return torch.batch_norm_elemt(x, weight, bias, mean_C, invstd_C, eps), statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _statistics: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _statistics: None) -> tuple[Tensor | None, ...]:
         """Gradients for ``x``, ``weight`` and ``bias``. A collective."""
         x, weight, mean_C, invstd_C = ctx.saved_tensors
-        grad, peers, affine = _dense(grad, x), ctx.peers, weight is not None
+        grad = torch.zeros_like(x) if grad is None else _dense(grad, x)
+        peers, affine = ctx.peers, weight is not None
         sum_C, dot_C, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
             grad, x, mean_C, invstd_C, weight, True, affine, affine
         )
-        total_C, total_dot_C = peers.all_reduce_sum(torch.stack((sum_C, dot_C))).unbind()
-        counts_R = sum_C.new_full((peers.size,), _count(x), dtype=torch.int32)
+        total_C, total_dot_C = peers.all_reduce_sum(torch.stack((sum_C, dot_C)), in_place=True).unbind()
+        counts_R = ctx.zeros.counts(peers.size, _count(x), torch.int32, x.device)
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean_C, invstd_C, weight, total_C, total_dot_C, counts_R)
-        return grad_x, grad_weight if affine else None, grad_bias if affine else None, None, None
+        return grad_x, grad_weight if affine else None, grad_bias if affine else None, None, None, None
 
 
 def _reduced_axes(x: Tensor) -> tuple[list[int], tuple[int, ...]]:
@@ -150,7 +169,7 @@ def _combine_sums(first_C: Tensor, second_C: Tensor, peers: Collectives) -> tupl
     if peers.size < REDUCED_FROM:
         firsts_RC, seconds_RC = _gather_pair(first_C, second_C, peers)
         return firsts_RC.sum(0), seconds_RC.sum(0)
-    return cast(tuple[Tensor, Tensor], peers.all_reduce_sum(torch.stack((first_C, second_C))).unbind(0))
+    return cast(tuple[Tensor, Tensor], peers.all_reduce_sum(torch.stack((first_C, second_C)), in_place=True).unbind(0))
 
 
 def _gather_pair(first_C: Tensor, second_C: Tensor, peers: Collectives) -> tuple[Tensor, ...]:
