@@ -28,6 +28,7 @@ from hpcssl.train import builders, world_sizes
 from hpcssl.train.recipe import Recipe, recipe_mismatch_error
 from hpcssl.train.support_set import SupportLoader
 from hpcssl.views.augment import ViewSpec, augment_batch
+from hpcssl.views.kernels.selection import use_fast_views
 
 _PREDICTOR_PREFIXES = ("predictor.", "second.predictor.")
 
@@ -88,6 +89,8 @@ class TrainState:
         )
         self.last_step = schedule.total_steps(recipe.schedule, self.epoch_length)
         self.dtype = builders.state_dtype(recipe)
+        self.fast_views = use_fast_views(recipe.machine.kernels, world)
+        self.image_dtype = builders.image_dtype(recipe, self.plan, self.fast_views)
         group_size = self.science["model"]["norm_group_size"]
         self.pair = builders.build_encoders(recipe, self.method, self.plan, world, self.layout, group_size)
         self.norms = norm.find_norms(n for n in (self.pair.online, self.pair.target) if n is not None)
@@ -155,8 +158,9 @@ class TrainState:
         options = self.recipe.views
         plan = self.plan.views if views is None else [self.plan.views[number] for number in views]
         images = copy_images(batch.images, self.world.device)
+        dtype, fast = self.image_dtype, self.fast_views
         return [
-            augment_batch(image, params, view.augmentation, mean=options.mean, std=options.std, dtype=self.dtype)
+            augment_batch(image, params, view.augmentation, mean=options.mean, std=options.std, dtype=dtype, fast=fast)
             for image, params, view in zip(images, batch.params, plan, strict=True)
         ]
 
@@ -237,6 +241,7 @@ class TrainState:
             "world": self.world.size,
             "deterministic": machine.deterministic if gpu else None,
             "fast_norms": any(layer.fast for layer in self.norms) if gpu else None,
+            "fast_views": self.fast_views if gpu else None,
             "channels_last": machine.channels_last,
             "accumulation_steps": machine.accumulation_steps,
         }

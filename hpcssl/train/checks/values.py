@@ -11,9 +11,9 @@ import math
 from typing import TYPE_CHECKING
 
 from hpcssl.data.address import check_address, check_stage_dir, is_remote
+from hpcssl.distributed import kernel_choice
 from hpcssl.errors import ConfigError, require_choice
 from hpcssl.nets import norm, resnet
-from hpcssl.nets.kernels import selection
 from hpcssl.optim.schedule import total_steps
 from hpcssl.train.options import DataOptions, MachineOptions
 
@@ -61,7 +61,7 @@ def check_values(recipe: Recipe) -> None:
 
 def _check_machine(machine: MachineOptions) -> None:
     require_choice("machine.devices", machine.devices, DEVICES)
-    require_choice("machine.kernels", machine.kernels, selection.SETTINGS)
+    require_choice("machine.kernels", machine.kernels, kernel_choice.SETTINGS)
     for key, minimum in (
         ("accumulation_steps", 1),
         ("loader_threads", 1),
