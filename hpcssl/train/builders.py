@@ -18,7 +18,7 @@ from hpcssl.memory.columns import ColumnSpec
 from hpcssl.methods import METHODS
 from hpcssl.methods.base import BankSpec, Method
 from hpcssl.nets import heads, norm, resnet
-from hpcssl.nets.kernels import selection
+from hpcssl.nets.kernels import compiled, selection
 from hpcssl.nets.pair import Encoder, EncoderPair
 from hpcssl.train.recipe import Recipe
 from hpcssl.views import mix
@@ -137,6 +137,28 @@ def build_encoders(
     return EncoderPair(
         online, method.target_encoder, world, layout, _AUTOCAST_DTYPES.get(recipe.optim.precision)
     ).train()
+
+
+def compile_encoders(recipe: Recipe, pair: EncoderPair, world: World, group_size: int) -> bool:
+    """Compile the residual blocks of the encoders if ``machine.compile`` asks for it. A collective.
+
+    Returns:
+        Whether they are compiled; see ``compiled.compile_blocks``.
+
+    Raises:
+        ConfigError: Groups of the norms span processes, so that a block would communicate within compiled code.
+    """
+    if not recipe.machine.compile:
+        return False
+    rows = recipe.optim.batch // recipe.machine.accumulation_steps // world.size
+    if group_size > rows:
+        raise ConfigError(
+            "machine.compile",
+            got=f"true, with norm groups of {group_size} images over processes of {rows}",
+            expected="groups within a process",
+            fix=f"set machine.compile=false, or model.norm=ghost model.norm_group_size={rows} or less",
+        )
+    return compiled.compile_blocks([n for n in (pair.online, pair.target) if n is not None], world)
 
 
 def check_model_options(recipe: Recipe, method: Method, two_modalities: bool) -> None:

@@ -8,8 +8,8 @@ everything else happens in one:
     _colors        uint8 -> flip, jitter, gray -> solarize, normalize            always; for rows with a blur the colors
     _blur          colors -> blur along a column or a row -> solarize, normalize     twice, only if a row has a blur
 
-A program handles a block of pixels of one image, and decides by the row of the table which operations it runs. Nothing is
-added atomically, so that equal inputs give equal bits.
+A program handles a block of pixels of one image, and decides by the row of the table which operations it runs. Nothing
+is added atomically, so that equal inputs give equal bits.
 
 Letters in shapes: B samples, n those with a blur, K blocks of an image, S pixels per side.
 """
@@ -73,7 +73,11 @@ def _turn_hue(r, g, b, turn):
     hue = tl.where(g < b, -hue, hue) + turn * 6.0
     hue = hue - tl.floor(hue / 6.0 + 0.5) * 6.0
     base = least - chroma
-    return _hue_channel(base, chroma, hue, 0.0), _hue_channel(base, chroma, hue, -2.0), _hue_channel(base, chroma, hue, 2.0)
+    return (
+        _hue_channel(base, chroma, hue, 0.0),
+        _hue_channel(base, chroma, hue, -2.0),
+        _hue_channel(base, chroma, hue, 2.0),
+    )
 
 
 @triton.jit
@@ -209,7 +213,7 @@ def _blur(
         r = tl.zeros([PIXELS], tl.float32)
         g = tl.zeros([PIXELS], tl.float32)
         b = tl.zeros([PIXELS], tl.float32)
-        for tap in range(0, 2 * radius + 1):
+        for tap in range(2 * radius + 1):
             distance = tap - radius
             inside = exists & (at + distance >= 0) & (at + distance < size)
             weight = tl.load(taps + tl.where(is_mirrored, 2 * radius - tap, tap), mask=inside, other=0.0)
@@ -226,7 +230,9 @@ def _blur(
             tl.store(to + 2 * area, b, mask=exists)
 
 
-def augment(images: Tensor, numbers: Tensor, facts: TableFacts, deepmind: bool, affine: list[float], out: Tensor) -> None:
+def augment(
+    images: Tensor, numbers: Tensor, facts: TableFacts, deepmind: bool, affine: list[float], out: Tensor
+) -> None:
     """Augment a view: one launch, one more if a contrast is changed, and two more if there is a blur.
 
     Args:
