@@ -18,7 +18,7 @@ from hpcssl.memory.columns import ColumnSpec
 from hpcssl.methods import METHODS
 from hpcssl.methods.base import BankSpec, Method
 from hpcssl.nets import heads, norm, resnet
-from hpcssl.nets.kernels import compiled, selection
+from hpcssl.nets.kernels import selection
 from hpcssl.nets.pair import Encoder, EncoderPair
 from hpcssl.train.recipe import Recipe
 from hpcssl.views import mix
@@ -150,6 +150,8 @@ def compile_encoders(recipe: Recipe, pair: EncoderPair, world: World, group_size
     """
     if not recipe.machine.compile:
         return False
+    from hpcssl.nets.kernels import compiled  # imports torch's compiler, which takes seconds
+
     rows = recipe.optim.batch // recipe.machine.accumulation_steps // world.size
     if group_size > rows:
         raise ConfigError(
