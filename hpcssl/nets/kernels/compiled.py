@@ -18,6 +18,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -65,8 +66,8 @@ def compile_blocks(networks: Iterable[nn.Module], world: World) -> bool:
 
 
 def _compile() -> _Run:
-    options = {"deterministic": True} if hasattr(torch._inductor.config, "deterministic") else None
-    run: _Run = torch.compile(_run_block, backend=_BACKEND, dynamic=False, options=options)
+    options: dict[str, Any] = {"deterministic": True} if hasattr(torch._inductor.config, "deterministic") else {}
+    run: _Run = torch.compile(_run_block, backend=_BACKEND, dynamic=False, options=options or None)
     return run
 
 
@@ -93,7 +94,7 @@ def _replace_forward(block: nn.Module, run: _Run) -> None:
             layer.pending = [*old, *new]
         return y
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
 def _find_fault(world: World) -> str:

@@ -9,6 +9,7 @@ Letters in shapes: B samples, S pixels per side.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -84,8 +85,8 @@ def _on_cuda(
     return out
 
 
-def _shapes(images: Tensor, *arguments: object) -> Tensor:
-    return images.new_empty(images.shape, dtype=arguments[-1])  # type: ignore[arg-type]
+def _shapes(images: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty(images.shape, dtype=arguments[-1], device=images.device)
 
 
 _OPERATORS.impl("augment_view", _on_cuda, "CUDA")  # type: ignore[no-untyped-call]
