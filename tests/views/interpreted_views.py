@@ -22,6 +22,7 @@ from hpcssl.views import ops
 from hpcssl.views.augment import AUGMENTATIONS, PARAMS, draw_params
 from hpcssl.views.kernels import view_triton
 from hpcssl.views.kernels.table import make_table
+from tests import triton_interpreter
 
 MEAN, STD = (0.1, 0.2, 0.3), (1.0, 0.5, 1.0)
 ROWS = 3
@@ -99,6 +100,7 @@ def measure_all(arguments):
 
 
 if __name__ == "__main__":
+    triton_interpreter.check()
     torch.set_num_threads(1)
     with open(sys.argv[1], "w") as file:
         json.dump(measure_all(sys.argv[2:]), file)

@@ -1,10 +1,7 @@
 """The kernels that augment views on a GPU: what they compute, and when they are used."""
 
-import importlib.util
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from hpcssl.errors import ConfigError
 from hpcssl.views import blur, ops
 from hpcssl.views.augment import AUGMENTATIONS, augment_batch
 from hpcssl.views.kernels import augment, selection
+from tests import triton_interpreter
 from tests.tolerances import rounding
 
 SIGMAS = np.array([0.1, 0.7, 1.3, 2.0])
@@ -24,10 +22,8 @@ SIGMAS = np.array([0.1, 0.7, 1.3, 2.0])
 
 def interpret(tmp_path, *arguments):
     """Results of the kernels in Triton's interpreter, by view."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    script, out = Path(__file__).with_name("interpreted_views.py"), tmp_path / "out.json"
-    subprocess.run([sys.executable, str(script), str(out), *arguments], check=True, timeout=600)
+    out = tmp_path / "out.json"
+    triton_interpreter.run_script(Path(__file__).with_name("interpreted_views.py"), out, *arguments, timeout=600)
     return json.loads(out.read_text())
 
 
