@@ -158,9 +158,9 @@ class TrainState:
         options = self.recipe.views
         plan = self.plan.views if views is None else [self.plan.views[number] for number in views]
         images = copy_images(batch.images, self.world.device)
-        settings = {"mean": options.mean, "std": options.std, "dtype": self.image_dtype, "fast": self.fast_views}
+        settings: dict[str, Any] = {"dtype": self.image_dtype, "fast": self.fast_views}
         return [
-            augment_batch(image, params, view.augmentation, **settings)
+            augment_batch(image, params, view.augmentation, mean=options.mean, std=options.std, **settings)
             for image, params, view in zip(images, batch.params, plan, strict=True)
         ]
 

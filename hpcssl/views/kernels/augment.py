@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of the result that the kernels are written for. They compute in float32."""
 
 _OPERATORS = torch.library.Library("hpcssl", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch has no annotation
-_OPERATORS.define(
+_OPERATORS.define(  # type: ignore[no-untyped-call]
     "augment_view(Tensor images, Tensor numbers, bool has_contrast, int blurred, int edge, int radius, bool deepmind, "
     "float[] affine, ScalarType dtype) -> Tensor"
 )
