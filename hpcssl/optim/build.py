@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpcssl.errors import ConfigError, ResumeError, require_choice
-from hpcssl.optim import groups
+from hpcssl.optim import apex_sgd, groups
 from hpcssl.optim.lars import LARS
 
 NAMES = ("sgd", "lars", "larc")
@@ -97,6 +97,7 @@ def build_optimizer(
     *,
     global_batch: int,
     constant_lr: Collection[str] = (),
+    fused: str = "torch",
 ) -> torch.optim.Optimizer:
     """Build the optimizer of the trainable ones among named parameters, at its peak rate.
 
@@ -105,9 +106,10 @@ def build_optimizer(
         parameters: Pairs of name and parameter.
         global_batch: Images per step over all processes, which scale the rate.
         constant_lr: Prefixes of the names of parameters that keep the peak rate.
+        fused: Whose SGD is used, one of ``apex_sgd.SETTINGS``. LARS and LARC are this package's own.
 
     Raises:
-        ConfigError: No parameter's name has an ending of ``options.not_excluded``.
+        ConfigError: No parameter's name has an ending of ``options.not_excluded``, or apex cannot be used.
     """
     param_groups = groups.group_parameters(
         parameters,
@@ -129,9 +131,11 @@ def build_optimizer(
             denominator=options.trust_denominator,
             larc=options.name == "larc",
         )
+    elif fused == "apex":
+        optimizer = apex_sgd.build(param_groups, lr=lr, momentum=momentum, nesterov=options.nesterov)
     else:
-        fused = all(p.device.type in ("cpu", "cuda") for group in param_groups for p in group["params"])
-        optimizer = torch.optim.SGD(param_groups, lr=lr, momentum=momentum, nesterov=options.nesterov, fused=fused)
+        has_kernel = all(p.device.type in ("cpu", "cuda") for group in param_groups for p in group["params"])
+        optimizer = torch.optim.SGD(param_groups, lr=lr, momentum=momentum, nesterov=options.nesterov, fused=has_kernel)
     if momentum > 0:
         # The first update would start from zeros anyway. With them the state has the same tensors at every step.
         for _, parameter in _named_parameters(optimizer):
@@ -159,6 +163,8 @@ def momentum_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
     It is all the state of the optimizer: rates follow from the step, and options from the recipe.
     """
+    if optimizer.param_groups[0]["momentum"] == 0:
+        return {}  # apex keeps zeros, which it does not use
     named = _named_parameters(optimizer)
     return {name: optimizer.state[p]["momentum_buffer"] for name, p in named if optimizer.state[p]}
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hpcssl.optim.apex_sgd import SKIP_FLAG
 from hpcssl.optim.lars import LARS
 
 _SKIP = "found_inf"  # the attribute by which a gradient scaler tells torch's fused kernels to change nothing
@@ -66,6 +67,12 @@ def step_if(taken: Tensor | None, optimizer: torch.optim.Optimizer) -> None:
     """
     if taken is None:
         optimizer.step()
+    elif isinstance(flag := getattr(optimizer, SKIP_FLAG, None), Tensor):
+        flag.copy_(~taken)
+        try:
+            optimizer.step()
+        finally:
+            flag.zero_()
     elif isinstance(optimizer, LARS):
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         moments = [state for p in weights for state in optimizer.state[p].values()]

@@ -69,6 +69,17 @@ def state_dtype(recipe: Recipe) -> torch.dtype:
     return torch.float64 if recipe.optim.precision == "fp64" else torch.float32
 
 
+def image_dtype(recipe: Recipe, plan: ViewPlan, fast_views: bool) -> torch.dtype:
+    """Return the dtype of augmented images.
+
+    The first convolution rounds images to the type of autocast. The kernels of a GPU write that type at once, which
+    gives the same bits and halves what is stored and shuffled; except where images are mixed before.
+    """
+    if fast_views and not plan.mixed:
+        return _AUTOCAST_DTYPES.get(recipe.optim.precision, state_dtype(recipe))
+    return state_dtype(recipe)
+
+
 def build_encoders(
     recipe: Recipe, method: Method, plan: ViewPlan, world: World, layout: BatchLayout, group_size: int
 ) -> EncoderPair:
@@ -127,6 +138,30 @@ def build_encoders(
     return EncoderPair(
         online, method.target_encoder, world, layout, _AUTOCAST_DTYPES.get(recipe.optim.precision)
     ).train()
+
+
+def compile_encoders(recipe: Recipe, pair: EncoderPair, world: World, group_size: int) -> bool:
+    """Compile the residual blocks of the encoders if ``machine.compile`` asks for it. A collective.
+
+    Returns:
+        Whether they are compiled; see ``compiled.compile_blocks``.
+
+    Raises:
+        ConfigError: Groups of the norms span processes, so that a block would communicate within compiled code.
+    """
+    if not recipe.machine.compile:
+        return False
+    from hpcssl.nets.kernels import compiled  # imports torch's compiler, which takes seconds
+
+    rows = recipe.optim.batch // recipe.machine.accumulation_steps // world.size
+    if group_size > rows:
+        raise ConfigError(
+            "machine.compile",
+            got=f"true, with norm groups of {group_size} images over processes of {rows}",
+            expected="groups within a process",
+            fix=f"set machine.compile=false, or model.norm=ghost model.norm_group_size={rows} or less",
+        )
+    return compiled.compile_blocks([n for n in (pair.online, pair.target) if n is not None], world)
 
 
 def check_model_options(recipe: Recipe, method: Method, two_modalities: bool) -> None:

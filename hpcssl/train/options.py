@@ -160,9 +160,12 @@ class MachineOptions:
         accumulation_steps: Micro-batches that a step's batch is cut into, to save memory.
         channels_last: Whether weights and images use the channels-last memory layout.
         deterministic: Whether a GPU uses deterministic algorithms only, which are slower.
-        kernels: Kernels of the batch norms on a GPU: ``auto`` (the fast ones, if a trial before the training finds them
-            equal to the plain ones; else the plain ones, with a warning), ``plain``, or ``fast`` (an error where they
-            cannot be used). On a CPU they are always plain.
+        kernels: Kernels of the batch norms and augmentations on a GPU: ``auto`` (the fast ones, if a trial before the
+            training finds them equal to the plain ones; else the plain ones, with a warning), ``plain``, or ``fast``
+            (an error where they cannot be used). On a CPU they are always plain.
+        fused: Whose SGD is used: ``torch``, or ``apex`` for the fused one of NVIDIA's apex.
+        compile: Whether residual blocks are compiled by ``torch.compile``, which takes minutes at each start. Where a
+            trial fails they are not, with a warning.
         checkpoint_steps: Number of steps between two checkpoints. 0: none is saved by the number of steps.
         checkpoint_minutes: Minutes between two checkpoints. 0: none is saved by the clock.
         keep_checkpoints: How many of the newest checkpoints are kept.
@@ -192,6 +195,8 @@ class MachineOptions:
     channels_last: bool = True
     deterministic: bool = False
     kernels: str = "auto"
+    fused: str = "torch"
+    compile: bool = False
     checkpoint_steps: int = 0
     checkpoint_minutes: float = 15.0
     keep_checkpoints: int = 2

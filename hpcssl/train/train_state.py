@@ -29,6 +29,7 @@ from hpcssl.train import builders, world_sizes
 from hpcssl.train.recipe import Recipe, recipe_mismatch_error
 from hpcssl.train.support_set import SupportLoader
 from hpcssl.views.augment import ViewSpec, augment_batch
+from hpcssl.views.kernels.selection import use_fast_views
 
 _PREDICTOR_PREFIXES = ("predictor.", "second.predictor.")
 
@@ -89,9 +90,12 @@ class TrainState:
         )
         self.last_step = schedule.total_steps(recipe.schedule, self.epoch_length)
         self.dtype = builders.state_dtype(recipe)
+        self.fast_views = use_fast_views(recipe.machine.kernels, world)
+        self.image_dtype = builders.image_dtype(recipe, self.plan, self.fast_views)
         group_size = self.science["model"]["norm_group_size"]
         self.pair = builders.build_encoders(recipe, self.method, self.plan, world, self.layout, group_size)
         self.norms = norm.find_norms(n for n in (self.pair.online, self.pair.target) if n is not None)
+        self.is_compiled = builders.compile_encoders(recipe, self.pair, world, group_size)
         for layer in self.norms:
             layer.micro_batches = recipe.machine.accumulation_steps
         self.optimizer = build.build_optimizer(
@@ -99,6 +103,7 @@ class TrainState:
             self.pair.online.named_parameters(),
             global_batch=recipe.optim.batch,
             constant_lr=_PREDICTOR_PREFIXES if self.method.heads.constant_lr else (),
+            fused=recipe.machine.fused,
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
         self.bank = builders.build_bank(recipe, self.method.bank, world, self.layout)
@@ -112,8 +117,6 @@ class TrainState:
         self.skipped_in_a_row = 0
         self.rollbacks: list[tuple[int, int]] = []
         self.parent_fingerprint: str | None = None
-
-    # -- what a step needs ----------------------------------------------------------------------------------
 
     def set_rates(self) -> tuple[float, float]:
         """Set the learning rate of the next update.
@@ -156,8 +159,9 @@ class TrainState:
         options = self.recipe.views
         plan = self.plan.views if views is None else [self.plan.views[number] for number in views]
         images = copy_images(batch.images, self.world.device)
+        settings: dict[str, Any] = {"dtype": self.image_dtype, "fast": self.fast_views}
         return [
-            augment_batch(image, params, view.augmentation, mean=options.mean, std=options.std, dtype=self.dtype)
+            augment_batch(image, params, view.augmentation, mean=options.mean, std=options.std, **settings)
             for image, params, view in zip(images, batch.params, plan, strict=True)
         ]
 
@@ -192,8 +196,6 @@ class TrainState:
     def gradients_are_finite(self) -> Tensor:
         """Return whether every gradient is finite, bool []. Gradients are averaged, and so equal on all ranks."""
         return are_finite([p.grad for p in self.pair.online.parameters() if p.grad is not None])
-
-    # -- checkpoints ----------------------------------------------------------------------------------------
 
     def state(self) -> CheckpointState:
         """Return the whole state at this step. Its tensors are not copied."""
@@ -237,6 +239,9 @@ class TrainState:
             "world": self.world.size,
             "deterministic": machine.deterministic if gpu else None,
             "fast_norms": any(layer.fast for layer in self.norms) if gpu else None,
+            "fast_views": self.fast_views if gpu else None,
+            "fused": machine.fused if machine.fused != "torch" else None,
+            "compiled": self.is_compiled or None,
             "channels_last": machine.channels_last,
             "accumulation_steps": machine.accumulation_steps,
         }

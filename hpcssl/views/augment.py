@@ -25,6 +25,7 @@ from hpcssl import rng
 from hpcssl.errors import ConfigError
 from hpcssl.views import boxes, ops
 from hpcssl.views.blur import KERNELS
+from hpcssl.views.kernels import augment as kernel
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation of ImageNet's red, green and blue channels on the scale 0-1."""
@@ -258,6 +259,7 @@ def augment_batch(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
+    fast: bool = False,
 ) -> torch.Tensor:
     """Apply everything after the crop, on the device of ``images``.
 
@@ -271,6 +273,8 @@ def augment_batch(
         mean: Per channel, on the scale 0-1.
         std: Per channel, on the scale 0-1.
         dtype: Type of the result.
+        fast: Whether images on a GPU are augmented by the kernels that ``kernels.selection`` has tried, where they are
+            written for ``dtype``.
 
     Returns:
         ``dtype`` [B, 3, S, S] in channels_last memory.
@@ -283,4 +287,5 @@ def augment_batch(
             f"augment_batch expects uint8 [B, S, S, 3] and B rows of parameters, got {images.dtype} "
             f"{tuple(images.shape)} and {len(params)} rows"
         )
-    return ops.run_pipeline(images, params, augment.library, augment.blur_kernel, mean, std, dtype)
+    run = kernel.run if fast and images.device.type == "cuda" and dtype in kernel.DTYPES else ops.run_pipeline
+    return run(images, params, augment.library, augment.blur_kernel, mean, std, dtype)

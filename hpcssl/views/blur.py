@@ -51,13 +51,9 @@ def blur_matrix(
     """
     column = np.asarray(sigma, np.float64)[:, None]
     device = torch.device(device)
-    if kernel == "pil":
-        box = _pillow_box(column)
-        if size < 6 * box.shape[1]:  # both edges are near each other
-            return to_device(_three_passes(box, size), device).to(dtype), size - 1
-        weight, corner = _weights_and_corners(box)
-    else:
-        weight, corner = _gaussian(column, size, mirrored=kernel == "tenth")
+    if (matrix_of_edges := _overlapping_edges(column, size, kernel)) is not None:
+        return to_device(matrix_of_edges, device).to(dtype), size - 1
+    weight, corner = _weights(column, size, kernel)
     radius = weight.shape[1] - 1
     table = np.zeros((len(column), 2 * size - 1))
     table[:, size - 1 : size + radius] = weight
@@ -67,6 +63,50 @@ def blur_matrix(
     matrix[:, :radius, : radius + 1] += corners
     matrix[:, size - radius :, size - radius - 1 :] += corners.flip(1, 2)
     return matrix, radius
+
+
+def blur_taps(sigma: npt.ArrayLike, size: int, kernel: str) -> tuple[_Array, int, int]:
+    """List the different rows of ``blur_matrix`` in compact form.
+
+    All rows of the matrix that are further than E from both edges have the same taps, and its lower half mirrors the
+    upper one.
+
+    Args:
+        sigma: Standard deviations in pixels, [n], one or more.
+        size: S, the side of the image in pixels.
+        kernel: One of ``KERNELS``.
+
+    Returns:
+        Taps [n, E + 1, 2R + 1], E, and R. Row i of the upper half of the matrix holds ``taps[min(i, E), R + d]`` in
+        column i + d.
+    """
+    column = np.asarray(sigma, np.float64)[:, None]
+    matrix = _overlapping_edges(column, size, kernel)
+    if matrix is not None:
+        edge, radius = (size - 1) // 2, size - 1
+        taps = np.zeros((len(column), edge + 1, 2 * radius + 1))
+        for row in range(edge + 1):
+            taps[:, row, radius - row : radius - row + size] = matrix[:, row]
+        return taps, edge, radius
+    weight, corner = _weights(column, size, kernel)
+    radius = weight.shape[1] - 1
+    taps = np.repeat(np.concatenate([weight[:, :0:-1], weight], 1)[:, None], radius + 1, axis=1)
+    for row in range(radius):
+        taps[:, row, radius - row : 2 * radius - row + 1] += corner[:, row]
+    return taps, radius, radius
+
+
+def _overlapping_edges(sigma: _Array, size: int, kernel: str) -> _Array | None:
+    """The whole matrix [n, S, S] of an image so small that both edges are near each other; None for others."""
+    box = _pillow_box(sigma) if kernel == "pil" else None
+    return None if box is None or size >= 6 * box.shape[1] else _three_passes(box, size)
+
+
+def _weights(sigma: _Array, size: int, kernel: str) -> tuple[_Array, _Array]:
+    """Weights [n, R + 1] of one side, and what pixels beyond the edge contribute to those within, [n, R, R + 1]."""
+    if kernel == "pil":
+        return _weights_and_corners(_pillow_box(sigma))
+    return _gaussian(sigma, size, mirrored=kernel == "tenth")
 
 
 def _gaussian(sigma: _Array, size: int, *, mirrored: bool) -> tuple[_Array, _Array]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _GRAY = (0.2989, 0.587, 0.114)  # luma of torchvision and PIL
+NEUTRAL = {"torchvision": (1.0, 1.0, 1.0, 0.0), "deepmind": (0.0, 1.0, 1.0, 0.0)}
+"""The factors of the four jitter operations that change nothing, by library."""
 
 Factor = float | Tensor
 """A factor: a number for a single row, or a tensor [n, 1, 1, 1] with one value per row."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from hpcssl.distributed.devices import to_device
 from hpcssl.views.blur import blur_matrix
 from hpcssl.views.color import (
+    NEUTRAL,
     brightness,
     contrast,
     deepmind_brightness,
@@ -38,7 +39,6 @@ _JITTER = {
     "torchvision": (brightness, contrast, saturation, hue),
     "deepmind": (deepmind_brightness, deepmind_contrast, deepmind_saturation, hue),
 }
-_NEUTRAL = {"torchvision": (1.0, 1.0, 1.0, 0.0), "deepmind": (0.0, 1.0, 1.0, 0.0)}
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def _run_chunk(
     for place in range(4):
         for op in range(4):
             mask = params["jitter"] & (params["order"][:, place] == op)
-            mask &= params["factors"][:, op] != _NEUTRAL[library][op]
+            mask &= params["factors"][:, op] != NEUTRAL[library][op]
             _apply_to_rows(x, mask, _JITTER[library][op], params["factors"][:, op])
     _apply_to_rows(x, params["gray"], to_gray)
     _apply_to_rows(x, params["sigma"] > 0, blur, params["sigma"], keep_numpy=True, kernel=blur_kernel)

@@ -4,6 +4,7 @@ The step is taken with fake CUDA tensors and a fake process group (``benchmarks/
 recipe. Its budget is in ``benchmarks/results/launches.json``, which ``python -m benchmarks launches --out`` writes.
 """
 
+import contextlib
 import functools
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.fake_step import measure
 from hpcssl.distributed.devices import to_device
 from hpcssl.distributed.launch import LaunchInfo
 from hpcssl.distributed.world import World
+from hpcssl.nets.pair import EncoderPair
 from hpcssl.train import recipe as recipes
 from hpcssl.train import world_sizes
 
@@ -93,6 +95,19 @@ def test_steps_need_few_operations_beyond_those_of_the_plain_encoders():
 def test_every_wait_of_the_host_has_a_reason():
     waits = {reason for by_ranks in BUDGET.values() for row in by_ranks.values() for reason in row["waits"]}
     assert waits == set(REASONS)
+
+
+def test_accumulation_reduces_gradients_once_per_step(monkeypatch):
+    """All micro-batches but the last keep their gradients on the rank."""
+
+    def gradients(*overrides):
+        collectives = measure("digits_byol", 8, "model.norm=local", "optim.batch=64", *overrides, plain=False).step
+        return [c for c in collectives.collectives if c.gradients], len(collectives.collectives)
+
+    whole, micro = gradients(), gradients("machine.accumulation_steps=4")
+    assert whole == micro and whole[0]
+    monkeypatch.setattr(EncoderPair, "no_sync", lambda _: contextlib.nullcontext())
+    assert len(gradients("machine.accumulation_steps=4")[0]) == 4 * len(whole[0])  # the count sees it
 
 
 # -- that the recorder sees what it is there for ------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
 import torch
@@ -11,15 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hpcssl.distributed import kernel_choice
 from hpcssl.distributed.collectives import Collectives
 from hpcssl.distributed.world import World
-from hpcssl.errors import ConfigError
 from hpcssl.nets.kernels.grouped import GroupedNorm
 from hpcssl.nets.kernels.spanning import CudaSpanningNorm
-
-SETTINGS = ("auto", "plain", "fast")
-"""Values of the recipe key ``machine.kernels``."""
-LOG = logging.getLogger("hpcssl")
 
 _GROUPS, _EPS = 2, 1e-5
 _ROUNDINGS = {torch.float32: 32, torch.bfloat16: 4}
@@ -34,7 +29,7 @@ def use_fast_kernels(setting: str, world: World) -> bool:
     On a GPU, each rank computes norms of random values with both, forward and backward. A collective there.
 
     Args:
-        setting: One of ``SETTINGS``.
+        setting: One of ``kernel_choice.SETTINGS``.
         world: The processes that train together.
 
     Returns:
@@ -44,25 +39,7 @@ def use_fast_kernels(setting: str, world: World) -> bool:
     Raises:
         ConfigError: For ``fast``, where the kernels cannot be used.
     """
-    if setting == "plain":
-        return False
-    if world.device.type != "cuda":
-        fault = f"the device {world.device.type}"
-        if setting == "auto":
-            return False
-    elif not torch.cuda.is_available():
-        return True  # fake tensors, on a machine without a GPU: nothing is computed
-    else:
-        faults = world.all_gather_text(find_fault(world.device))
-        fault = next((f"{text}, on rank {rank}" for rank, text in enumerate(faults) if text), "")
-    if not fault:
-        return True
-    if setting == "fast":
-        fix = "set machine.kernels=auto, which uses the plain kernels here"
-        raise ConfigError("machine.kernels=fast", got=fault, expected="a GPU on which the fast kernels work", fix=fix)
-    if world.is_main:
-        LOG.warning("Batch norms use the plain kernels, which are slower: %s.", fault)
-    return False
+    return kernel_choice.choose(setting, world, find_fault, "Batch norms")
 
 
 @functools.cache
@@ -84,7 +61,7 @@ def find_fault(device: torch.device) -> str:
                 with _disable_current_modes(), torch.enable_grad():  # whoever counts operations does not mean these
                     difference = _measure_difference(fast_norm, groups, dtype, device)
             except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises, the plain kernels remain
-                return f"{name} in {dtype} failed with {type(error).__name__} ({' '.join(str(error).split())[:200]})"
+                return kernel_choice.explain_failure(f"{name} in {dtype}", error)
             if not difference <= roundings * torch.finfo(dtype).eps:
                 return f"{name} in {dtype} differ from torch's by {difference:.2g}"
     return ""

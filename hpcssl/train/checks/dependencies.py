@@ -105,6 +105,11 @@ def _machine_rules(recipe: Recipe) -> Iterator[Rule]:
     yield "machine.timeout_minutes", holds, "minutes above 0", "set machine.timeout_minutes=30"
     holds = machine.kernels != "fast" or machine.devices != "cpu"
     yield "machine.kernels", holds, "auto or plain with machine.devices=cpu", "set machine.kernels=auto"
+    if machine.fused == "apex":
+        kind, precision, fix = recipe.optim.name, recipe.optim.precision, "set machine.fused=torch"
+        yield "machine.fused", kind == "sgd", f"torch with optim.name={kind}: apex has SGD alone", fix
+        yield "machine.fused", precision != "fp64", "torch with optim.precision=fp64", fix
+        yield "machine.fused", machine.devices != "cpu", "torch with machine.devices=cpu", fix
     if machine.keep_every_steps:
         every = machine.checkpoint_steps
         yield (

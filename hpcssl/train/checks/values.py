@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from hpcssl.data.address import check_address, check_stage_dir, is_remote
 from hpcssl.data.native import selection as decoders
+from hpcssl.distributed import kernel_choice
 from hpcssl.errors import ConfigError, require_choice
 from hpcssl.nets import norm, resnet
-from hpcssl.nets.kernels import selection
+from hpcssl.optim import apex_sgd
 from hpcssl.optim.schedule import total_steps
 from hpcssl.train.options import DataOptions, MachineOptions
 
@@ -62,8 +63,9 @@ def check_values(recipe: Recipe) -> None:
 
 def _check_machine(machine: MachineOptions) -> None:
     require_choice("machine.devices", machine.devices, DEVICES)
-    require_choice("machine.kernels", machine.kernels, selection.SETTINGS)
+    require_choice("machine.kernels", machine.kernels, kernel_choice.SETTINGS)
     require_choice("machine.decoder", machine.decoder, decoders.SETTINGS)
+    require_choice("machine.fused", machine.fused, apex_sgd.SETTINGS)
     for key, minimum in (
         ("accumulation_steps", 1),
         ("loader_threads", 1),
