@@ -83,8 +83,8 @@ class TopApp(App[None]):
         self.set_interval(self._every, self.action_refresh)
 
     def on_resize(self) -> None:
-        """Choose the columns anew."""
-        self._show()
+        """Choose the columns anew, once the screen has its new size."""
+        self.call_after_refresh(self._show)
 
     def on_data_table_row_highlighted(self) -> None:
         """Show the details of the run under the cursor."""
@@ -208,6 +208,6 @@ class TopApp(App[None]):
 
 
 def _draw_cell(row: Row, name: str, width: int) -> Text:
-    text = display.shorten(row.cells[name], width, middle=name == "run")
+    text = display.shorten(row.cells[name], width, keep_end=name == "run")
     color = COLORS.get(row.state, "" if row.state == "NONE" else "red") if name == "state" else ""
     return Text(text, style=color, justify="right" if name in NUMBERS else "left", no_wrap=True)

@@ -24,7 +24,7 @@ COLUMNS = {
     "k-NN": 6,
     "reason": 20,
     "start": 12,
-    "last end": 24,
+    "last end": 60,
 }
 """Columns by importance, with their greatest width in characters. Those that do not fit are left out, the last ones
 first; the panel below the table has all values of the selected run."""
@@ -128,14 +128,11 @@ def choose_columns(rows: Sequence[Row], width: int) -> dict[str, int]:
     return chosen
 
 
-def shorten(text: str, width: int, *, middle: bool = False) -> str:
-    """Cut a text to a width, marked by an ellipsis at its end, or in its middle where both ends tell names apart."""
+def shorten(text: str, width: int, *, keep_end: bool = False) -> str:
+    """Cut a text to a width, marked by an ellipsis: at its end, or at its start for paths, which differ at the end."""
     if len(text) <= width:
         return text
-    if not middle or width < 8:
-        return text[: width - 1] + "…"
-    tail = (width - 1) * 2 // 3
-    return text[: width - 1 - tail] + "…" + text[-tail:]
+    return "…" + text[-(width - 1) :] if keep_end else text[: width - 1] + "…"
 
 
 def summarize(rows: Sequence[Row]) -> str:

@@ -147,7 +147,7 @@ def test_columns_without_values_and_those_of_less_importance_give_way():
 def test_texts_are_short():
     spans = {0: "0s", 59.2: "1m 00s", 61: "1m 01s", 3600: "1h 00m", 90000: "1d 01h", None: "-"}
     assert {seconds: display.format_span(seconds) for seconds in spans} == spans
-    assert display.shorten("abcdefghijklm", 10, middle=True) == "abc…hijklm"
+    assert display.shorten("abcdefghijklm", 10, keep_end=True) == "…efghijklm"
     assert display.shorten("abcdef", 4) == "abc…" and display.shorten("abc", 3) == "abc"
 
 
