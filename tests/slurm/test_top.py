@@ -139,7 +139,7 @@ def test_columns_without_values_and_those_of_less_importance_give_way():
         "run", "state", "step", "left", "loss", "reason", "last end",
     ]  # fmt: skip
     assert list(display.choose_columns([plain, full], 40)) == ["run", "state", "step", "left", "loss"]
-    assert full.cells["left"] == "1h 03m" and full.cells["last end"] == "killed (signal 9)"
+    assert full.cells["left"] == "1h 02m" and full.cells["last end"] == "killed (signal 9)"
     long = make_row("a" * 60)
     assert display.choose_columns([long], 60)["run"] == 60 - 2 * 3 - len("state") - len("step")
 
