@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcssl import cli_runner
+from hpcssl import cli_runner, files
 from hpcssl.errors import EXIT_USAGE, SubmitError
 from slurm import cli
 from slurm.backend import batch_script
@@ -342,6 +342,8 @@ def test_a_requeue_needs_a_running_or_held_job_of_slurm(tmp_path, squeue, monkey
 def test_thirty_runs_on_a_cluster(cluster, tmp_path, monkeypatch):
     options = {"ntasks": "1", "cpus-per-task": "1", "mem": "0", "time": "20"}
     runs = [stubs.create_run(tmp_path / "runs" / f"r{k:02}", steps=12, hold_at=6) for k in range(30)]
+    for run in runs:
+        files.atomic_write(run.config, "schedule: {steps: 12}\noptim: {batch: 8}\n")
     first = [batch_script.submit(run, "train", options, Profile()) for run in runs[:4]]
     for k, run in enumerate(runs[4:]):
         batch_script.submit(run, "train", options | {"dependency": f"afterany:{first[k % 4]}"}, Profile())
