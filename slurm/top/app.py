@@ -83,7 +83,7 @@ class TopApp(App[None]):
         self.set_interval(self._every, self.action_refresh)
 
     def on_resize(self) -> None:
-        """Choose the columns anew, once the screen has its new size."""
+        """Choose the columns again, once the screen has its new size."""
         self.call_after_refresh(self._show)
 
     def on_data_table_row_highlighted(self) -> None:
