@@ -162,3 +162,21 @@ def open_run(path: Path | str) -> RunDir:
             fix="name the run folders themselves, such as runs/demo",
         )
     return run
+
+
+def find_runs(folder: Path, depth: int = 3) -> list[RunDir]:
+    """Return the runs below a folder that is no run itself, sorted by path; runs inside of runs are left out.
+
+    Args:
+        folder: The folder; a run, or a path that is no folder, holds none.
+        depth: Number of levels of folders that are searched.
+    """
+    if not folder.is_dir() or RunDir(folder).config.exists():
+        return []
+    runs: list[RunDir] = []
+    for path in sorted(folder.iterdir()):
+        if RunDir(path).config.exists():
+            runs.append(RunDir(path))
+        elif depth > 1 and not path.is_symlink() and not path.name.startswith("."):
+            runs += find_runs(path, depth - 1)
+    return runs

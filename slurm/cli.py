@@ -35,6 +35,7 @@ from slurm.doctor import cli as doctor_cli
 from slurm.log import job_log
 from slurm.log.job_log import Job, SbatchOptions
 from slurm.sweep import cli as sweep_cli
+from slurm.top import command as top_command
 
 if TYPE_CHECKING:
     from slurm.api import SubmittedRun
@@ -163,6 +164,9 @@ def status(
         if not watch:
             return
         sleep(every)
+
+
+app.command()(top_command.top)
 
 
 @app.command()

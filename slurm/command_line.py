@@ -6,7 +6,7 @@ import difflib
 
 from hpcssl.errors import ConfigError
 
-VERBS = ("submit", "sweep", "table", "status", "cancel", "logs", "preempt", "doctor")
+VERBS = ("submit", "sweep", "table", "status", "top", "cancel", "logs", "preempt", "doctor")
 
 
 def add_default_verb(words: list[str]) -> list[str]:

@@ -56,7 +56,7 @@ LAYERS = (  # the lowest first; a module belongs to the longest name listed here
     "slurm.job",
     "slurm.submission",
     "slurm.demo slurm.doctor slurm.submit",
-    "slurm.api slurm.sweep",
+    "slurm.api slurm.sweep slurm.top",
     "slurm.cli",
     "slurm.__main__",
 )

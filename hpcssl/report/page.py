@@ -19,8 +19,8 @@ from hpcssl.report.facts import RunFacts, has_readable_recipe, name_runs, read_f
 from hpcssl.report.markup import Markup, element, escape, paragraph, section, table
 from hpcssl.report.style import STYLE
 from hpcssl.results import curves
-from hpcssl.results.records import find_runs, open_runs
-from hpcssl.run_dir import RunDir
+from hpcssl.results.records import open_runs
+from hpcssl.run_dir import RunDir, find_runs
 
 LOG = logging.getLogger("hpcssl")
 

@@ -18,7 +18,7 @@ from hpcssl.evals.rows import ROW_FIELDS
 from hpcssl.results import columns, compare, run_cost
 from hpcssl.results.columns import Record
 from hpcssl.results.seeds import average_over_seeds
-from hpcssl.run_dir import RunDir, open_run
+from hpcssl.run_dir import RunDir, find_runs, open_run
 
 LOG = logging.getLogger("hpcssl")
 
@@ -95,24 +95,6 @@ def open_runs(paths: Sequence[Path | str]) -> list[RunDir]:
         else:
             opened.append(open_run(path))
     return opened or [open_run(path) for path in paths]
-
-
-def find_runs(folder: Path, depth: int = 3) -> list[RunDir]:
-    """Return the runs below a folder that is no run itself, sorted by path; runs inside of runs are left out.
-
-    Args:
-        folder: The folder; a run, or a path that is no folder, holds none.
-        depth: Number of levels of folders that are searched.
-    """
-    if not folder.is_dir() or RunDir(folder).config.exists():
-        return []
-    runs: list[RunDir] = []
-    for path in sorted(folder.iterdir()):
-        if RunDir(path).config.exists():
-            runs.append(RunDir(path))
-        elif depth > 1 and not path.is_symlink() and not path.name.startswith("."):
-            runs += find_runs(path, depth - 1)
-    return runs
 
 
 def result_keys(recipe: dict[str, Any]) -> dict[str, Any]:

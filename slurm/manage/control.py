@@ -97,6 +97,43 @@ def preempt(run: RunDir) -> str:
     )
 
 
+def requeue(run: RunDir) -> str:
+    """Let SLURM requeue the running job, or release a job that SLURM holds.
+
+    SLURM ends the job itself and puts it back into the queue; the training saves first. Unlike ``preempt``, this does
+    not need a training that answers: one that hangs is killed after SLURM's ``KillWait``.
+
+    Returns:
+        A sentence that says what was requested.
+
+    Raises:
+        SubmitError: No job of the run is running or held, it is a local one, or SLURM refused.
+    """
+    for job in active_jobs(run):
+        state = status.query_job(run, job)
+        is_held = "held" in state.reason.lower()
+        if state.name != "RUNNING" and not is_held:
+            continue
+        if job.is_local:
+            raise SubmitError(
+                f"job {job.id}",
+                got="a local job",
+                expected="a job of SLURM, which requeues it",
+                fix=f"run `hpcssl-submit preempt {run.root}`: the local supervisor then starts the next attempt",
+            )
+        if is_held:
+            _run_or_raise("scontrol", "release", job.id, job=job)
+            return f"Released job {job.id}"
+        _run_or_raise("scontrol", "requeue", job.id, job=job)
+        return f"Requeued job {job.id}"
+    raise SubmitError(
+        f"run {run.root}",
+        got="no running or held job",
+        expected="a job to requeue",
+        fix=f"run `hpcssl-submit status {run.root}`; a run that ended continues if it is submitted again",
+    )
+
+
 def active_jobs(run: RunDir) -> list[Job]:
     """Return the queued and running jobs of a run, training first.
 
