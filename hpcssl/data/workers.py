@@ -282,7 +282,7 @@ class LoaderWorkers:
         if body is None or not decoder.decode(body, size, views):
             return False
         requested = slot.requested[row]
-        slot.index[row], slot.label[row] = requested, self.reader.labels[requested]
+        slot.index[row], slot.label[row] = requested, self.reader.label(requested)
         for stored, params in zip(slot.params, drawn, strict=True):
             stored[row] = params
         return True

@@ -25,7 +25,7 @@ from hpcssl.errors import ConfigError, ResumeError, WorldError, require_choice, 
 from hpcssl.memory.checkpointed import RowReader
 from hpcssl.memory.columns import ColumnSpec
 from hpcssl.memory.shard_exchange import PushRoute, fetch_rows
-from hpcssl.memory.slots import PushUndo, allocate, block_of, chosen_pieces, fill_randomly, next_pieces
+from hpcssl.memory.slots import Piece, PushUndo, allocate, block_of, chosen_pieces, fill_randomly, next_pieces
 
 PLACEMENTS = ("replicated", "sharded")
 INITS = ("random", "empty")
@@ -113,7 +113,8 @@ class RingBuffer:
                 expected=f"at most its {self.size} slots",
                 fix="raise bank.size to the global batch or more",
             )
-        route, pieces = None, []
+        route: PushRoute | None = None
+        pieces: list[Piece]
         if self.sharded and self.world.size > 1:
             targets = (self.pointer + torch.arange(count)) % self.size if slots is None else slots
             route = PushRoute(self.world, targets, self.size, self.layout)

@@ -68,7 +68,7 @@ class Arch:
         return cls(**json.loads(text))
 
 
-class FusedBasicBlock(BasicBlock):
+class FusedBasicBlock(BasicBlock):  # type: ignore[misc]  # torchvision has no types
     """torchvision's block, whose norms get the residual and the ReLU behind them, which ``BatchNorm`` may fuse."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class FusedBasicBlock(BasicBlock):
         return _norm_relu(self.bn2, self.conv2(out), x if self.downsample is None else self.downsample(x))
 
 
-class FusedBottleneck(Bottleneck):
+class FusedBottleneck(Bottleneck):  # type: ignore[misc]
     """The same for torchvision's bottleneck."""
 
     def forward(self, x: Tensor) -> Tensor:

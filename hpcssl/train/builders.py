@@ -19,6 +19,7 @@ from hpcssl.methods import METHODS
 from hpcssl.methods.base import BankSpec, Method
 from hpcssl.nets import heads, norm, resnet
 from hpcssl.nets.kernels import selection
+from hpcssl.nets.kernels.constants import ZeroPool
 from hpcssl.nets.pair import Encoder, EncoderPair
 from hpcssl.train.recipe import Recipe
 from hpcssl.views import mix
@@ -98,7 +99,7 @@ def build_encoders(
             ``machine.kernels=fast`` where the fast kernels cannot be used.
     """
     options = recipe.model
-    fast, zeros = selection.use_fast_kernels(recipe.machine.kernels, world), norm.ZeroPool()
+    fast, zeros = selection.use_fast_kernels(recipe.machine.kernels, world), ZeroPool()
 
     def norm_layer(channels: int, affine: bool = True) -> nn.Module:
         return norm.BatchNorm(
