@@ -134,20 +134,24 @@ def _read_sample(descriptor: int, path: str, key: str, members: dict[str, reader
 
 
 def _take_listed(samples: list[Sample], names: list[str], path: Path) -> list[Sample]:
-    """Return the samples that a list names: by source name, by key, or by a file name that is unique."""
-    by_full_name: dict[str, int] = {}
-    by_file_name: dict[str, set[int]] = {}
+    """Return the samples that a list names: by source, by key, by source without suffix, or by file name.
+
+    The first of these that fits a name counts, and must fit one sample only.
+    """
+    by_name: list[dict[str, set[int]]] = [{}, {}, {}, {}]
+    sources, keys, stems, file_names = by_name
     for i, sample in enumerate(samples):
         stem = drop_suffix(sample.source)
-        for name in (sample.source, stem, sample_key(sample.source, keep_suffix=sample.key_suffix)):
-            by_full_name[name] = i
+        sources.setdefault(sample.source, set()).add(i)
+        keys.setdefault(sample_key(sample.source, keep_suffix=sample.key_suffix), set()).add(i)
+        stems.setdefault(stem, set()).add(i)
         for name in (sample.source, stem):
-            by_file_name.setdefault(name.rpartition("/")[2], set()).add(i)
+            file_names.setdefault(name.rpartition("/")[2], set()).add(i)
     chosen: set[int] = set()
     unknown: list[str] = []
     ambiguous: list[str] = []
     for name in names:
-        matches = {by_full_name[name]} if name in by_full_name else by_file_name.get(name, set())
+        matches: set[int] = next((found[name] for found in by_name if name in found), set())
         if len(matches) == 1:
             chosen |= matches
         else:
@@ -181,7 +185,10 @@ def _take_fraction(samples: list[Sample], fraction: float, seed: int) -> list[Sa
 
 
 def _remove_labels(samples: list[Sample], labeled: set[str]) -> list[Sample]:
-    """Remove the label of every sample that is not in ``labeled``, also from KEY.json; targets become zeros."""
+    """Remove the label of every sample that is not in ``labeled``.
+
+    KEY.json keeps nothing but the targets, which become zeros: any other field could tell the label.
+    """
 
     def without_label(sample: Sample) -> Sample:
         targets = json.loads(sample.extra_json or "{}").get("targets")

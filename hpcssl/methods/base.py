@@ -18,6 +18,7 @@ from hpcssl import rng
 from hpcssl.distributed.batch_layout import BatchLayout
 from hpcssl.distributed.devices import to_device
 from hpcssl.distributed.world import World
+from hpcssl.errors import ConfigError
 from hpcssl.memory.bank import Bank
 from hpcssl.memory.checkpointed import CheckpointedMemory
 from hpcssl.memory.embedding_table import EmbeddingTable
@@ -88,6 +89,15 @@ class BankSpec:
     replace: Literal["oldest", "random"] = "oldest"
     vectors: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.push == "before" and len(self.views) != 1:  # a step that is not taken restores the last push
+            raise ConfigError(
+                "BankSpec.views",
+                got=self.views,
+                expected='one view with push="before"',
+                fix='push the view of the targets, or set push="after"',
+            )
 
 
 @dataclass

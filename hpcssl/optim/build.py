@@ -64,25 +64,25 @@ class OptimOptions:
         require_choice("optim.lr_scaling", self.lr_scaling, LR_SCALINGS)
         require_choice("optim.trust_denominator", self.trust_denominator, TRUST_DENOMINATORS)
         require_choice("optim.precision", self.precision, PRECISIONS)
-        for name, holds, expected in (
-            ("lr", 0 < self.lr < math.inf, "above 0"),
-            ("momentum", 0 <= self.momentum < 1, "0 to below 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
-            ("trust_coefficient", 0 < self.trust_coefficient < math.inf, "above 0"),
-            ("nesterov", not self.nesterov or self.momentum > 0, "false without momentum"),
-            ("trust_denominator", self.trust_denominator == "decayed" or self.name == "lars", "decayed without LARS"),
-            (
-                "not_excluded",
-                not self.not_excluded or self.exclude_norm_and_bias,
-                "empty without optim.exclude_norm_and_bias",
-            ),
+        is_lars, without_norms = self.name in ("lars", "larc"), "empty without optim.exclude_norm_and_bias"
+        is_decayed = self.trust_denominator == "decayed"
+        for name, holds, expected, fix in (
+            ("lr", 0 < self.lr < math.inf, "above 0", "0.05"),
+            ("momentum", 0 <= self.momentum < 1, "0 to below 1", "0.9"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more", "1e-4"),
+            ("trust_coefficient", 0 < self.trust_coefficient < math.inf, "above 0", "0.001"),
+            ("trust_coefficient", is_lars or self.trust_coefficient == 1e-3, "0.001 without LARS or LARC", "0.001"),
+            ("trust_denominator", is_decayed or self.name == "lars", "decayed without LARS", "decayed"),
+            ("lr_in_momentum", is_lars or not self.lr_in_momentum, "false without LARS or LARC", "false"),
+            ("nesterov", not self.nesterov or self.momentum > 0, "false without momentum", "false"),
+            ("not_excluded", not self.not_excluded or self.exclude_norm_and_bias, without_norms, "[]"),
         ):
             if not holds:
                 raise ConfigError(
                     f"optim.{name}",
                     got=getattr(self, name),
                     expected=expected,
-                    fix=f"set optim.{name} to a value that is {expected}",
+                    fix=f"set optim.{name}={fix}" + (", or optim.name=lars" if "LARS" in expected else ""),
                 )
 
 

@@ -62,6 +62,25 @@ def test_unknown_and_ambiguous_names_of_a_list_are_refused(out, tmp_path, error_
     assert not (tmp_path / "some").exists()
 
 
+def test_a_list_tells_images_apart_that_differ_in_their_suffix(tmp_path, error_of, run_shard, encode_image):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for number, suffix in enumerate(("jpeg", "jpg")):
+        (tmp_path / "images" / "a" / f"x.{suffix}").write_bytes(encode_image(number))
+    (tmp_path / "images" / "b").mkdir()
+    (tmp_path / "images" / "b" / "y.jpg").write_bytes(encode_image(2))
+    run_shard("images", tmp_path / "images", tmp_path / "shards", "--workers", 1)
+    keys = sorted(key for key in samples(tmp_path / "shards") if key.startswith("a/"))
+    assert len(keys) == 2
+    for name, key in zip(("a/x.jpeg", "a/x.jpg", *keys), (*keys, *keys), strict=True):
+        (tmp_path / "list.txt").write_text(f"{name}\nb/y\n")
+        out = tmp_path / f"of {name.replace('/', ' ')} {key.replace('/', ' ')}"
+        assert run_shard("subset", tmp_path / "shards", out, "--list", tmp_path / "list.txt", "--workers", 1) == 0
+        assert sorted(samples(out)) == [key, "b/y"], name
+    (tmp_path / "list.txt").write_text("x\n")
+    error = error_of("subset", tmp_path / "shards", tmp_path / "some", "--list", tmp_path / "list.txt")
+    assert "several samples" in error.got
+
+
 def test_a_fraction_is_taken_of_every_class(out, tmp_path, run_shard):
     every = samples(out)
     for share, counts in ((0.1, [4, 2, 1]), (0.01, [1, 1, 1]), (1.0, [40, 20, 10])):

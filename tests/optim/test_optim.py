@@ -88,7 +88,8 @@ def step_literally(options, model, lrs):
 )
 def test_twenty_steps_agree_with_the_literal_loop(more, exclude):
     options = build.OptimOptions(
-        **{"lr": 0.3, "weight_decay": 0.01, "trust_coefficient": 0.02, "exclude_norm_and_bias": exclude, **more}
+        **{"lr": 0.3, "weight_decay": 0.01, "exclude_norm_and_bias": exclude, **more},
+        **({} if more["name"] == "sgd" else {"trust_coefficient": 0.02}),
     )
     schedule = ScheduleOptions(epochs=STEPS // 4, warmup_epochs=1, interval="step")
     base = [learning_rate(schedule, t, peak=options.lr, steps_per_epoch=4) for t in range(STEPS)]
@@ -242,7 +243,14 @@ def test_a_parameter_without_a_gradient_does_not_change():
         ({"lr_scaling": "batch"}, "lr_scaling", "'batch'", "'batch256'"),
         ({"precision": "fp8"}, "precision", "'fp8'", "'fp64'"),
         ({"trust_denominator": "sun", "name": "lars"}, "trust_denominator", "'sun'", "'sum'"),
-        ({"trust_denominator": "sum"}, "trust_denominator", "sum", "without LARS"),
+        (
+            {"trust_denominator": "sum"},
+            "trust_denominator",
+            "sum",
+            "set optim.trust_denominator=decayed, or optim.name",
+        ),
+        ({"trust_coefficient": 0.02}, "trust_coefficient", "0.02", "without LARS"),
+        ({"lr_in_momentum": True}, "lr_in_momentum", "True", "without LARS"),
         ({"not_excluded": ["1.weight"]}, "not_excluded", "['1.weight']", "exclude_norm_and_bias"),
         ({"nesterov": True, "momentum": 0.0}, "nesterov", "True", "momentum"),
     ],
