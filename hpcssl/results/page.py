@@ -1,8 +1,8 @@
 """RESULTS.md: a published part, made from ``hpcssl/published``, and a measured part, made from run folders.
 
-A third part, the claims of the papers, is made from the measured rows of the page. Each lies between two markers; the rest of the file is left unchanged. The measured part keeps the rows of runs that
-are not named, since their folders may have been moved, and carries the sha256 of its table: rows that were edited by
-hand are refused.
+A third part, the claims of the papers, is made from the measured rows of the page. Each lies between two markers; the
+rest of the file is left unchanged. The measured part keeps the rows of runs that are not named, since their folders
+may have been moved, and carries the sha256 of its table: rows that were edited by hand are refused.
 """
 
 from __future__ import annotations
