@@ -1,9 +1,10 @@
 """Our methods and lightly's at equal budget: ``python -m benchmarks quality --data DIR --scratch DIR``.
 
-DIR/train and DIR/val are shards, such as those of ``hpcssl-shard digits DIR``. Each method is trained twice per seed: by
-this package, and with lightly's loss, heads and momentum update in a plain loop. Both start from the same backbone, see
-the same batches with the same augmentations, and use the same optimizer and learning rates. Both encoders are then
-scored by the same k-NN evaluation. Known differences of a peer are in ``Peer.differs`` and in the report.
+DIR/train and DIR/val are shards, such as those of ``hpcssl-shard digits DIR``. Each method is trained twice per seed:
+by this package, and with lightly's loss, heads and momentum update in a plain loop. Both start from the same
+backbone, see the same batches with the same augmentations, and use the same optimizer and learning rates. Both
+encoders are then scored by the same k-NN evaluation. Known differences of a peer are in ``DIFFERS`` and in the
+report.
 
 Finished trainings lie below --scratch, and the same command continues. lightly is optional: `pip install lightly`.
 solo-learn is no peer here: it requires versions of its dependencies that pip cannot install beside this package.
@@ -37,6 +38,12 @@ from hpcssl.train.train_state import TrainState
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 METHODS = {"byol": "byol", "simsiam": "simsiam", "simclr": "simclr", "nnclr": "nnclr", "moco_v2": "moco"}
 """Methods that lightly has too: the end of our recipe's name, and the name of the method."""
+DIFFERS = {
+    "byol": "Negative cosine, mean of both directions; ours, the sum of 2 - 2 cos, has 4 times the gradient.",
+    "nnclr": "The support set starts with random rows; NTXentLoss also has negatives of the same view.",
+    "moco": "The bank starts with random rows; that of our recipe starts empty.",
+}
+"""By method, what lightly does otherwise, by reading its code."""
 METRICS = ("knn1", "knn20", "one_label")
 
 
@@ -79,15 +86,7 @@ class Peer(nn.Module):
         training: Our state at step 0, whose backbone is copied.
         lightly: What ``import_lightly`` returns.
 
-    Attributes:
-        differs: By method, what lightly does otherwise, or cannot do, by reading its code.
     """
-
-    differs = {
-        "byol": "Negative cosine, averaged over directions; ours, 2 - 2 cos summed over them, has 4 times the gradient.",
-        "nnclr": "The support set starts with random rows; NTXentLoss also has negatives of the same view.",
-        "moco": "The bank starts with random rows; that of our recipe starts empty.",
-    }
 
     def __init__(self, training: TrainState, lightly):
         super().__init__()
@@ -229,7 +228,7 @@ def main() -> None:
     body: dict[str, dict[str, object]] = {}
     for method in args.methods:
         seeds = [compare_seed(f"{args.recipes}_{method}", seed, args, lightly) for seed in args.seeds]
-        body[f"{args.recipes}_{method}"] = summarize(seeds) | {"peer differs": Peer.differs.get(METHODS[method], "")}
+        body[f"{args.recipes}_{method}"] = summarize(seeds) | {"peer differs": DIFFERS.get(METHODS[method], "")}
         # after every method, so that a stop leaves what is finished
         files.atomic_write(args.scratch / "partial.json", json.dumps(body, indent=2, ensure_ascii=False) + "\n")
     length = f"{args.epochs} epochs" if args.epochs else "the recipes' epochs"

@@ -1,8 +1,8 @@
 """The orderings that the papers claim, as data: ``claims.yaml`` beside this module.
 
 A claim says that one setting is better than another. Both sides are settings that can be trained here: a packaged
-recipe, with ``key=value`` on top where no packaged recipe is the row. What the paper prints is not repeated: the claim names a
-table, two of its rows and a column.
+recipe, with ``key=value`` on top where no packaged recipe is the row. What the paper prints is not repeated: the
+claim names a table, two of its rows and a column.
 """
 
 from __future__ import annotations
