@@ -239,4 +239,4 @@ if __name__ == "__main__":
     try:
         main()
     except HpcsslError as error:
-        sys.exit(f"python -m benchmarks quality: {error}")
+        sys.exit(str(error))
