@@ -57,19 +57,11 @@ def main(
         return
     style = "csv" if as_csv else "json" if as_json else ""
     if published:
-        if write is not None:
-            page.update_page(write, None, with_published=True)
-            out.write(f"{write}\n")
-        else:
-            out.write(tables.export_published(style) if style else page.format_published() + "\n")
+        out.write(_print_published(write, style))
         return
     records = collect_records(runs) if runs else []
     if claims:
-        if write is not None:
-            page.update_page(write, select_shown(records) if runs else None, with_claims=True)
-            out.write(f"{write}\n")
-        else:
-            out.write(claim_table.render_claims(claim_table.read_record_scores(records), as_json=as_json))
+        out.write(_print_claims(records, write, as_json))
         return
     if claim:
         out.write(_render_claim(records, claim, as_json))
@@ -93,6 +85,22 @@ def _draw_pictures(runs: Sequence[Path], plots: Path | None, gallery: Path | Non
         from hpcssl.results import gallery as pictures
 
         yield pictures.draw_gallery(runs[0], gallery)
+
+
+def _print_published(write: Path | None, style: str) -> str:
+    """Update a page, and return its path, or return the published tables."""
+    if write is not None:
+        page.update_page(write, None, with_published=True)
+        return f"{write}\n"
+    return tables.export_published(style) if style else page.format_published() + "\n"
+
+
+def _print_claims(records: Sequence[Record], write: Path | None, as_json: bool) -> str:
+    """Update a page, and return its path, or return the claims as the records decide them."""
+    if write is not None:
+        page.update_page(write, select_shown(records) if records else None, with_claims=True)
+        return f"{write}\n"
+    return claim_table.render_claims(claim_table.read_record_scores(records), as_json=as_json)
 
 
 def _render_claim(records: Sequence[Record], claim: str, as_json: bool) -> str:
