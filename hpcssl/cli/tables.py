@@ -36,6 +36,12 @@ def results(
             help="Compare two recipes, methods or values: difference, deviation and a paired test over seeds.",
         ),
     ] = "",
+    claims: Annotated[
+        bool,
+        typer.Option(
+            "--claims", help="Print what the papers claim, and whether these runs show it; with --write, of a page."
+        ),
+    ] = False,
     published: Annotated[
         bool, typer.Option("--published", help="Print the results of the papers instead of those of runs.")
     ] = False,
@@ -58,6 +64,7 @@ def results(
         steps=steps,
         sort=sort,
         claim=claim,
+        claims=claims,
         published=published,
         plots=plots,
         gallery=gallery,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpcssl.errors import ConfigError
 from hpcssl.evals.frozen.knn_options import ONE_LABEL
+from hpcssl.results import claims as claim_table
 from hpcssl.results import compare, page, tables
 from hpcssl.results.columns import Record
 from hpcssl.results.records import collect_records, select_shown
@@ -23,6 +24,7 @@ def main(
     steps: bool = False,
     sort: str = "",
     claim: str = "",
+    claims: bool = False,
     published: bool = False,
     plots: Path | None = None,
     gallery: Path | None = None,
@@ -37,6 +39,7 @@ def main(
         steps: Also show the encoders between step 0 and the last one.
         sort: Column by which settings are ranked, the best first; empty for the order of the runs.
         claim: Two settings to compare, as ``A > B``; empty for none.
+        claims: Print the claims of the papers, as these runs decide them; with ``write``, from the rows of the page.
         published: Print or write the tables of the papers instead; takes no runs.
         plots: Folder for pictures of learning curves.
         gallery: PNG file for validation images with their nearest training images; takes one run.
@@ -45,7 +48,8 @@ def main(
         ConfigError: The options exclude each other.
         EvalError: A path is not a run folder, or no run has results.
     """
-    _check_options(runs, as_csv, as_json, published, write, {"plots": plots, "gallery": gallery})
+    _check_options(runs, as_csv, as_json, published, claims, write, {"plots": plots, "gallery": gallery})
+    _check_claims(claims, as_csv=as_csv, is_alone=not (sort or claim or published or plots or gallery or steps))
     _check_comparison(sort, claim, is_alone=not (published or write or plots or gallery or steps))
     out = sys.stdout
     if plots is not None or gallery is not None:
@@ -53,13 +57,12 @@ def main(
         return
     style = "csv" if as_csv else "json" if as_json else ""
     if published:
-        if write is not None:
-            page.update_page(write, None, with_published=True)
-            out.write(f"{write}\n")
-        else:
-            out.write(tables.export_published(style) if style else page.format_published() + "\n")
+        out.write(_print_published(write, style))
         return
-    records = collect_records(runs)
+    records = collect_records(runs) if runs else []
+    if claims:
+        out.write(_print_claims(records, write, as_json))
+        return
     if claim:
         out.write(_render_claim(records, claim, as_json))
         return
@@ -82,6 +85,22 @@ def _draw_pictures(runs: Sequence[Path], plots: Path | None, gallery: Path | Non
         from hpcssl.results import gallery as pictures
 
         yield pictures.draw_gallery(runs[0], gallery)
+
+
+def _print_published(write: Path | None, style: str) -> str:
+    """Update a page, and return its path, or return the published tables."""
+    if write is not None:
+        page.update_page(write, None, with_published=True)
+        return f"{write}\n"
+    return tables.export_published(style) if style else page.format_published() + "\n"
+
+
+def _print_claims(records: Sequence[Record], write: Path | None, as_json: bool) -> str:
+    """Update a page, and return its path, or return the claims as the records decide them."""
+    if write is not None:
+        page.update_page(write, select_shown(records) if records else None, with_claims=True)
+        return f"{write}\n"
+    return claim_table.render_claims(claim_table.read_record_scores(records), as_json=as_json)
 
 
 def _render_claim(records: Sequence[Record], claim: str, as_json: bool) -> str:
@@ -120,11 +139,22 @@ def _check_comparison(sort: str, claim: str, *, is_alone: bool) -> None:
         )
 
 
+def _check_claims(claims: bool, *, as_csv: bool, is_alone: bool) -> None:
+    if claims and (as_csv or not is_alone):
+        raise ConfigError(
+            "hpcssl results",
+            got="--claims with another form of output",
+            expected="--claims alone, or with --json or --write",
+            fix="run the command once for each",
+        )
+
+
 def _check_options(
     runs: Sequence[Path],
     as_csv: bool,
     as_json: bool,
     published: bool,
+    claims: bool,
     write: Path | None,
     pictures: Mapping[str, Path | None],
 ) -> None:
@@ -145,7 +175,7 @@ def _check_options(
             expected="one of the two",
             fix="leave --write out to get the values; the page is Markdown",
         )
-    if not runs and not published:
+    if not runs and not (published or (claims and write)):
         raise ConfigError(
             what,
             got="no run folders",

@@ -156,7 +156,7 @@ def check_claim(records: Sequence[Record], claim: str) -> list[Comparison]:
             a, b = ({k[0]: v for k, v in side.items() if k[1:] == key} for side in (ours, theirs))
             seeds = sorted(a.keys() & b.keys())
             if seeds:
-                comparisons.append(_compare(column, names, seeds, [a[s] for s in seeds], [b[s] for s in seeds]))
+                comparisons.append(compare_scores(column, names, seeds, [a[s] for s in seeds], [b[s] for s in seeds]))
     if not comparisons:
         raise EvalError(
             f"claim {claim!r}",
@@ -220,9 +220,18 @@ def _scores_by_seed(runs: Iterable[Record], column: str) -> dict[tuple[Any, ...]
     return scores
 
 
-def _compare(
+def compare_scores(
     column: str, names: tuple[str, str], seeds: list[int], ours: list[float], theirs: list[float]
 ) -> Comparison:
+    """Compare the scores of two settings over the seeds that both have.
+
+    Args:
+        column: Name of the score.
+        names: What the two settings are called.
+        seeds: The shared seeds.
+        ours: Scores of the first setting, in percent, in the order of the seeds.
+        theirs: Scores of the second one.
+    """
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     difference = statistics.fmean(differences)
     deviation = statistics.stdev(differences) if len(seeds) > 1 else None

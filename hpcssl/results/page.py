@@ -1,8 +1,8 @@
 """RESULTS.md: a published part, made from ``hpcssl/published``, and a measured part, made from run folders.
 
-Each lies between two markers; the rest of the file is left unchanged. The measured part keeps the rows of runs that
-are not named, since their folders may have been moved, and carries the sha256 of its table: rows that were edited by
-hand are refused.
+A third part, the claims of the papers, is made from the measured rows of the page. Each lies between two markers; the
+rest of the file is left unchanged. The measured part keeps the rows of runs that are not named, since their folders
+may have been moved, and carries the sha256 of its table: rows that were edited by hand are refused.
 """
 
 from __future__ import annotations
@@ -15,25 +15,30 @@ from pathlib import Path
 from hpcssl import files, published
 from hpcssl.errors import EvalError
 from hpcssl.evals.frozen.knn_options import ONE_LABEL
-from hpcssl.results import columns
+from hpcssl.results import claims, columns
 from hpcssl.results.columns import Record
 from hpcssl.results.tables import FIRST, LAST, table_cells
 
 BEGIN = "<!-- measured by hpcssl results: begin (derived from run folders; do not edit in here) -->"
 END = "<!-- measured by hpcssl results: end -->"
+CLAIMS_BEGIN = "<!-- claims by hpcssl results: begin (derived from the measured rows; do not edit in here) -->"
+CLAIMS_END = "<!-- claims by hpcssl results: end -->"
 PUBLISHED_BEGIN = "<!-- published by hpcssl results: begin (derived from hpcssl/published; do not edit in here) -->"
 PUBLISHED_END = "<!-- published by hpcssl results: end -->"
 
 _SEAL = re.compile(r"<!-- table sha256 ([0-9a-f]{64}) -->")
 
 
-def update_page(path: Path | str, records: Sequence[Record] | None, *, with_published: bool = False) -> None:
+def update_page(
+    path: Path | str, records: Sequence[Record] | None, *, with_published: bool = False, with_claims: bool = False
+) -> None:
     """Bring a page up to date, atomically.
 
     Args:
         path: The page; it is created if it is absent.
         records: Records for the measured part; None to leave it unchanged.
         with_published: Add the published part if the page has none; one that is there is always updated.
+        with_claims: The same of the claims, which follow from the measured rows.
 
     Raises:
         EvalError: The markers form no pair, or the measured table was edited by hand.
@@ -46,6 +51,10 @@ def update_page(path: Path | str, records: Sequence[Record] | None, *, with_publ
     if records is not None:
         head, old, rest = _split_at_markers(path, text, BEGIN, END)
         text = head + format_measured(records, keep=_parse_rows(path, old)) + rest
+    if with_claims or CLAIMS_BEGIN in text:
+        rows = _parse_rows(path, _split_at_markers(path, text, BEGIN, END)[1])
+        head, _, rest = _split_at_markers(path, text, CLAIMS_BEGIN, CLAIMS_END)
+        text = head + format_claims(rows) + rest
     files.atomic_write(path, text)
 
 
@@ -175,6 +184,21 @@ def _parse_rows(path: Path, part: str) -> list[dict[str, str]]:
         [cell.replace("\\|", "|").strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines
     )
     return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+# -- claims -------------------------------------------------------------------------------------------------
+
+
+def format_claims(rows: Sequence[dict[str, str]]) -> str:
+    """Format the claims of the papers, as the measured rows of a page decide them, between the markers.
+
+    Args:
+        rows: Measured rows, as ``read_measured_rows`` returns them.
+    """
+    head, *lines = claims.claim_cells(claims.check_claims(claims.read_page_scores(rows)))
+    ruler = ["---:" if title in claims.SCORES else "---" for title in head]
+    table = [_markdown_row(line) for line in [head, ruler, *lines]]
+    return "\n".join([CLAIMS_BEGIN, "", "## Claims", "", claims.EXPLANATION, "", *table, "", CLAIMS_END])
 
 
 # -- published ----------------------------------------------------------------------------------------------

@@ -245,7 +245,12 @@ def changed_keys(run: RunDir, recipe: dict[str, Any]) -> list[str]:
         values = result_keys(config.as_dict(recipes.read(run.config)))
     except ConfigError as error:
         return [f"written by another version: {error.got}"]
-    return parent + [f"{key}={_lookup(values, key)}" for key in config.differing(values, _packaged(name))]
+    return parent + describe_changes(name, values)
+
+
+def describe_changes(name: str, values: dict[str, Any]) -> list[str]:
+    """Return ``key=value`` for each of the ``result_keys`` of a recipe that differs from the packaged recipe."""
+    return [f"{key}={_lookup(values, key)}" for key in config.differing(values, _packaged(name))]
 
 
 @cache

@@ -167,6 +167,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "moco_v1": Augmentation(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray=0.2),
     "imagenette": replace(_STRONG, scale=(0.08, 1.0)),  # lightly's benchmark at 128 pixels
     "digits": Augmentation(scale=(0.3, 1.0), flip=0.0, jitter=(0.4, 0.0, 0.0, 0.0), jitter_p=1.0),
+    "digits_weak": Augmentation(scale=(0.3, 1.0), flip=0.0),  # the crops of "digits" alone, for weak targets
     "eval": Augmentation(crop="center", flip=0.0),
     "eval_whole": Augmentation(crop="center", zoom=1.0, flip=0.0),  # square images that already have the view's size
     # VISSL's and OpenSelfSup's SVMs: Resize(256), Resize((224, 224)); VISSL's low-shot SVMs: the latter alone
