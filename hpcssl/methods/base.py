@@ -92,12 +92,8 @@ class BankSpec:
 
     def __post_init__(self) -> None:
         if self.push == "before" and len(self.views) != 1:  # a step that is not taken restores the last push
-            raise ConfigError(
-                "BankSpec.views",
-                got=self.views,
-                expected='one view with push="before"',
-                fix='push the view of the targets, or set push="after"',
-            )
+            fix = 'set push="after"'
+            raise ConfigError("BankSpec.views", got=self.views, expected='one view with push="before"', fix=fix)
 
 
 @dataclass

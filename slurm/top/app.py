@@ -88,7 +88,8 @@ class TopApp(App[None]):
 
     def on_data_table_row_highlighted(self) -> None:
         """Show the details of the run under the cursor."""
-        self._show_details()
+        if self._is_drawn:
+            self._show_details()
 
     def on_data_table_row_selected(self) -> None:
         """Open the log: the table takes the key Enter for itself."""
@@ -120,6 +121,11 @@ class TopApp(App[None]):
         """Ask, then cancel all jobs of the run."""
         note = "All jobs of the run end for good, evaluations included. The same submission continues it."
         self._confirm("Cancel", note, lambda run: f"Cancelled job {', '.join(control.cancel(run))}")
+
+    @property
+    def _is_drawn(self) -> bool:
+        """Whether the widgets exist: messages also arrive before they do, and while the screen is being left."""
+        return bool(self.query(DataTable))
 
     @property
     def _selected(self) -> Row | None:
@@ -159,6 +165,8 @@ class TopApp(App[None]):
     def _take(self, rows: list[Row] | None, error: str) -> None:
         self._is_reading.clear()
         self.error = error
+        if not self._is_drawn:
+            return
         if rows is not None:
             selected = self._selected
             self.rows, self._last_read = rows, time.time()
@@ -171,6 +179,8 @@ class TopApp(App[None]):
 
     def _show(self, selected: Row | None = None) -> None:
         """Draw everything; the cursor stays on its run."""
+        if not self._is_drawn:
+            return
         table = self.query_one(DataTable)
         selected = selected or self._selected
         top = table.scroll_y

@@ -8,6 +8,7 @@ import pytest
 import torch.nn.functional as F
 
 from hpcssl import methods
+from hpcssl.errors import ConfigError
 from tests.tolerances import of_step
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "add_method.md"
@@ -52,3 +53,10 @@ def test_the_table_of_the_guide_names_every_method():
     files = {module.__module__.rsplit(".", 1)[1] for _, module in methods.METHODS.values()}
     missing = [name for name in files if f"`{name}.py`" not in table]
     assert not missing, f"docs/tutorials/add_method.md does not show {missing}"
+
+
+@pytest.mark.parametrize(("push", "views"), [("before", (0, 1)), ("before", ())])
+def test_a_bank_that_is_fed_before_the_lookup_takes_one_view(push, views):
+    with pytest.raises(ConfigError) as caught:
+        methods.base.BankSpec(push=push, views=views)
+    assert caught.value.what == "BankSpec.views" and str(views) in str(caught.value.got)
