@@ -77,13 +77,13 @@ def stall_reads(at):
     """Let reads for step ``at`` and later never return; the rank gets a SIGTERM when it waits for them."""
     original = workers.LoaderWorkers._fill
 
-    def stalled(run, slot, rows, scratch):
+    def stalled(run, slot, *rest):
         if slot.step >= at:
             while run.wanted_step < at:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(600)
-        original(run, slot, rows, scratch)
+        original(run, slot, *rest)
 
     workers.LoaderWorkers._fill = stalled
 
