@@ -251,8 +251,8 @@ def test_a_successor_continues_the_run_where_slurm_does_not_requeue(slurm_runner
     wait_for_second_attempt(slurm_runner)
     assert cluster.field(job, "JobState") == "FAILED" and cluster.field(job, "ExitCode") == "75:0"
     assert cluster.field(child, "Dependency").startswith(f"afterok:{successor}")
-    # after a crash, the batch script submits a successor
-    cluster("scontrol", "update", f"jobid={successor}", "requeue=0")
+    # after a crash, the batch script submits a successor, since too little time is left for a start in the allocation
+    cluster("scontrol", "update", f"jobid={successor}", "requeue=0", "TimeLimit=3")
     slurm_runner.job = successor
     change_settings(run, steps=1)
     slurm_runner.signal(1, signal.SIGKILL)
