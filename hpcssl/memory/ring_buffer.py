@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +93,8 @@ class RingBuffer:
 
         Args:
             slots: [W·b] int64, equal on all ranks: write to these slots instead (below 0: nowhere) and leave the
-                pointer where it is. See ``draw_slots``. With many ranks, a sharded buffer waits for a GPU to read them.
+                pointer where it is. See ``draw_slots``. If they lie on a GPU, every rank receives all rows, also with
+                a sharded buffer: to know which rows go where, the host would have to wait for the GPU.
             taken: bool [], equal on all ranks; where it is false, no row is changed although the pointer moves. None
                 means True. It is not read by the host.
             **rows: [b, D] or [b] for every column.
@@ -115,8 +117,8 @@ class RingBuffer:
             )
         route: PushRoute | None = None
         pieces: list[Piece]
-        if self.sharded and self.world.size > 1:
-            targets = (self.pointer + torch.arange(count)) % self.size if slots is None else slots
+        if self.sharded and self.world.size > 1 and (slots is None or slots.device.type == "cpu"):
+            targets = (self.pointer + np.arange(count)) % self.size if slots is None else slots.numpy()
             route = PushRoute(self.world, targets, self.size, self.layout)
             pieces = [(slice(None), route.place)]
         elif slots is not None:

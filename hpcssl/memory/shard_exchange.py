@@ -10,6 +10,7 @@ Everything is copied, nothing is added, so that every bit arrives.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def sum_local_rows(world: World, x: Tensor) -> Tensor:
 class PushRoute:
     """Which rows of a push go to which rank, so that each row is sent to its owner only. Known without communication.
 
-    The numbers of rows are needed on the host: if the slots lie on a GPU, it is waited for once.
+    The numbers of rows are needed on the host, and so are the slots.
 
     Args:
         world: the ranks.
@@ -118,11 +119,11 @@ class PushRoute:
         place: the local rows [m] int64 of the m rows that this rank receives, in the order in which it receives them.
     """
 
-    def __init__(self, world: World, slots: Tensor, size: int, layout: BatchLayout | None):
+    def __init__(self, world: World, slots: npt.NDArray[np.int64], size: int, layout: BatchLayout | None):
         self.world, share = world, share_of(world, size)
         parts = 1 if layout is None else layout.micro_batches
         # [W, b]: the slots of each rank's rows, in the order of the global batch
-        by_rank = slots.cpu().numpy().reshape(parts, world.size, -1).swapaxes(0, 1).reshape(world.size, -1)
+        by_rank = slots.reshape(parts, world.size, -1).swapaxes(0, 1).reshape(world.size, -1)
         owner = np.where(by_rank < 0, world.size, by_rank // share)
         own = owner[world.rank]
         order = np.argsort(own, kind="stable")
