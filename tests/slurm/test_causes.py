@@ -251,15 +251,16 @@ def test_a_successor_continues_the_run_where_slurm_does_not_requeue(slurm_runner
     wait_for_second_attempt(slurm_runner)
     assert cluster.field(job, "JobState") == "FAILED" and cluster.field(job, "ExitCode") == "75:0"
     assert cluster.field(child, "Dependency").startswith(f"afterok:{successor}")
-    # after a crash, the batch script submits a successor, since too little time is left for a start in the allocation
-    cluster("scontrol", "update", f"jobid={successor}", "requeue=0", "TimeLimit=3")
+    # after a crash, the batch script submits a successor
+    cluster("scontrol", "update", f"jobid={successor}", "requeue=0")
     slurm_runner.job = successor
     change_settings(run, steps=1)
     slurm_runner.signal(1, signal.SIGKILL)
     slurm_runner.wait_until(lambda: job_log.latest_jobs(run)["train"].id != successor, "second successor")
     first_jobs = [recorded for recorded in job_log.all_jobs(run) if recorded.id in (job, child)]
     assert wait.wait_for_jobs(run, lambda text: None, jobs=first_jobs) == 0
-    assert slurm_runner.causes == ["preempted", "killed", "done"]
+    # rank 0 of the stub may save because of srun's TERM, which the trainer's cannot do without the dead rank: see above
+    assert slurm_runner.causes in (["preempted", cause, "done"] for cause in ("killed", "stopped"))
     assert len(read_lines(run.eval_rows("knn"))) == 1
 
 
