@@ -36,17 +36,18 @@ def train(run, *, stop, requeue, attempt, **_):
     state = run.root / f"state-{{rank}}"
     step = int(state.read_text()) if state.exists() else 0
     suffix = str(attempt['attempt'])
-    pid_file, stop_file, answer_file = (run.root / f"{{name}}-{{suffix}}" for name in ("pid", "stop", "answer"))
+    stop_file, answer_file = (run.root / f"{{name}}-{{suffix}}" for name in ("stop", "answer"))
+    pid_files = [run.root / f"pid-{{suffix}}-{{r}}" for r in range(int(os.environ.get("WORLD_SIZE", "1")))]
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "HPCSSL_TOKEN")
     append_line(run.root / "ranks.jsonl", {{"attempt": attempt["attempt"], **{{k: os.environ.get(k) for k in names}}}})
+    atomic_write(pid_files[rank], str(os.getpid()))
     if rank == 0:
-        atomic_write(pid_file, str(os.getpid()))
         append_line(run.attempts, {{**attempt, "event": "start", "first_step": step, "time": time.time()}})
     def record_end(cause, **fields):
         if rank == 0:
             append_line(run.attempts, {{**attempt, "event": "end", "cause": cause, "last_step": step, **fields}})
-    def is_rank_0_alive():
-        process = processes.read_process(int(pid_file.read_text())) if pid_file.exists() else None
+    def is_alive(r):
+        process = processes.read_process(int(pid_files[r].read_text())) if pid_files[r].exists() else None
         return process is not None and process.is_alive
     while step < settings["steps"]:
         current = read_settings()
@@ -54,13 +55,16 @@ def train(run, *, stop, requeue, attempt, **_):
             atomic_write(stop_file, stop.reason)
         if stop_file.exists():
             atomic_write(state, str(step))
+            if rank == 0 and any(file.exists() and not is_alive(r) for r, file in enumerate(pid_files)):
+                record_end("error", why="a rank is gone", consequence=True)
+                raise RuntimeError("a rank is gone")
             if rank == 0:
                 reason = stop_file.read_text()
                 cause, refused = requeue([reason])
                 record_end(cause, signals=[reason])
                 append_line(run.root / "requeues.jsonl", {{"refused": refused}})
                 atomic_write(answer_file, cause)
-            while rank != 0 and is_rank_0_alive() and not answer_file.exists():
+            while rank != 0 and is_alive(0) and not answer_file.exists():
                 time.sleep(0.02)
             return 75
         if step == current.get("hold_at"):
@@ -85,7 +89,7 @@ def train(run, *, stop, requeue, attempt, **_):
     return 0
 '''
 """As in the real trainer, a signal to one rank stops all of them, and the others wait while rank 0 requests a requeue:
-what SLURM then reports about the job's nodes depends on it."""
+what SLURM then reports about the job's nodes depends on it. Nothing is saved without a rank that has died."""
 
 EVALUATION = f'''
 import json, time
