@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError
@@ -15,13 +17,58 @@ SETTINGS = ("auto", "plain", "fast")
 LOG = logging.getLogger("hpcssl")
 
 
+class Trial(NamedTuple):
+    """One comparison of a kernel with plain code on random values.
+
+    Attributes:
+        name: The kernel, in the singular.
+        reference: What it is compared with.
+        tolerance: Largest allowed difference.
+        measure: Computes both, and returns the difference.
+    """
+
+    name: str
+    reference: str
+    tolerance: float
+    measure: Callable[[], float]
+
+
+def run_trials(trials: Iterable[Trial]) -> str:
+    """Make comparisons until one fails. Not a collective.
+
+    Returns:
+        What is wrong, as a clause; empty if nothing is.
+    """
+    for trial in trials:
+        try:
+            with _disable_current_modes(), torch.enable_grad():  # whoever counts operations does not mean these
+                difference = trial.measure()
+        except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises, the plain code remains
+            text = " ".join(str(error).split())[:200]
+            return f"{trial.name} failed with {type(error).__name__} ({text})"
+        if not difference <= trial.tolerance:
+            return f"{trial.name} differs from {trial.reference} by {difference:.2g}"
+    return ""
+
+
+def gather_fault(fault: str, world: World) -> str:
+    """Return the first fault of any rank, with the rank; empty if none has one. A collective.
+
+    Args:
+        fault: What ``run_trials`` returned on this rank.
+        world: The processes that compute together.
+    """
+    faults = world.all_gather_text(fault)
+    return next((f"{text}, on rank {rank}" for rank, text in enumerate(faults) if text), "")
+
+
 def choose(setting: str, world: World, find_fault: Callable[[torch.device], str], users: str) -> bool:
     """Decide whether fast kernels are used. A collective on a GPU.
 
     Args:
         setting: One of ``SETTINGS``.
         world: The processes that compute together.
-        find_fault: Compares the kernels with plain ones on a device, and returns what is wrong as a clause, or nothing.
+        find_fault: From a device to what ``run_trials`` returns there.
         users: What uses the kernels, in the plural, as the first words of the warning.
 
     Returns:
@@ -40,8 +87,7 @@ def choose(setting: str, world: World, find_fault: Callable[[torch.device], str]
     elif not torch.cuda.is_available():
         return True  # fake tensors, on a machine without a GPU: nothing is computed
     else:
-        faults = world.all_gather_text(find_fault(world.device))
-        fault = next((f"{text}, on rank {rank}" for rank, text in enumerate(faults) if text), "")
+        fault = gather_fault(find_fault(world.device), world)
     if not fault:
         return True
     if setting == "fast":
@@ -50,8 +96,3 @@ def choose(setting: str, world: World, find_fault: Callable[[torch.device], str]
     if world.is_main:
         LOG.warning("%s use the plain kernels, which are slower: %s.", users, fault)
     return False
-
-
-def explain_failure(kernels: str, error: Exception) -> str:
-    """Say in a clause that kernels failed, whatever the compiler or the driver raised."""
-    return f"{kernels} failed with {type(error).__name__} ({' '.join(str(error).split())[:200]})"

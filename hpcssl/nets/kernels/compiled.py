@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from hpcssl.distributed import kernel_choice
+from hpcssl.distributed.kernel_choice import Trial
 from hpcssl.distributed.world import World
 from hpcssl.nets import norm
 
@@ -53,9 +54,8 @@ def compile_blocks(networks: Iterable[nn.Module], world: World) -> bool:
     blocks = [part for network in networks for part in network.modules() if isinstance(part, BasicBlock | Bottleneck)]
     # guards tell blocks, shapes and modes apart; at torch's limit of 8, further ones would silently not be compiled
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(blocks))
-    faults = world.all_gather_text(_find_fault(world))
-    fault = next((f"{text}, on rank {rank}" for rank, text in enumerate(faults) if text), "")
-    if fault:
+    trial = Trial("a compiled block", "the plain one", _TOLERANCE, functools.partial(_measure_difference, world))
+    if fault := kernel_choice.gather_fault(kernel_choice.run_trials([trial]), world):
         if world.is_main:
             LOG.warning("machine.compile=true is not used, and blocks run as they are: %s.", fault)
         return False
@@ -97,20 +97,8 @@ def _replace_forward(block: nn.Module, run: _Run) -> None:
     block.forward = forward
 
 
-def _find_fault(world: World) -> str:
-    """Compare a small compiled block with a plain one. Returns what is wrong, as a clause; empty if nothing is."""
-    try:
-        with torch.enable_grad():
-            difference = _measure_difference(world)
-    except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises, the blocks run without it
-        return kernel_choice.explain_failure("a compiled block", error)
-    if not difference <= _TOLERANCE:
-        return f"a compiled block differs from the plain one by {difference:.2g}"
-    return ""
-
-
 def _measure_difference(world: World) -> float:
-    """The largest difference of output, statistics and gradients, relative to the largest value of each."""
+    """The largest difference of output, statistics and gradients of a small block, relative to the largest of each."""
     generator = torch.Generator().manual_seed(0)
     plain: nn.Module = BasicBlock(8, 8, norm_layer=lambda c: norm.BatchNorm(c, group=4, world=world))
     for parameter in plain.parameters():

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hpcssl.distributed import kernel_choice
 from hpcssl.distributed.collectives import Collectives
+from hpcssl.distributed.kernel_choice import Trial
 from hpcssl.distributed.world import World
 from hpcssl.nets.kernels.grouped import GroupedNorm
 from hpcssl.nets.kernels.spanning import CudaSpanningNorm
@@ -26,18 +26,8 @@ _Norm = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def use_fast_kernels(setting: str, world: World) -> bool:
     """Decide, alike on all ranks, whether batch norms use the kernels of ``grouped.py`` and ``CudaSpanningNorm``.
 
-    On a GPU, each rank computes norms of random values with both, forward and backward. A collective there.
-
-    Args:
-        setting: One of ``kernel_choice.SETTINGS``.
-        world: The processes that train together.
-
-    Returns:
-        False for ``plain`` and on a CPU. With ``auto`` also where a kernel fails or is wrong on some rank, after a
-        warning with the reason.
-
-    Raises:
-        ConfigError: For ``fast``, where the kernels cannot be used.
+    On a GPU, each rank computes norms of random values with both, forward and backward. Arguments, result and errors
+    are those of ``kernel_choice.choose``. A collective on a GPU.
     """
     return kernel_choice.choose(setting, world, find_fault, "Batch norms")
 
@@ -51,20 +41,20 @@ def find_fault(device: torch.device) -> str:
     """
     peers = Collectives(0, 1, device)
     norms: tuple[tuple[str, int, _Norm], ...] = (
-        ("grouped norms", _GROUPS, lambda x, w, b: GroupedNorm.apply(x, _GROUPS, w, b, _EPS)),
-        ("grouped norms with a residual", _GROUPS, _fused_norm),
-        ("norms that span ranks", 1, lambda x, w, b: CudaSpanningNorm.apply(x, w, b, _EPS, peers)),
+        ("a grouped norm", _GROUPS, lambda x, w, b: GroupedNorm.apply(x, _GROUPS, w, b, _EPS)),
+        ("a grouped norm with a residual", _GROUPS, _fused_norm),
+        ("a norm that spans ranks", 1, lambda x, w, b: CudaSpanningNorm.apply(x, w, b, _EPS, peers)),
     )
-    for name, groups, fast_norm in norms:
-        for dtype, roundings in _ROUNDINGS.items():
-            try:
-                with _disable_current_modes(), torch.enable_grad():  # whoever counts operations does not mean these
-                    difference = _measure_difference(fast_norm, groups, dtype, device)
-            except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises, the plain kernels remain
-                return kernel_choice.explain_failure(f"{name} in {dtype}", error)
-            if not difference <= roundings * torch.finfo(dtype).eps:
-                return f"{name} in {dtype} differ from torch's by {difference:.2g}"
-    return ""
+    return kernel_choice.run_trials(
+        Trial(
+            f"{name} in {dtype}",
+            "that of torch",
+            roundings * torch.finfo(dtype).eps,
+            functools.partial(_measure_difference, fast_norm, groups, dtype, device),
+        )
+        for name, groups, fast_norm in norms
+        for dtype, roundings in _ROUNDINGS.items()
+    )
 
 
 def _measure_difference(fast_norm: _Norm, groups: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -6,10 +6,10 @@ import functools
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hpcssl import rng
 from hpcssl.distributed import kernel_choice
+from hpcssl.distributed.kernel_choice import Trial
 from hpcssl.distributed.world import World
 from hpcssl.views import ops
 from hpcssl.views.augment import PARAMS, Augmentation, draw_params
@@ -27,18 +27,8 @@ _CASES = (("torchvision", "pil"), ("torchvision", "tenth"), ("deepmind", "tenth_
 def use_fast_views(setting: str, world: World) -> bool:
     """Decide, alike on all ranks, whether ``augment.augment_batch`` uses the kernels of ``kernels.augment``.
 
-    On a GPU, each rank augments random images with both. A collective there.
-
-    Args:
-        setting: One of ``kernel_choice.SETTINGS``.
-        world: The processes that train together.
-
-    Returns:
-        False for ``plain`` and on a CPU. With ``auto`` also where a kernel fails or is wrong on some rank, after a
-        warning with the reason.
-
-    Raises:
-        ConfigError: For ``fast``, where the kernels cannot be used.
+    On a GPU, each rank augments random images with both. Arguments, result and errors are those of
+    ``kernel_choice.choose``. A collective on a GPU.
     """
     return kernel_choice.choose(setting, world, find_fault, "Augmentations")
 
@@ -50,17 +40,16 @@ def find_fault(device: torch.device) -> str:
     Returns:
         What is wrong, as a clause; empty if nothing is.
     """
-    for library, blur_kernel in _CASES:
-        for dtype in _DTYPES:
-            name = f"augmentation like {library} with the blur {blur_kernel} in {dtype}"
-            try:
-                with _disable_current_modes():  # whoever counts operations does not mean these
-                    difference = _measure_difference(library, blur_kernel, dtype, device)
-            except Exception as error:  # noqa: BLE001 - whatever a compiler or driver raises, the plain operations remain
-                return kernel_choice.explain_failure(name, error)
-            if not difference <= LEVEL + torch.finfo(dtype).eps:
-                return f"{name} differs from the plain operations by {difference:.2g}"
-    return ""
+    return kernel_choice.run_trials(
+        Trial(
+            f"augmentation like {library} with the blur {blur_kernel} in {dtype}",
+            "the plain operations",
+            LEVEL + torch.finfo(dtype).eps,
+            functools.partial(_measure_difference, library, blur_kernel, dtype, device),
+        )
+        for library, blur_kernel in _CASES
+        for dtype in _DTYPES
+    )
 
 
 def _measure_difference(library: str, blur_kernel: str, dtype: torch.dtype, device: torch.device) -> float:
