@@ -13,9 +13,11 @@ import signal
 import socket
 import struct
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+from hpcssl.distributed.launch import LaunchInfo
 from hpcssl.distributed.liveness.heartbeat import INTERVAL_S, Heartbeat
 from hpcssl.distributed.liveness.limits import PhaseLimits
 from hpcssl.distributed.world import World
@@ -40,14 +42,9 @@ def count_socket_bytes() -> tuple[int, int]:
 
 
 def _run_rank(rank: int, size: int, port: int, out: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "HPCSSL_TOKEN": f"size-{port}",
-    }
+    token = f"size-{port}"
+    launch = LaunchInfo(rank=rank, local_rank=rank, size=size, address="127.0.0.1", port=port, token=token)
+    os.environ |= launch.environment()
     world = World.start("cpu", timeout_s=600)
     store, beats = world.key_value_store(), []
     assert store is not None
@@ -80,6 +77,8 @@ def measure_rates(size: int, out: Path) -> list[list[float]]:
             try:
                 _run_rank(rank, size, port, out)
                 code = 0
+            except BaseException:  # noqa: BLE001 - the process ends with code 1
+                traceback.print_exc()
             finally:
                 os._exit(code)
         pids.append(pid)
