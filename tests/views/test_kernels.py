@@ -111,6 +111,19 @@ def test_a_fault_leads_to_the_plain_operations_with_its_reason(monkeypatch, capl
     assert not selection.use_fast_views("auto", World.single_process())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_images_in_the_type_of_autocast_give_a_convolution_the_same_bits(dtype):
+    torch.manual_seed(0)
+    images, stem = torch.randn(4, 3, 32, 32), torch.nn.Conv2d(3, 8, 7, stride=2)
+    with torch.autocast("cpu", dtype):
+        whole, rounded = stem(images), stem(images.to(dtype))
+    assert whole.dtype == dtype and torch.equal(whole, rounded)
+    whole.square().sum().backward()
+    of_whole, stem.weight.grad = stem.weight.grad, None
+    rounded.square().sum().backward()
+    assert torch.equal(of_whole, stem.weight.grad)
+
+
 @pytest.mark.gpu
 def test_kernels_on_a_gpu_equal_the_plain_operations():
     assert selection.find_fault(DEVICE) == ""

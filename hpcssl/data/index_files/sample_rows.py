@@ -172,5 +172,10 @@ class PagedRows:
             )
         page = array_of(body)
         if page.dtype != PAGE_ROW or page.shape != (shard.samples,):
-            raise DataError(f"page {path}", got=f"{page.shape} {page.dtype}", expected=f"{shard.samples} samples")
+            raise DataError(
+                f"page {path}",
+                got=f"{page.shape} {page.dtype}",
+                expected=f"{shard.samples} samples",
+                fix="write the shards again, and their pages with this version of `hpcssl-shard page-index`",
+            )
         return page
