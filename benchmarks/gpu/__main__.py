@@ -1,13 +1,14 @@
 """Measurements that need a GPU: ``python -m benchmarks gpu --out FOLDER [--only PIECE …] [--again]``.
 
-    correct          neighbors, augmentations and norms of the device against float64 and the CPU: first, and a
-                     difference ends the run with exit code 1
+    correct          neighbors, augmentations and norms of the device against float64 and the CPU, and fast kernels
+                     against plain ones: first, and a difference ends the run with exit code 1
     step             MSF as shipped with a bank of 1 M rows, beside its bare encoders and the official script
     shipped          other recipes as shipped, with the images that one GPU has
+    choices          MSF with plain and fast kernels, with and without the compiler
     small_batches    MSF with 32 and 64 images
-    norms            norms in groups beside ``nn.BatchNorm2d``
+    norms            norms in groups, plain and fast, beside ``nn.BatchNorm2d``
     bank             search and push beside the way of the official code, 131,072 and 1,048,576 rows
-    augment          2 x 256 views from uint8 to normalized floats
+    augment          2 x 256 views from uint8 to normalized floats, with plain and fast kernels
     ema, copies      the moving average; the copy of a batch to the device
     cifar            the step of cifar10_msf
     loader           JPEG shards to the GPU, alone and with the training
@@ -47,6 +48,7 @@ PIECES = {
         kernels.correct,
         steps.step,
         steps.shipped,
+        steps.choices,
         steps.small_batches,
         kernels.norms,
         kernels.bank,

@@ -14,8 +14,10 @@ from hpcssl.distributed.world import World
 from hpcssl.methods import equations
 from hpcssl.methods.cmsf.split_kmeans import split_kmeans
 from hpcssl.nets import norm, resnet
+from hpcssl.nets.kernels import selection as norm_selection
 from hpcssl.nets.resnet import Arch
 from hpcssl.views.augment import AUGMENTATIONS, augment_batch
+from hpcssl.views.kernels import selection as view_selection
 
 
 def correct(b: Bench) -> dict[str, Any]:
@@ -45,7 +47,22 @@ def correct(b: Bench) -> dict[str, Any]:
         ours, theirs = _norm_outputs(b, group)
         error = float((ours - theirs).abs().max())
         check(f"norm_of_{group}_error", error, error <= 1e-3)
+    if b.on_gpu:
+        for name, fault in list_kernel_faults(b).items():
+            results[f"fast_{name}"] = fault or "agree"
+            results["failures"] += [fault] * bool(fault)
     return results
+
+
+def list_kernel_faults(b: Bench) -> dict[str, str]:
+    """What a training finds wrong with the fast kernels before it uses them: a clause, or nothing, by their kind."""
+    found = {"norms": norm_selection.find_fault, "views": view_selection.find_fault}
+    return {name: find(b.device) for name, find in found.items()}
+
+
+def list_kernels(b: Bench, kind: str) -> tuple[str, ...]:
+    """Return the settings of ``machine.kernels`` to time: ``plain``, and ``fast`` where these kernels agree with it."""
+    return ("plain", "fast") if b.on_gpu and not list_kernel_faults(b)[kind] else ("plain",)
 
 
 def _norm_outputs(b: Bench, group: int) -> tuple[Tensor, Tensor]:
@@ -99,8 +116,15 @@ def augment(b: Bench) -> dict[str, Any]:
     """From uint8 to normalized floats, two views of a batch."""
     views = [(b.smooth(b.batch, name), AUGMENTATIONS[name]) for name in ("strong", "weak")]
     on_device = [(images.to(b.device), params, named) for (images, params), named in views]
-    timing = b.time(lambda: [augment_batch(*view) for view in on_device])
-    return {"views": 2 * b.batch, **timing.to_json()}
+    results: dict[str, Any] = {"views": 2 * b.batch}
+    for kernels in list_kernels(b, "views"):
+        for dtype in (torch.float32, torch.bfloat16):  # a training with autocast has the fast kernels write bfloat16
+            one = partial(augment_batch, dtype=dtype, fast=kernels == "fast")
+            timing = b.time(partial(lambda one: [one(*view) for view in on_device], one))
+            results[f"{kernels}_{str(dtype).removeprefix('torch.')}"] = timing.to_json()
+    if "fast_bfloat16" in results:
+        results["fast_of_plain"] = round(results["fast_bfloat16"]["ms"] / results["plain_float32"]["ms"], 3)
+    return results
 
 
 def ema(b: Bench) -> dict[str, Any]:
@@ -117,7 +141,9 @@ def norms(b: Bench) -> dict[str, Any]:
     x = torch.randn(b.batch, 3, b.side, b.side, device=b.device).to(memory_format=torch.channels_last)
     kinds: dict[str, Any] = {"nn.BatchNorm2d": nn.BatchNorm2d}
     for name, group in (("local", b.batch), ("ghost", max(2, b.batch // 4))):
-        kinds[name] = partial(norm.BatchNorm, group=group, world=b.world)
+        for kernels in list_kernels(b, "norms"):
+            fast = kernels == "fast"
+            kinds[f"{name}_{kernels}"] = partial(norm.BatchNorm, group=group, world=b.world, fast=fast)
     results: dict[str, Any] = {"batch": b.batch}
     for name, kind in kinds.items():
         network = resnet.build(arch, kind).to(b.device).to(memory_format=torch.channels_last)
@@ -130,7 +156,7 @@ def norms(b: Bench) -> dict[str, Any]:
             norm.discard_pending(layers)
 
         results[name] = b.time(work).to_json()
-        results[f"{name}_of_plain"] = round(results[name]["ms"] / results["nn.BatchNorm2d"]["ms"], 3)
+        results[f"{name}_of_torch"] = round(results[name]["ms"] / results["nn.BatchNorm2d"]["ms"], 3)
     return results
 
 

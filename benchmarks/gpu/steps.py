@@ -97,6 +97,19 @@ def shipped(b: Bench) -> dict[str, Any]:
     return {name: _compare(b, name, f"optim.batch={SHIPPED[name]}") for name in names}
 
 
+def choices(b: Bench) -> dict[str, Any]:
+    """The step of MSF with the kernels and the compiler that ``machine.kernels`` and ``machine.compile`` choose.
+
+    Rates are relative to plain kernels that are not compiled. Nothing is compiled at small sizes.
+    """
+    settings = {"plain": ["machine.kernels=plain"], "auto": ["machine.kernels=auto"]}
+    if not b.tiny:
+        settings |= {f"{name}_compiled": [*keys, "machine.compile=true"] for name, keys in settings.items()}
+    results = {name: _compare(b, "msf_r50_ep200_128k", *keys) for name, keys in settings.items()}
+    plain = results["plain"]["images_per_s"]
+    return results | {f"{name}_of_plain": round(results[name]["images_per_s"] / plain, 3) for name in results}
+
+
 def small_batches(b: Bench) -> dict[str, Any]:
     """The step of MSF with few images, which is where launches show: 32 and 64 are the rows of 8 and 4 GPUs."""
     sizes = (b.batch,) if b.tiny else (32, 64)
