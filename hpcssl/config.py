@@ -7,14 +7,16 @@ and an environment variable may hold a secret. The module knows no option class:
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcssl.errors import ConfigError, suggest
@@ -32,23 +34,16 @@ def read_yaml(path: Path | str) -> Values:
     Raises:
         ConfigError: If it cannot be read, or is not a YAML mapping.
     """
-    path = Path(path)
     try:
         loaded = OmegaConf.load(path)
-    except (OSError, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise ConfigError(
-            f"recipe file {path}",
-            got=_one_line(error),
-            expected="a readable YAML file",
-            fix="correct the line that the message names",
-        ) from error
     except Exception as error:  # PyYAML's own errors share no base with OmegaConf's
-        if type(error).__module__.split(".")[0] != "yaml":
+        is_yaml = type(error).__module__.split(".")[0] == "yaml"
+        if not (is_yaml or isinstance(error, OSError | OmegaConfBaseException | ValueError | AssertionError)):
             raise
         raise ConfigError(
             f"recipe file {path}",
             got=_one_line(error),
-            expected="valid YAML",
+            expected="valid YAML" if is_yaml else "a readable YAML file",
             fix="correct the line that the message names",
         ) from error
     if not isinstance(loaded, DictConfig) or not loaded:
@@ -92,8 +87,13 @@ def read_overrides(overrides: Overrides) -> Values:
 
 
 def merge(*layers: Mapping[str, Any]) -> Values:
-    """Merge nested dicts key by key; later layers win."""
-    return _plain(OmegaConf.merge(*[OmegaConf.create(dict(layer)) for layer in layers]))
+    """Merge nested dicts key by key into a copy; later layers win. Sequences are replaced as a whole."""
+    merged: Values = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = [merged[key]] if isinstance(merged.get(key), dict) else []
+            merged[key] = merge(*before, value) if isinstance(value, Mapping) else copy.deepcopy(value)
+    return merged
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def load(schema: type, *layers: Mapping[str, Any], where: str = "recipe", rename
         renames.check(merged, where)
     _refuse_unknown(schema, merged, where)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(_writable(OmegaConf.structured(schema)), OmegaConf.create(merged)))
+        return OmegaConf.to_object(OmegaConf.merge(_structure(schema), OmegaConf.create(merged)))
     except OmegaConfBaseException as error:
         raise _type_error(error, merged, where) from error
 
@@ -177,10 +177,8 @@ def _type_error(error: OmegaConfBaseException, values: Values, where: str) -> Co
             fix="`hpcssl show RECIPE` prints every key with a value of its type",
         )
     value = lookup(values, key)
-    if isinstance(value, list):
-        expected, fix = "one value", f"{key}={value[0] if value else 'VALUE'}"
-    else:
-        expected, fix = "a list", f"{key}=[{value}]"
+    is_list, first = isinstance(value, list), value[0] if isinstance(value, list) and value else "VALUE"
+    expected, fix = ("one value", f"{key}={first}") if is_list else ("a list", f"{key}=[{value}]")
     return ConfigError(f"{where}, key {key}", got=repr(value), expected=expected, fix=fix)
 
 
@@ -259,11 +257,14 @@ def _refuse_unknown(schema: type, values: Mapping[str, Any], where: str, path: s
             _refuse_unknown(section, value, where, f"{path}{key}.")
 
 
-def _writable(node: DictConfig) -> DictConfig:
-    """Make a node and its sections writable.
+@functools.cache
+def _structure(schema: type) -> DictConfig:
+    """The defaults and types of a dataclass as OmegaConf has them, which takes it tens of milliseconds. Not changed."""
+    return _writable(OmegaConf.structured(schema))
 
-    Frozen dataclasses become read-only nodes, and OmegaConf refuses to merge into those below the first level.
-    """
+
+def _writable(node: DictConfig) -> DictConfig:
+    """Make a node and its sections writable. Those of frozen dataclasses are not, and could not be merged into."""
     OmegaConf.set_readonly(node, False)
     for name in node:
         inner = node._get_node(name)
@@ -273,16 +274,17 @@ def _writable(node: DictConfig) -> DictConfig:
 
 
 def _refuse_interpolation(values: Any, where: str, path: str = "") -> None:
+    """Refuse values that OmegaConf replaces by others."""
     if isinstance(values, dict):
         for key, value in values.items():
             _refuse_interpolation(value, where, f"{path}.{key}".lstrip("."))
     elif isinstance(values, list):
         for value in values:
             _refuse_interpolation(value, where, path)
-    elif isinstance(values, str) and "${" in values:
+    elif values == MISSING or (isinstance(values, str) and "${" in values):
         raise ConfigError(
             f"{where}, key {path}",
-            got=f"the interpolation {values!r}",
+            got=f"the {'placeholder' if values == MISSING else 'interpolation'} {values!r}",
             expected="a plain value",
             fix="write the value itself: the resolved recipe is stored in the run folder, where the secrets of "
             "environment variables must not be",

@@ -6,6 +6,7 @@ Training and evaluations do not import each other; they are combined here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,10 @@ def resolve_for_run(recipe: Recipe, shards: ShardSet, run: RunDir) -> Recipe:
     Raises:
         ResumeError: If the run was started with another recipe; it names the keys that differ.
     """
-    values = config.as_dict(recipe)
-    for kind in ("train", "val", "stage_dir"):
-        if values["data"][kind] and not is_remote(values["data"][kind]):
-            values["data"][kind] = str(Path(values["data"][kind]).absolute())
+    paths = {kind: getattr(recipe.data, kind) for kind in ("train", "val", "stage_dir")}
+    absolute: dict[str, Any] = {kind: str(Path(p).absolute()) for kind, p in paths.items() if p and not is_remote(p)}
     check_same_recipe(run, recipe, shards.digest)
-    return recipes.from_values(values, "recipe")
+    return replace(recipe, data=replace(recipe.data, **absolute))
 
 
 def train(

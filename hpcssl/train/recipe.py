@@ -9,6 +9,7 @@ run is only ever resumed with the same one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -167,12 +168,17 @@ def from_values(values: dict[str, Any], where: str) -> Recipe:
             expected="the name of a method",
             fix=suggest(str(method), METHODS),
         )
-    options, _ = METHODS[method]
-    schema = dataclasses.make_dataclass(
+    options: type = METHODS[method][0]
+    recipe: Recipe = config.load(_make_schema(options), values, where=where)
+    return recipe
+
+
+@functools.cache
+def _make_schema(options: type) -> type:
+    """The class of the recipes of a method, whose section ``method`` has the type ``options``."""
+    return dataclasses.make_dataclass(
         "Recipe", [("method", options, field(default_factory=options))], bases=(Recipe,), frozen=True, kw_only=True
     )
-    recipe: Recipe = config.load(schema, values, where=where)
-    return recipe
 
 
 def _read_source(source: RecipeSource) -> dict[str, Any]:

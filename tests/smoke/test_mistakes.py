@@ -91,6 +91,11 @@ def test_interpolation_of_an_environment_variable(refused, train):
     assert error.what.endswith("about.title") and "${oc.env:HOME}" in error.got
 
 
+def test_placeholder_that_would_leave_the_default(refused, train):
+    error = refused(2, *train("optim.lr=???"))
+    assert error.what.endswith("optim.lr") and "???" in error.got
+
+
 def test_missing_recipe_file(refused):
     error = refused(2, "hpcssl", "train", "mine.yaml", "--run", "r")
     assert error.what.endswith("mine.yaml") and "no such file" in error.got and "hpcssl recipes" in error.fix
