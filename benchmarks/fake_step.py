@@ -116,11 +116,11 @@ def plain_step(state: TrainState, batch: Batch, recorder: Recorder) -> Trace:
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     for p in parameters:
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, requires_grad=False)
-    sizes = [view.size for view in plan.views] + [plan.views[v].size for v in plan.mixed]
+    sizes = [plan.views[source].size for source in plan.sources]
     images = [torch.empty(len(batch.index), 3, s, s, device=DEVICE, dtype=state.dtype) for s in sizes]
     if state.recipe.machine.channels_last:
         images = [x.to(memory_format=torch.channels_last) for x in images]
-    queries = plan.queries if target is not None else tuple(sorted({*plan.queries, *plan.targets}))
+    queries = plan.online_views(has_target_encoder=target is not None)
     recorder.trace = trace = Trace()
     if target is not None:
         with torch.no_grad(), pair._autocast():

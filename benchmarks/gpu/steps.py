@@ -50,9 +50,9 @@ def _compare(b: Bench, name: str, *changes: str) -> dict[str, Any]:
     """A step beside the forward and backward passes of its own encoders, in turns: the clock of a GPU varies."""
     t = b.training(name, *changes)
     batch = b.batch_of(t)
-    views = [x.detach() for x in t.images(batch)]
-    views += [views[v] for v in t.plan.mixed]
-    queries = t.plan.queries if t.pair.target is not None else tuple(sorted({*t.plan.queries, *t.plan.targets}))
+    images = t.images(batch)
+    views = [images[source].detach() for source in t.plan.sources]
+    queries = t.plan.online_views(has_target_encoder=t.pair.target is not None)
 
     def bare() -> None:
         if t.pair.target is not None:

@@ -61,7 +61,7 @@ def measure(recipe: Recipe) -> MemorySizes:
         networks += parameters * float_bytes
     width, spec = recipe.model.projector.out, method.bank
     plan = build_view_plan(recipe, method)
-    sizes = [view.size for view in plan.views] + [plan.views[source].size for source in plan.mixed]
+    sizes = [plan.views[source].size for source in plan.sources]
     return MemorySizes(
         networks=networks,
         bank_rows=recipe.bank.size if spec is not None else 0,
@@ -100,9 +100,8 @@ def _count_networks(recipe: Recipe) -> tuple[int, int]:
     arch, projector = recipe.arch.to_json(), _HeadKey.of(recipe.model.projector)
     mlp = _HeadKey.of(recipe.model.predictor) if method.heads.predictor == "mlp" else None
     predictor = method.heads.prototypes if method.heads.predictor == "prototypes" else mlp
-    embedded = {*plan.queries, *(() if method.target_encoder == "ema" else plan.targets)}
-    count = len(plan.views)
-    views = [plan.views[v if v < count else plan.mixed[v - count]] for v in sorted(embedded)]
+    embedded = plan.online_views(has_target_encoder=method.target_encoder == "ema")
+    views = [plan.views[plan.sources[v]] for v in embedded]
     parameters = kept = 0
     for second in {view.second for view in plan.views}:
         parameters += _count_parameters(arch, projector, predictor)

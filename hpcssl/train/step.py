@@ -153,7 +153,7 @@ def _forward_backward(
         This rank's loss, and whether the loss and the target embeddings are finite, bool [].
     """
     has_ema = t.method.target_encoder == "ema"
-    views = t.plan.queries if has_ema else tuple(sorted({*t.plan.queries, *t.plan.targets}))
+    views = t.plan.online_views(has_target_encoder=has_ema)
     losses: list[Tensor] = []
     online_targets: list[dict[int, Embedding]] = []  # of each micro-batch
     micro_batches = ctx.rows_B.chunk(t.recipe.machine.accumulation_steps)

@@ -143,8 +143,7 @@ class TrainState:
         Args:
             views: Numbers of views; those of mixed views follow the others.
         """
-        count = len(self.plan.views)
-        return [self.plan.views[v if v < count else self.plan.mixed[v - count]].second for v in views]
+        return [self.plan.views[self.plan.sources[v]].second for v in views]
 
     def images(self, batch: Batch, views: Sequence[int] | None = None) -> list[Tensor]:
         """Augment and normalize the views of a batch, on the device.

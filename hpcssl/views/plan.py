@@ -171,6 +171,11 @@ class ViewPlan:
     mixed: tuple[int, ...] = ()
 
     @property
+    def sources(self) -> tuple[int, ...]:
+        """For each view that a network sees, the position of the view to cut: its own, or that a mixed view is of."""
+        return (*range(len(self.views)), *self.mixed)
+
+    @property
     def queries(self) -> tuple[int, ...]:
         """Positions of the views that the online network sees, ascending."""
         return tuple(sorted({term.query for term in self.terms}))
@@ -179,6 +184,14 @@ class ViewPlan:
     def targets(self) -> tuple[int, ...]:
         """Positions of the views that the target network sees, ascending."""
         return tuple(sorted({term.target for term in self.terms}))
+
+    def online_views(self, *, has_target_encoder: bool) -> tuple[int, ...]:
+        """Return the positions of the views that the online encoder embeds with gradients, ascending.
+
+        Args:
+            has_target_encoder: Whether targets come from an encoder of their own. Else they come from the online one.
+        """
+        return self.queries if has_target_encoder else tuple(sorted({*self.queries, *self.targets}))
 
 
 def one_way_plan(query: View, target: View) -> ViewPlan:
