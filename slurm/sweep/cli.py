@@ -224,8 +224,8 @@ def _search(plan: SearchPlan, step_seconds: float | None, *, wait: bool, dry_run
     try:
         progress = runner.advance()
         if not progress.has_changed:
-            open_trials = len(progress.open_trials)
-            print_message(f"nothing to submit: {open_trials or 'no'} trials run in folder {plan.root}", PROGRAM)
+            count = len(progress.open_trials)
+            print_message(f"nothing to submit: folder {plan.root} has {count} trials without a result", PROGRAM)
         while wait and not progress.is_over:
             sleep(poll_s)
             progress = runner.advance()

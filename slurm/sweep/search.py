@@ -21,6 +21,8 @@ from slurm.sweep.study import Trial
 
 MakeRequest = Callable[[Path, str, tuple[str, ...]], SubmissionRequest]
 """From run folder, recipe and values to a request."""
+NO_TRIAL = 9999
+"""A number that no trial has, for the names of runs that are checked and never submitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +137,12 @@ def resolve(
     options = replace(options, limit=options.limit or 1)
     corners = [
         many.resolve_run(
-            make_request(root / f"corner-{i}", recipe, (*shared, *(f"{k}={v}" for k, v in point.items()))),
+            make_request(
+                root / space.name_trial(NO_TRIAL, point), recipe, (*shared, *(f"{k}={v}" for k, v in point.items()))
+            ),
             options.limit,
         )
-        for i, point in enumerate(space.list_corners(axes))
+        for point in space.list_corners(axes)
     ]
     if corners[0].request.local:
         many.check_gpus(corners[0], options.limit or 1)

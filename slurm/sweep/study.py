@@ -31,6 +31,8 @@ PROPOSALS = 10
 """How often a sampler may propose a point that was tried, before one is drawn among those that were not."""
 DRAWS = 100
 """Independent draws that look for a new point of a space that is too large to be listed."""
+LOCK_S = 10
+"""Seconds after which a lock of the journal counts as left behind."""
 _NAME = "hpcssl"
 _PRUNE, _REASON = "prune", "reason"  # user attributes of a trial
 
@@ -105,8 +107,10 @@ class Study:
         if not read_only:
             _cut_torn_line(path)
         try:
-            # the lock is a file that is created with O_EXCL, which NFS has had since version 3
-            self._storage = JournalStorage(JournalFileBackend(str(path), lock_obj=JournalFileOpenLock(str(path))))
+            # The lock is a file that is created with O_EXCL, which NFS has had since version 3. One that a killed process
+            # has left is removed after LOCK_S: the lock of the folder keeps others away.
+            lock = JournalFileOpenLock(str(path), grace_period=LOCK_S)
+            self._storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
             if not read_only:
                 optuna.create_study(storage=self._storage, study_name=_NAME, direction="maximize", load_if_exists=True)
             self._study = optuna.load_study(storage=self._storage, study_name=_NAME)

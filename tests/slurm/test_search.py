@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+
 import pytest
 
 from hpcssl import files
@@ -271,6 +274,30 @@ def test_a_kill_between_the_proposal_and_its_job_loses_no_trial(call, queue, tri
     assert call(*SEARCH)[0] == EXIT_DONE and len(queue.jobs) == 2
     assert [trial.name for trial in trials()][:1] == proposed and len(trials()) == 2
     assert all("train" in job_log.latest_jobs(run_of(trial)) for trial in trials())
+
+
+@pytest.mark.parametrize("moment", [n if n % 6 == 2 else pytest.param(n, marks=pytest.mark.full) for n in range(1, 41)])
+def test_a_kill_at_any_write_leaves_each_trial_with_one_job(call, queue, trials, run_of, monkeypatch, moment):
+    sync, calls = os.fsync, itertools.count(1)
+
+    def interrupt(descriptor):
+        sync(descriptor)
+        if next(calls) == moment:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    first = call(*SEARCH)[0]
+    writes = next(calls) - 1
+    monkeypatch.setattr(os, "fsync", sync)
+    assert first == (EXIT_STOPPED if moment <= writes else EXIT_DONE) and writes < 41
+    assert call(*SEARCH)[0] == EXIT_DONE
+    assert [trial.number for trial in trials()] == [0, 1]
+    assert [job_log.latest_jobs(run_of(trial))["train"].id for trial in trials()] == queue.jobs
+    assert sorted(path.parent.name for path in run_of(trials()[0]).root.parent.glob("*/jobs.jsonl")) == sorted(
+        trial.name for trial in trials()
+    )
+    finish(run_of(trials()[0]), queue, 81.5)
+    assert call(*SEARCH)[0] == EXIT_DONE and len(trials()) == 3 and len(queue.jobs) == 2
 
 
 def test_a_crashed_or_cancelled_run_is_a_failed_trial_and_a_lost_job_is_not(call, queue, trials, run_of):
