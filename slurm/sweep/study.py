@@ -107,8 +107,8 @@ class Study:
         if not read_only:
             _cut_torn_line(path)
         try:
-            # The lock is a file that is created with O_EXCL, which NFS has had since version 3. One that a killed process
-            # has left is removed after LOCK_S: the lock of the folder keeps others away.
+            # The lock is a file that is created with O_EXCL, which NFS has had since version 3. One that a killed
+            # process has left is removed after LOCK_S: the lock of the folder keeps others away.
             lock = JournalFileOpenLock(str(path), grace_period=LOCK_S)
             self._storage = JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
             if not read_only:
