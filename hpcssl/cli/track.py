@@ -11,11 +11,13 @@ import typer
 
 def track(
     run: Annotated[Path, typer.Argument(help="The run folder.")],
-    to: Annotated[str, typer.Option("--to", metavar="mlflow|wandb", help="The tracker.")],
+    to: Annotated[str, typer.Option("--to", metavar="mlflow|trackio|wandb", help="The tracker.")],
     project: Annotated[str, typer.Option(help="Project, or experiment of MLflow.")] = "hpcssl",
     where: Annotated[
         str,
-        typer.Option(help="Address of the tracker, such as sqlite:///mlflow.db; for wandb also offline."),
+        typer.Option(
+            help="Address of the tracker, such as sqlite:///mlflow.db; offline for wandb; a folder for trackio."
+        ),
     ] = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep sending until the run is finished.")] = False,
     every: Annotated[float, typer.Option(min=1.0, metavar="SECONDS", help="Time between looks with --follow.")] = 60.0,

@@ -1,8 +1,9 @@
-"""The trackers: MLflow, and Weights & Biases. Each is imported where it is used."""
+"""The trackers: MLflow, Weights & Biases, and Trackio. Each is imported where it is used."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -134,8 +135,51 @@ class WandbTracker:
         session.finish()
 
 
+class TrackioTracker:
+    """A run in a local store of Trackio. The address is the folder of the store, on a disk of this machine.
+
+    A batch goes to the storage class that ``trackio.log`` ends at, and is stored when the call returns: ``trackio.log``
+    itself hands steps to a thread that does not say so. Each step has an id of its own, and Trackio ignores an id that
+    it has.
+    """
+
+    def __init__(self, run: RunDir, recipe: dict[str, Any], project: str, where: str):
+        if "://" in where:
+            raise ConfigError(
+                "--where",
+                got=where,
+                expected="the folder of a local store, since a server of Trackio does not say when steps are stored",
+                fix="name a folder, and look at it with `trackio show`",
+            )
+        if where:
+            os.environ["TRACKIO_DIR"] = str(Path(where).absolute())  # read when Trackio is imported
+        _import("trackio")
+        self._storage = _import("trackio.sqlite_storage").SQLiteStorage
+        self._project, self._name, self._id = project, run.root.name, name_in_tracker(run)
+        self._config = {key: str(value) for key, value in config.flatten(recipe).items()}
+        self.destination = f"trackio {where or 'default'} {project} {self._id}"
+
+    def recover(self, first: int, last: int) -> int:
+        """Send the whole batch again: what Trackio has of it changes nothing."""
+        del last
+        return first - 1
+
+    def send(self, steps: Sequence[StepValues]) -> None:
+        """Store a batch in one transaction."""
+        self._storage.bulk_log(
+            self._project,
+            self._name,
+            [step.values for step in steps],
+            steps=[step.step for step in steps],
+            config=self._config,
+            log_ids=[f"{self._id}-{step.step}" for step in steps],
+            run_id=self._id,
+        )
+
+
 TRACKERS: dict[str, Callable[[RunDir, dict[str, Any], str, str], Tracker]] = {
     "mlflow": MLflowTracker,
+    "trackio": TrackioTracker,
     "wandb": WandbTracker,
 }
 """The trackers by name."""

@@ -136,10 +136,12 @@ OWN_WITH_VALUE = dict.fromkeys(
     (
         *("run", "from", "evals", "eval-every", "eval-sbatch", "cluster", "sbatch", "spare-nodes"),
         *("out", "parallel", "seeds", "step-seconds"),
+        *("sampler", "sampler-seed", "trials", "objective"),
     ),
     "",
 )
 OWN_WITHOUT_VALUE = {"local": "", "wait": "W", "dry-run": "", "parsable": "", "allow-pipe": "", "help": "h"}
+OWN_WITHOUT_VALUE |= {"prune": ""}
 OWN = OWN_WITH_VALUE | OWN_WITHOUT_VALUE
 """The options of ``hpcssl-submit submit``, ``sweep`` and ``table``."""
 

@@ -21,10 +21,11 @@ class Definition:
     """What a folder of runs is for. A folder with another one is refused.
 
     Attributes:
-        kind: ``sweep`` or ``table``.
+        kind: ``sweep``, ``search`` (a sweep whose points a sampler chooses) or ``table``.
         source: The recipe, or the table.
         values: The recipe values that all runs share, sorted.
-        points: The names of the runs; empty for a table, whose number of seeds may grow.
+        points: The names of the runs; of a search its ranges, lists and sampler; empty for a table, whose number of
+            seeds may grow.
     """
 
     kind: str

@@ -12,7 +12,10 @@ from hpcssl.errors import ConfigError
 
 MAX_POINTS = 1000
 """Most points of one sweep. More than that is a mistyped range."""
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(:log)?")
+"""A range of numbers, of which only one of integers without ``:log`` is swept without a sampler."""
+_INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)")
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,9 @@ def parse_grid(words: Sequence[str]) -> tuple[list[str], list[Point]]:
     """
     shared: list[str] = []
     axes: dict[str, list[str]] = {}
-    seen: set[str] = set()
-    for word in words:
-        key = word.partition("=")[0]
-        if key in seen:
-            raise ConfigError(
-                f"sweep over {key}", got="the key twice", expected="each key once", fix=f"write {key}=VALUE,VALUE"
-            )
-        seen.add(key)
-        values = _parse_values(word)
+    for word, (key, text) in split_words(words).items():
+        # a word without '=' is refused where values are read
+        values = _parse_values(key, text) if "=" in word else [word]
         if len(values) == 1:
             shared.append(f"{key}={values[0]}" if "=" in word else word)
         else:
@@ -74,7 +71,7 @@ def parse_grid(words: Sequence[str]) -> tuple[list[str], list[Point]]:
 
 def _make_points(axes: dict[str, list[str]]) -> list[Point]:
     labels = {key: _label_values(values) for key, values in axes.items()}
-    short = _shorten_keys(list(axes))
+    short = shorten_keys(list(axes))
     points = []
     for choice in itertools.product(*(range(len(values)) for values in axes.values())):
         chosen = dict(zip(axes, choice, strict=True))
@@ -83,11 +80,32 @@ def _make_points(axes: dict[str, list[str]]) -> list[Point]:
     return points
 
 
-def _parse_values(word: str) -> list[str]:
-    key, sign, text = word.partition("=")
-    if not sign:
-        return [text]  # not key=value, which is refused where values are read
-    if match := _RANGE.fullmatch(text):
+def split_words(words: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return key and value of each ``key=value``, by the whole word. The value of a word without ``=`` is empty.
+
+    Raises:
+        ConfigError: A key is given twice.
+    """
+    split: dict[str, tuple[str, str]] = {}
+    seen: set[str] = set()
+    for word in words:
+        key, _, text = word.partition("=")
+        if key in seen:
+            raise ConfigError(
+                f"sweep over {key}", got="the key twice", expected="each key once", fix=f"write {key}=VALUE,VALUE"
+            )
+        seen.add(key)
+        split[word] = key, text
+    return split
+
+
+def is_like_range(text: str) -> bool:
+    """Return whether a value begins like a range of numbers. A path such as ``../x`` does not."""
+    return re.match(rf"{_NUMBER}\.\.(?!/)", text) is not None
+
+
+def _parse_values(key: str, text: str) -> list[str]:
+    if match := _INTEGERS.fullmatch(text):
         first, last = int(match[1]), int(match[2])
         if first > last:
             raise ConfigError(
@@ -104,6 +122,22 @@ def _parse_values(word: str) -> list[str]:
                 fix="write a shorter range",
             )
         return [str(number) for number in range(first, last + 1)]
+    if RANGE.fullmatch(text):
+        raise ConfigError(
+            f"sweep over {key}",
+            got=f"{text}, a range of real numbers or with :log",
+            expected="whole numbers, or a sampler that chooses values",
+            fix="write the values with commas, or add --sampler tpe --trials 20",
+        )
+    return split_values(key, text)
+
+
+def split_values(key: str, text: str) -> list[str]:
+    """Split ``value,value`` at the commas outside brackets and quotes.
+
+    Raises:
+        ConfigError: A value is empty, or two are the same.
+    """
     values = _split_at_commas(text)
     if "" in values:
         raise ConfigError(
@@ -141,8 +175,8 @@ def _split_at_commas(text: str) -> list[str]:
     return parts
 
 
-def _shorten_keys(keys: list[str]) -> dict[str, str]:
-    """The shortest ending of each dotted key that no other key has: ``lr`` for ``optim.lr``."""
+def shorten_keys(keys: list[str]) -> dict[str, str]:
+    """Return the shortest ending of each dotted key that no other key has: ``lr`` for ``optim.lr``."""
     short = {}
     for key in keys:
         parts = key.split(".")
@@ -152,9 +186,14 @@ def _shorten_keys(keys: list[str]) -> dict[str, str]:
     return short
 
 
+def label(value: str) -> str:
+    """Return a value as a part of a folder name."""
+    return re.sub(r"[^\w.+-]+", "-", value, flags=re.ASCII).strip("-") or "empty"
+
+
 def _label_values(values: list[str]) -> list[str]:
     """The values of one key as parts of folder names, all different."""
-    labels = [re.sub(r"[^\w.+-]+", "-", value, flags=re.ASCII).strip("-") or "empty" for value in values]
+    labels = [label(value) for value in values]
     if len(set(labels)) == len(labels):
         return labels
-    return [f"{label}-{number}" for number, label in enumerate(labels, 1)]
+    return [f"{one}-{number}" for number, one in enumerate(labels, 1)]

@@ -72,14 +72,7 @@ def resolve(root: Path, definition: Definition, requests: Sequence[SubmissionReq
     submissions: list[Submission] = []
     first_by_recipe: dict[str, str] = {}
     for request in requests:
-        if "?" in str(request.sbatch.get("dependency", "")) and limit is not None:
-            raise ConfigError(
-                "option --dependency",
-                got=repr(request.sbatch["dependency"]),
-                expected="conditions that must all hold, since --parallel adds one",
-                fix="write commas instead of ?, or leave out --parallel",
-            )
-        submission = resolve_submission(request)
+        submission = resolve_run(request, limit)
         name = submission.run.root.name
         recipe = config.fingerprint(config.as_dict(submission.recipe))
         if recipe in first_by_recipe:
@@ -93,11 +86,29 @@ def resolve(root: Path, definition: Definition, requests: Sequence[SubmissionReq
         submissions.append(submission)
     if requests[0].local:
         limit = limit or 1
-        _check_gpus(submissions[0], limit)
+        check_gpus(submissions[0], limit)
     return Plan(root, definition, submissions, limit)
 
 
-def _check_gpus(submission: Submission, limit: int) -> None:
+def resolve_run(request: SubmissionRequest, limit: int | None) -> Submission:
+    """Resolve one run of a folder in which only ``limit`` trainings may run at once; None for all.
+
+    Raises:
+        ConfigError: Its own dependency cannot be joined with that on another run.
+        HpcsslError: See ``submission.resolve_submission``.
+    """
+    if "?" in str(request.sbatch.get("dependency", "")) and limit is not None:
+        raise ConfigError(
+            "option --dependency",
+            got=repr(request.sbatch["dependency"]),
+            expected="conditions that must all hold, since --parallel adds one",
+            fix="write commas instead of ?, or leave out --parallel",
+        )
+    return resolve_submission(request)
+
+
+def check_gpus(submission: Submission, limit: int) -> None:
+    """Raise ``ConfigError`` if this machine has too few GPUs for ``limit`` local trainings like this one."""
     count, names = resources.count_gpus_per_node(submission.options[job_log.TRAIN]), local.list_gpus()
     if count * limit > len(names):
         raise ConfigError(
@@ -114,15 +125,17 @@ def query_runs(plan: Plan) -> list[RunState]:
     Raises:
         SubmitError: SLURM did not answer.
     """
-    states = []
-    for submission in plan.submissions:
-        jobs = control.active_jobs(submission.run)
-        active = {job.what: job for job in jobs}
-        needs_training = not submission.run.finished and job_log.TRAIN not in active
-        known = {} if needs_training else active
-        missing = submitting.select_missing_jobs(submission, known, needs_training)
-        states.append(RunState(submission, jobs, list(missing)))
-    return states
+    return [query_run(submission) for submission in plan.submissions]
+
+
+def query_run(submission: Submission) -> RunState:
+    """Return what there is of one run, and what is missing. Raises ``SubmitError`` if SLURM did not answer."""
+    jobs = control.active_jobs(submission.run)
+    active = {job.what: job for job in jobs}
+    needs_training = not submission.run.finished and job_log.TRAIN not in active
+    known = {} if needs_training else active
+    missing = submitting.select_missing_jobs(submission, known, needs_training)
+    return RunState(submission, jobs, list(missing))
 
 
 def submit_all(plan: Plan, report: Callable[[RunDir, list[Job]], None]) -> list[RunDir]:
@@ -145,24 +158,39 @@ def submit_all(plan: Plan, report: Callable[[RunDir, list[Job]], None]) -> list[
     submitting.check_partitions(first)
     with open_folder(plan.root, plan.definition):
         for submission in plan.submissions:
-            if submission.run.jobs.exists():
-                with job_log.submission_lock(submission.run):
-                    identity.record_unrecorded_jobs(submission.run)
+            record_unrecorded_jobs(submission.run)
         states = query_runs(plan)
-        _refuse_other_kind(states)
+        for state in states:
+            _refuse_other_kind(state)
         active = [lanes.describe_active(state.submission.run, state.jobs) for state in states]
-        line_up = lanes.Lanes([run for run in active if run is not None], plan.limit, _split_gpus(plan))
+        line_up = lanes.Lanes([run for run in active if run is not None], plan.limit, split_gpus(first, plan.limit))
         new = []
         for state in states:
-            jobs = _submit_run(state, line_up)
+            jobs = submit_run(state, line_up)
             report(state.submission.run, jobs)
             if jobs:
                 new.append(state.submission.run)
     return new
 
 
-def _submit_run(state: RunState, line_up: lanes.Lanes) -> list[Job]:
-    """Submit what is missing of one run. Its training is appended to a lane; on this machine, so are evaluations."""
+def record_unrecorded_jobs(run: RunDir) -> None:
+    """Record the jobs of a run whose submission was interrupted (``identity.record_unrecorded_jobs``)."""
+    if run.jobs.exists():
+        with job_log.submission_lock(run):
+            identity.record_unrecorded_jobs(run)
+
+
+def submit_run(state: RunState, line_up: lanes.Lanes) -> list[Job]:
+    """Submit what is missing of one run. Its training is appended to a lane; on this machine, so are evaluations.
+
+    Args:
+        state: The run.
+        line_up: The lanes of its folder.
+
+    Raises:
+        SubmitError: SLURM refused, or jobs of another kind are queued.
+    """
+    _refuse_other_kind(state)
     submission = state.submission
     waiting = [job_log.TRAIN] if state.needs_training else state.missing if submission.request.local else []
     if not waiting:
@@ -175,23 +203,26 @@ def _submit_run(state: RunState, line_up: lanes.Lanes) -> list[Job]:
     return jobs
 
 
-def _refuse_other_kind(states: list[RunState]) -> None:
-    for state in states:
-        kind = state.submission.request.kind
-        other = next((job for job in state.jobs if job.kind != kind), None)
-        if other is not None:
-            raise SubmitError(
-                f"run {state.submission.run.root}",
-                got=f"job {other.id} ({other.what}), which was submitted {'without' if kind == 'local' else 'with'} "
-                "--local",
-                expected="no such job in the queue, or the same command",
-                fix="wait for the job, or cancel it",
-            )
+def _refuse_other_kind(state: RunState) -> None:
+    kind = state.submission.request.kind
+    other = next((job for job in state.jobs if job.kind != kind), None)
+    if other is not None:
+        how = "without" if kind == "local" else "with"
+        raise SubmitError(
+            f"run {state.submission.run.root}",
+            got=f"job {other.id} ({other.what}), which was submitted {how} --local",
+            expected="no such job in the queue, or the same command",
+            fix="wait for the job, or cancel it",
+        )
 
 
-def _split_gpus(plan: Plan) -> list[str]:
-    """``CUDA_VISIBLE_DEVICES`` of each lane of local runs; empty if they request no GPUs."""
-    first = plan.submissions[0]
+def split_gpus(first: Submission, limit: int | None) -> list[str]:
+    """Return ``CUDA_VISIBLE_DEVICES`` of each lane of local runs; empty if they request no GPUs.
+
+    Args:
+        first: One of the runs.
+        limit: The number of lanes.
+    """
     count = resources.count_gpus_per_node(first.options[job_log.TRAIN]) if first.request.local else 0
     names = local.list_gpus()
-    return [",".join(names[i * count : (i + 1) * count]) for i in range(plan.limit or 0)] if count else []
+    return [",".join(names[i * count : (i + 1) * count]) for i in range(limit or 0)] if count else []

@@ -32,14 +32,14 @@ def top(
             )
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError(
-            "hpcssl-submit top",
+            "top",
             got="standard input or output that is no terminal",
             expected="a terminal, since it draws on the whole screen and reads keys",
             fix="use `hpcssl-submit status --watch`, or `status --json` for programs",
         )
     if importlib.util.find_spec("textual") is None:
         raise ConfigError(
-            "hpcssl-submit top",
+            "top",
             got="no package textual",
             expected="an environment with it",
             fix="pip install 'hpcssl[top]', or use `hpcssl-submit status --watch`",

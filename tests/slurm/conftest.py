@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import loopback
+from hpcssl import cli_runner
+from slurm import cli
 from tests.slurm import stubs
 from tests.slurm.job_runner import JobRunner
 
@@ -52,3 +55,27 @@ def runner(request) -> JobRunner:
 def slurm_runner(cluster) -> JobRunner:
     """A job on SLURM."""
     return JobRunner(cluster)
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch, digits):
+    """``call(*words)`` runs the command in this process on the digits: exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
+
+    def run_command(*words):
+        code = cli_runner.run(cli.app, [*words, *data], "hpcssl-submit")
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run_command
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Programs in place of SLURM's (``stubs.QueueStub``)."""
+    stub = stubs.QueueStub(tmp_path / "queue")
+    monkeypatch.setenv("PATH", str(stub.bin), prepend=os.pathsep)
+    return stub

@@ -171,7 +171,9 @@ class QueueStub:
         (folder / "queue").write_text("")
         (folder / "partitions").write_text("")
         self.set_sbatch(then)
-        self._write("squeue", "cat {folder}/queue")
+        fields = r'$1 "\t" $2 "\tNone\troot\tN/A\t1\t\tx\t" $3'  # in the order of queue_snapshot.py
+        snapshot = f"awk '{{{{print {fields}}}}}' {{folder}}/queue"
+        self._write("squeue", f'case "$*" in *%S*) {snapshot};; *) cat {{folder}}/queue;; esac')
         self._write("scancel", 'sed -i "/^$1 /d" {folder}/queue')
         self._write(
             "scontrol",

@@ -3,15 +3,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
 from benchmarks import loopback
-from hpcssl import cli_runner
+from hpcssl.api import Run as RunFolder
 from hpcssl.errors import EXIT_DONE, EXIT_USAGE, ConfigError
 from hpcssl.files import read_lines
+from hpcssl.results import command as results_command
 from hpcssl.run_dir import RunDir
-from slurm import cli
 from slurm.backend import code_snapshot, local
 from slurm.log import attempts, job_log
 from slurm.manage import control, lanes, wait
@@ -112,30 +114,6 @@ def test_dependencies_are_written_and_read():
 
 
 # -- the command, with programs in place of SLURM's -----------------------------------------------------------------
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch, digits):
-    """``call(*words)`` runs the command in this process on the digits: exit code, output, errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
-
-    def run_command(*words):
-        code = cli_runner.run(cli.app, [*words, *data], "hpcssl-submit")
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return run_command
-
-
-@pytest.fixture
-def queue(tmp_path, monkeypatch):
-    """Programs in place of SLURM's (``stubs.QueueStub``)."""
-    stub = stubs.QueueStub(tmp_path / "queue")
-    monkeypatch.setenv("PATH", str(stub.bin), prepend=os.pathsep)
-    return stub
 
 
 def read_dependencies(folder):
@@ -362,3 +340,69 @@ def test_the_limit_holds_on_a_cluster_through_a_preemption_and_a_kill(call, clus
     assert most == 2
     assert [len(attempts.read_attempts(run)) for run in runs] == [2, 2, 1, 1, 1, 1]
     assert {job_log.latest_jobs(run)["train"].id for run in runs} == jobs.keys()
+
+
+# -- real trainings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slurm
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_a_swept_run_has_the_digest_of_a_single_one_after_a_preemption_and_a_kill(call, cluster, tmp_path, digits):
+    values = ["schedule.steps=150", "machine.devices=cpu", "machine.checkpoint_minutes=0.05"]
+    words = ["sweep", "digits_msf", "--out", "out", "optim.lr=0.03,0.1", "seed=0..2", "--parallel=2", *values]
+    assert call(*words)[0] == EXIT_DONE
+    runs = [RunDir(path.parent) for path in sorted((tmp_path / "out").glob("*/jobs.jsonl"))]
+    trains, most = [job_log.latest_jobs(run)["train"].id for run in runs], 0
+
+    def wait_for(condition, message):
+        nonlocal most
+
+        def poll():
+            nonlocal most
+            states = [line.split() for line in cluster("squeue", "-h", "-t", "R", "-o", "%i").splitlines()]
+            most = max(most, sum(line[0] in trains for line in states))
+            skip_requeue_delay(cluster)
+            return condition()
+
+        cluster.wait_until(poll, message, 5 * JOB_TIMEOUT_S)
+
+    wait_for(lambda: all(attempts.last_known_step(run) > 20 for run in runs[:2]), "steps of two trainings")
+    control.preempt(runs[0])
+    os.kill(loopback.find_task_pids(trains[1])[0], signal.SIGKILL)
+    code, out, err = call(*words)
+    assert code == EXIT_DONE and "nothing to submit" in err and "Submitted" not in out
+    wait_for(lambda: all(run.finished for run in runs), "end of all trainings")
+    assert most == 2 and len(runs) == 6
+    causes = [[attempt.cause for attempt in attempts.read_attempts(run)] for run in runs]
+    assert causes == [["preempted", "done"], ["killed", "done"], *[["done"]] * 4]
+    data = [f"data.train={digits / 'train'}", f"data.val={digits / 'val'}"]
+    for run in runs[:3]:
+        point = [word.replace("lr=", "optim.lr=") for word in run.root.name.split("_")]
+        single = RunDir(tmp_path / f"single-{run.root.name}")
+        train = [sys.executable, "-m", "hpcssl", "train", "digits_msf", "--run", str(single.root)]
+        subprocess.run([*train, *point, *values, *data], check=True, capture_output=True)
+        assert RunFolder(run.root).digest == RunFolder(single.root).digest
+    assert len({RunFolder(run.root).digest for run in runs}) == 6
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_one_command_fills_a_table_of_three_recipes_with_two_seeds(call, tmp_path, capsys):
+    (tmp_path / "small.yaml").write_text(TABLE)
+    words = ["table", "small.yaml", "--out", "out", "--seeds=2", "--parallel=2", "--local", "--wait"]
+    assert call(*words, "schedule.epochs=2", "evals.linear.epochs=2", "machine.devices=cpu")[0] == EXIT_DONE
+    results_command.main([tmp_path / "out"], as_json=True)
+    shown = json.loads(capsys.readouterr().out)
+    recipes = ("digits_msf", "digits_simclr", "digits_nnclr")
+    trained = [record for record in shown if record["encoder"] == "trained"]
+    single = {(record["recipe"], record["seed"]): record["metrics"] for record in trained if "n" not in record}
+    assert single.keys() == {(recipe, seed) for recipe in recipes for seed in (0, 1)}
+    means = {record["recipe"]: record for record in trained if "n" in record}
+    assert means.keys() == {*recipes}
+    for recipe in recipes:
+        scores = [single[recipe, seed] for seed in (0, 1)]
+        column = next(name for name in scores[0] if name.startswith("linear"))
+        for name in ("20-NN", column):
+            assert means[recipe]["metrics"][name] == pytest.approx(sum(one[name] for one in scores) / 2)
+            assert means[recipe]["n"][name] == 2

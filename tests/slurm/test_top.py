@@ -283,6 +283,7 @@ def test_bad_input_is_refused(tmp_path, capsys, monkeypatch):
     assert code == EXIT_USAGE and printed_error(err).got == "no such folder"
     code, err = call(capsys, str(tmp_path))
     assert code == EXIT_USAGE and "no terminal" in printed_error(err).got and "status --watch" in printed_error(err).fix
+    assert printed_error(err).what == "top", "the program's name stands before it already"
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     monkeypatch.setattr("slurm.top.command.sys", type("Terminal", (), {"stdin": TTY, "stdout": TTY}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

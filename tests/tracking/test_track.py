@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -188,7 +190,7 @@ def test_an_unknown_tracker_and_a_missing_package_are_refused(tmp_path, monkeypa
     run = make_run(tmp_path / "run")
     with pytest.raises(ConfigError) as unknown:
         backends.open_tracker("other", run, {}, project="p", where="")
-    assert unknown.value.what == "--to" and unknown.value.expected == "mlflow, wandb"
+    assert unknown.value.what == "--to" and unknown.value.expected == "mlflow, trackio, wandb"
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(SystemExit) as ended:
         main(["track", str(run.root), "--to", "mlflow"])
@@ -237,6 +239,34 @@ def test_mlflow_with_sqlite_has_each_step_once(tmp_path):
     values = {m.step: m.value for m in loss}
     assert values[7] == 1 / 7 and math.isnan(values[3])
     assert sorted(m.step for m in client.get_metric_history(found.info.run_id, "eval/knn20")) == [0, 10, 20]
+
+
+def test_trackio_with_a_local_store_has_each_step_once(tmp_path, monkeypatch):
+    if importlib.util.find_spec("trackio") is None:  # it reads its folder when it is imported
+        pytest.skip("needs hpcssl[track-trackio]")
+    monkeypatch.setenv("TRACKIO_DIR", "")
+    run = make_run(tmp_path / "run", durable=8)
+
+    def open_it():
+        return backends.open_tracker("trackio", run, {"optim": {"lr": 0.1}}, project="p", where=str(tmp_path / "store"))
+
+    with pytest.raises(KeyboardInterrupt):
+        sender.send_pending(run, "trackio", interrupt_after(open_it()))
+    assert sender.send_pending(run, "trackio", open_it()) == 9
+    write_checkpoint(run, 20)
+    files.write_record(run.done, {"step": 20, "weights": ""})
+    assert sender.send_pending(run, "trackio", open_it()) == 12
+    (database,) = (tmp_path / "store").rglob("*.db")
+    with sqlite3.connect(database) as store:
+        rows = store.execute("select run_name, step, metrics from metrics").fetchall()
+        ((recipe,),) = store.execute("select config from configs").fetchall()
+    assert sorted(step for _, step, _ in rows) == list(range(21)) and {name for name, _, _ in rows} == {"run"}
+    values = {step: json.loads(text) for _, step, text in rows}
+    assert values[7]["loss"] == 1 / 7 and values[10]["eval/knn20"] == 60.0
+    assert json.loads(recipe) == {"optim.lr": "0.1"}
+    with pytest.raises(ConfigError) as caught:
+        backends.open_tracker("trackio", run, {}, project="p", where="https://x.example")
+    assert caught.value.what == "--where"
 
 
 def read_wandb_file(path):

@@ -110,7 +110,7 @@ def classify(
         labels_Q = support.labels[index_Q1.cpu()[:, 0]]
         correct["one_label"] += int((labels_Q == queries.labels[torch.cat(mine)]).sum()) if mine else 0
     raise_on_any_rank(world, "k-NN", stop=stop())
-    names = _metric_names(protocol) + (["one_label"] if supports else [])
+    names = metric_names(protocol) + (["one_label"] if supports else [])
     totals = world.all_reduce_sum(torch.tensor([correct[name] for name in names], device=world.device)).tolist()
     draws = {"one_label": max(1, len(supports))}
     return {name: 100.0 * n / (len(queries) * draws.get(name, 1)) for name, n in zip(names, totals, strict=True)}
@@ -121,7 +121,8 @@ def _local_blocks(samples: int, world: World) -> list[Tensor]:
     return list(torch.split(torch.arange(samples), VOTE_BLOCK))[world.rank :: world.size]
 
 
-def _metric_names(protocol: KnnProtocol) -> list[str]:
+def metric_names(protocol: KnnProtocol) -> list[str]:
+    """Return the names of the scores of a protocol, those of ``one_label`` left out."""
     names = []
     for ks, suffix in ((protocol.k, ""), (protocol.weighted_k, "_weighted")):
         for k in ks:
