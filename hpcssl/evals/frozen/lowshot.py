@@ -61,7 +61,7 @@ def run(context: EvalContext[LowshotOptions]) -> dict[str, float]:
     options, protocol = context.options, context.options.resolve()
     targets, test_targets = class_targets(context.train), class_targets(context.val)
     classes, shots = targets.shape[1], list(options.shots)
-    check_examples(context, positives=max(shots), negatives=(classes - 1) * max(shots))
+    check_examples(context, positives=max(shots), negatives=max(1, classes - 1) * max(shots))
     x, test_x = extract_svm_features(context, protocol.feature, protocol.view_lowshot)
     table = context.parallel_fits("low-shot SVM").table(
         "test",
