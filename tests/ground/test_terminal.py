@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from data_prep import cli as shard_cli
 from hpcssl import cli
 from hpcssl.cli import recipe_table
+from hpcssl.planning.dry_run import format_duration
 from hpcssl.recipes import table
 from hpcssl.terminal.progress import LogHandler, ProgressBar, ProgressLog, format_seconds
 from hpcssl.terminal.tables import print_table
@@ -169,4 +170,6 @@ def test_quick_and_continued_work_logs_less(caplog):
 
 
 def test_durations():
+    words = ["0 ms", "31.2 ms", "999 ms", "1 s", "1 s", "119 s", "2 min", "2 h 0 min", "2 days 1 h"]
+    assert [format_duration(s) for s in (0, 0.0312, 0.9994, 0.9997, 1, 119.4, 120, 7200, 49 * 3600)] == words
     assert [format_seconds(s) for s in (0, 65.4, 3725, 360000)] == ["0:00", "1:05", "1:02:05", "100:00:00"]
