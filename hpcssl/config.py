@@ -242,7 +242,7 @@ def _refuse_unknown(schema: type, values: Mapping[str, Any], where: str, path: s
             raise ConfigError(
                 f"{where}, key {path}{key}",
                 got=f"unknown key {key!r}",
-                expected="a key of " + (f"section {path[:-1]!r}" if path else "the recipe"),
+                expected=f"a key of section {path[:-1]!r}" if path else "a known key",
                 fix=suggest(str(key), known),
             )
         section = types[key]

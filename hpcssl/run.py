@@ -133,16 +133,11 @@ def evaluate(
         The result rows, computed or stored.
 
     Raises:
-        ConfigError: Not exactly one of ``run`` and ``weights``, or see ``hpcssl.evals.run.evaluate_run``.
+        ConfigError: Not exactly one of ``run`` and ``weights``, a step of ``weights``, or see
+            ``hpcssl.evals.run.evaluate_run``.
         HpcsslError: See ``hpcssl.evals.run.evaluate_run``. ``Stopped`` after a request to stop.
     """
-    if (run is None) == (weights is None):
-        raise ConfigError(
-            "hpcssl eval",
-            got="both or neither of --run and --weights",
-            expected="one of them",
-            fix="--run DIR evaluates a run's encoder, --weights FILE any exported one",
-        )
+    _check_choice(run, weights, step)
     world = World.start(devices, stop=stop.is_set)
     training.set_up_torch(MachineOptions(devices=devices), world.device)
     set_up_logging(world.rank)
@@ -161,3 +156,20 @@ def evaluate(
         raise
     world.close()
     return rows
+
+
+def _check_choice(run: RunDir | None, weights: WeightsSource | Path | str | None, step: int | str) -> None:
+    if (run is None) == (weights is None):
+        raise ConfigError(
+            "hpcssl eval",
+            got="both or neither of --run and --weights",
+            expected="one of them",
+            fix="--run DIR evaluates a run's encoder, --weights FILE any exported one",
+        )
+    if weights is not None and step != "last":
+        raise ConfigError(
+            "hpcssl eval",
+            got=f"--step {step} with --weights",
+            expected="a step only with --run, which has the weights of several steps",
+            fix="leave --step out, or name the run with --run",
+        )

@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpcssl.errors import ConfigError
+from hpcssl.errors import ConfigError, require_choice
 from hpcssl.run_dir import RunDir
 
 if TYPE_CHECKING:
     from hpcssl.nets.importers import WeightsSource
+
+
+def _check_devices(value: str) -> str:
+    require_choice("--devices", value, ("cpu", "gpu", "auto"))
+    return value
+
 
 Run = Annotated[Path, typer.Option("--run", help="Run folder.")]
 OptionalRun = Annotated[Path | None, typer.Option("--run", help="Run folder.")]
@@ -21,7 +27,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Step = Annotated[
     str, typer.Option("--step", help="Which weights of the run: last, first or a number of steps; requires --run.")
 ]
-Devices = Annotated[str, typer.Option("--devices", help="cpu, gpu or auto.")]
+
+Devices = Annotated[str, typer.Option("--devices", callback=_check_devices, help="cpu, gpu or auto.")]
 # how to read a --weights file whose keys do not say it
 Layout = Annotated[
     str | None, typer.Option("--layout", help="Layout of the --weights file, if its keys do not identify it.")

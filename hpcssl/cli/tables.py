@@ -73,7 +73,11 @@ def results(
 
 def recipes(
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Number of GPUs for which the memory of one is estimated.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of GPUs for which the memory of one is estimated; none is for recipes with smaller batches.",
+        ),
     ] = None,
 ) -> None:
     """List the packaged recipes: published scores, batch, length, memory bank, and estimated memory per GPU."""
@@ -93,7 +97,7 @@ def recipes(
             str(memory.batch),
             row.length,
             str(memory.bank_rows) if memory.bank_rows else "-",
-            f"{memory.of_rank(ranks).total / 2**30:.1f} GiB x {ranks}",
+            f"{memory.of_rank(ranks).total / 2**30:.1f} GiB x {ranks}" if ranks <= memory.batch else "-",
             " ".join(f"{name} {score:g}" for name, score in row.published.items()) or "-",
             row.title,
             " ".join(row.differs) or "-",

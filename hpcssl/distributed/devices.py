@@ -43,7 +43,7 @@ def choose_device(devices: str, local_rank: int) -> torch.device:
                 "machine.devices=gpu",
                 got="no usable CUDA device",
                 expected="one GPU per process",
-                fix="request GPUs (--gpus-per-node), or set machine.devices=cpu",
+                fix="request GPUs (--gpus-per-node), or set machine.devices=cpu (--devices cpu without a recipe)",
             )
         return torch.device("cpu")
     # a cluster that binds one GPU to each task shows each task a single device, number 0

@@ -160,7 +160,8 @@ class Computation:
             return torch.empty(0, self.encoder.width)
         params = np.stack([row.params for row in rows if row.params is not None])
         features = self.encoder.encode(torch.stack(pixels), params, self.view, self.precision)
-        self.encoder.check_finite(features, [row.key for row in rows if row.pixels is not None])
+        names = [row.key for row in rows if row.pixels is not None]
+        self.encoder.check_finite(features, names, self.precision)
         return (F.normalize(features, dim=1) if self.normalize else features).cpu()
 
 

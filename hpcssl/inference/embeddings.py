@@ -198,7 +198,13 @@ def read(path: Path | str) -> Embeddings:
         ConfigError: It has another suffix.
     """
     path = Path(path)
-    check_target(path)
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"features {path}",
+            got="a folder" if path.is_dir() else f"the suffix {path.suffix!r}",
+            expected=f"a file of `hpcssl embed`, {' or '.join(SUFFIXES)}",
+            fix="name such a file, or write one with `hpcssl embed --run RUN IMAGES --to FILE`",
+        )
     metadata = read_metadata(path)
     if metadata is None:
         raise DataError(

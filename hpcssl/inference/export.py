@@ -27,12 +27,19 @@ def export(source: WeightsSource | Path | str, target: Path | str, layout: str =
         The sha256 of ``target``, or of the weights in it where it is a folder.
 
     Raises:
-        ConfigError: The layout is unknown, or a package that it needs is missing.
+        ConfigError: The layout is unknown, the name is that of another layout, or a package that it needs is missing.
         EvalError: The source cannot be read, or the layout cannot hold it.
     """
     if layout not in LAYOUTS:
         raise ConfigError("--layout", got=repr(layout), expected="a known layout", fix=suggest(layout, LAYOUTS))
     source, target = WeightsSource.coerce(source), Path(target)
+    if target.suffix == ".onnx" and layout != "onnx":
+        raise ConfigError(
+            f"--to {target}",
+            got=f"the suffix '.onnx' with --layout {layout}",
+            expected="a file of the layout that its name says",
+            fix="add --layout onnx, or choose another name",
+        )
     if layout == "onnx":
         return write_onnx(source, target)
     if layout == "hf":

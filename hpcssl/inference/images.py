@@ -140,6 +140,10 @@ def open_images(images: Path | str | Sequence[Path | str]) -> ImageSource:
         DataError: There is no such path, or it holds no image.
     """
     if not isinstance(images, Path | str):
+        if not images:
+            raise DataError(
+                "images", got="an empty list", expected="at least one image", fix="name an image or a folder"
+            )
         return FileImages("", [_stat_file(Path(path)) for path in images])
     path = Path(images)
     if path.is_file():

@@ -69,7 +69,14 @@ def search_images(
         EvalError: The weights are absent or other ones than those of the file.
     """
     metadata = embeddings.metadata
-    source = _same_weights(metadata, weights)
+    source, images = _same_weights(metadata, weights), open_images(queries)
+    for number in range(len(images)):
+        try:
+            decode(images.read(number))
+        except DamagedImageError as error:
+            raise DataError(
+                f"image {images.key(number)}", got=str(error), expected="an image", fix="name an image file"
+            ) from error
     query = embed(source, queries, precision=metadata["precision"], devices=devices)
     _check_digest(query.metadata["weights_sha256"], metadata, source)
     return _nearest(embeddings, torch.from_numpy(query.features), query.keys, top)

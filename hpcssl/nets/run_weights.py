@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from hpcssl.errors import ConfigError, EvalError
@@ -21,7 +22,7 @@ def find_weights(run: RunDir, step: int | str = "last") -> Path:
         EvalError: The run has no weights of this step; the message lists the steps it has.
     """
     exported = sorted(run.weights.glob("step-*.safetensors"))
-    if not str(step).isdigit() and step not in ("first", "last"):
+    if not re.fullmatch(r"[0-9]+", str(step)) and step not in ("first", "last"):
         raise ConfigError("--step", got=repr(step), expected="last, first or a step number", fix="set --step last")
     if step == "first":
         path = run.weights_at(0)

@@ -73,11 +73,14 @@ def read_summary(root: Path) -> DataSummary:
         train = ShardSet.open(root / "train")
         val = ShardSet.open(root / "val") if (root / "val").is_dir() else None
     else:
+        below = sorted(index.parent for at in ("*", "*/train") for index in root.glob(f"{at}/{INDEX}"))
         raise DataError(
             f"DATA {root}",
             got=f"neither {INDEX} nor a folder train",
             expected="a folder that hpcssl-shard wrote",
-            fix=f"write shards of these images first: `hpcssl-shard images {root} OUT`, then `hpcssl init OUT`",
+            fix=f"name {below[0].parent if below[0].name == 'train' else below[0]}"
+            if below
+            else f"write shards of these images first: `hpcssl-shard images {root} OUT`, then `hpcssl init OUT`",
         )
     sides = _probe_sides(train)
     if not sides:

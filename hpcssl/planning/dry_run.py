@@ -282,7 +282,7 @@ def print_report(report: DryRunReport) -> None:
 
 def format_duration(seconds: float) -> str:
     """Return a duration in words, such as ``3 h 20 min``, ``12 s`` or ``31 ms``."""
-    if seconds < 1:
+    if seconds < 0.9995:  # from there on, three digits round to one second
         return f"{1000 * seconds:.3g} ms"
     if seconds < 120:
         return f"{seconds:.3g} s"

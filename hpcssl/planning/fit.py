@@ -177,13 +177,14 @@ def _fit_network(data: DataSummary, machine: Machine, small: bool) -> list[Value
 def _fit_batch(data: DataSummary, draft: Recipe, machine: Machine) -> Value:
     """A quarter of the images at most, and what fits into the memory of a GPU."""
     own, processes = draft.optim.batch, machine.processes
-    per_process = min(own, data.images // 4) // processes
+    most = min(own, data.images // 4)
+    per_process = most // processes
     if per_process < 2:
         raise ConfigError(
             "--gpus",
-            got=f"{processes} for {data.images} images",
-            expected="at least 8 images per GPU",
-            fix=f"set --gpus {max(1, data.images // 32)} or less",
+            got=f"{processes} for {data.images} images, of which a step takes {most} at most",
+            expected="at least 2 images per GPU and step",
+            fix=f"set --gpus {most // 2} or less",
         )
     per_process = _power_of_two(per_process)
     batch = per_process * processes

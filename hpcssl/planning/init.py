@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def make_recipe(root: Path, *, method: str = "msf", gpus: int | None = None, hou
 
 
 def _check_hours(hours: float, machine: Machine) -> None:
-    if not hours > 0:
+    if not 0 < hours < math.inf:
         raise ConfigError("--hours", got=hours, expected="a number above 0", fix="set --hours 8, or leave it out")
     if machine.gpus and not machine.gpus_here:
         raise ConfigError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 
 from hpcssl.data.address import is_remote
-from hpcssl.data.shards import ShardSet
+from hpcssl.data.shards import INDEX, ROWS, ShardSet
 from hpcssl.distributed.launch import is_main_process
+from hpcssl.errors import ConfigError
 from hpcssl.evals.online_knn import check_online_knn, load_evals_section
 from hpcssl.run_dir import RunDir
 from hpcssl.train import world_sizes
@@ -56,6 +57,7 @@ def check_start(
             world_sizes.check(recipe, world_size, needs_whole_batch=build_method(recipe).needs_whole_batch)
         needs_val = load_evals_section(recipe).knn_every_epochs > 0
     else:
+        _check_new_folder(run)
         check_data_set(recipe, shards, world_size)
         if not is_branch:
             initial_weights.check(recipe)
@@ -67,3 +69,14 @@ def check_start(
         val = val or (shards if is_train else open_val_shards(recipe))
         check_online_knn(recipe, shards, val)
     return val
+
+
+def _check_new_folder(run: RunDir) -> None:
+    """Refuse to mix the files of a run with shards, which a mistaken ``--run`` would do."""
+    if (run.root / INDEX).is_file() and (run.root / ROWS).is_file():
+        raise ConfigError(
+            f"run folder {run.root}",
+            got="a shard folder",
+            expected="a folder for this run alone, which need not exist",
+            fix=f"name another one, such as runs/{run.root.name}",
+        )

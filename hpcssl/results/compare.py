@@ -59,7 +59,7 @@ def rank_settings(records: Sequence[Record], column: str) -> list[Record]:
             "option --sort",
             got=repr(column),
             expected="a column of scores",
-            fix=suggest(column, known) or "--sort 1-NN",
+            fix=suggest(column, known) if known else "evaluate a trained encoder: `hpcssl eval knn --run RUN`",
         )
     averaged = {_setting(record) for record in newest if "n" in record}
     chosen = [record for record in newest if "n" in record or _setting(record) not in averaged]
@@ -204,6 +204,8 @@ def _select(runs: Sequence[Record], word: str) -> list[Record]:
 
 
 def _is_value(text: str, value: object) -> bool:
+    if value is None or isinstance(value, bool):  # written as in recipes, or as the tables print them
+        return text.lower() in ({"null", "none"} if value is None else {str(value).lower()})
     try:
         return float(text) == float(str(value))
     except ValueError:

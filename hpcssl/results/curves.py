@@ -171,9 +171,12 @@ def _to_float(value: float | str) -> float:
 
 
 def _steps_per_epoch(journal: Sequence[dict[str, Any]]) -> float:
-    """Return the steps of an epoch. The ``epoch`` of a line is that before its step: step 1 has epoch 0."""
+    """Return the steps of an epoch. The ``epoch`` of a line is that before its step: step 1 has epoch 0.
+
+    It is rounded to the whole number that it is, for runs of other lengths to have points at the same epochs.
+    """
     last = journal[-1]
-    return (last["step"] - 1) / last["epoch"] if last.get("epoch") else float(last["step"])
+    return float(round((last["step"] - 1) / last["epoch"]) if last.get("epoch") else last["step"])
 
 
 def _smooth(epochs: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> Points:

@@ -29,9 +29,9 @@ class Cost:
         trainings: Number of trainings to submit.
         evaluations: Number of evaluation jobs to submit.
         steps: Steps that are left in trainings that are not finished.
-        device_hours: Hours times GPUs, or times processes if no GPUs are requested; None if no step was measured.
+        device_hours: Hours times GPUs, or times processes if no GPUs are requested; None if they are unknown.
         device: ``GPU`` or ``process``.
-        basis: Where the seconds per step are from; empty if unknown.
+        basis: Where the seconds per step are from, or why the hours are unknown.
         disk_bytes: Bytes of the checkpoints and weights of the trainings to submit.
     """
 
@@ -50,7 +50,7 @@ class Cost:
         """Return the cost as lines of ``name: value``."""
         jobs = f"{self.trainings} trainings and {self.evaluations} evaluations to submit"
         if self.device_hours is None:
-            hours = "unknown, since no step was measured (--step-seconds gives what `hpcssl train --dry-run` measures)"
+            hours = f"unknown, since {self.basis}"
         else:
             hours = f"{self.device_hours:.3g} for {self.steps:,} steps, without evaluations ({self.basis})"
         return [
@@ -76,8 +76,7 @@ def estimate(states: Sequence[RunState], step_s: float | None) -> Cost:
     for state in states:
         if (own := measured[state.submission.run]) is not None:
             by_kind.setdefault(_describe_kind(state.submission), []).append(own)
-    hours: float | None = 0.0
-    steps = 0
+    hours, steps, unknown = 0.0, 0, ""
     for state in states:
         submission = state.submission
         if submission.run.finished:
@@ -87,7 +86,13 @@ def estimate(states: Sequence[RunState], step_s: float | None) -> Cost:
         known = by_kind.get(_describe_kind(submission), [])
         own = measured[submission.run] if measured[submission.run] is not None else fmean(known) if known else None
         seconds, devices = step_s if step_s is not None else own, count_devices(submission)
-        hours = None if hours is None or seconds is None or devices is None else hours + left * seconds * devices / 3600
+        if seconds is None:
+            name = submission.run.root.name
+            unknown = f"no step was measured in {name} (--step-seconds gives what `hpcssl train --dry-run` measures)"
+        elif devices is None:
+            unknown = "SLURM chooses the number of processes (--nodes and --ntasks-per-node state it)"
+        else:
+            hours += left * seconds * devices / 3600
     count = sum(len(values) for values in by_kind.values())
     first = states[0].submission
     basis = f"{step_s:g} s per step, as given" if step_s is not None else f"measured in {count} of these runs"
@@ -98,9 +103,9 @@ def estimate(states: Sequence[RunState], step_s: float | None) -> Cost:
         trainings=sum(state.needs_training for state in states),
         evaluations=sum(len(state.missing) - state.needs_training for state in states),
         steps=steps,
-        device_hours=hours,
+        device_hours=None if unknown else hours,
         device="GPU" if resources.count_gpus_per_node(first.options[job_log.TRAIN]) else "process",
-        basis=basis,
+        basis=unknown or basis,
         disk_bytes=sum(estimate_disk(state.submission) for state in states if state.needs_training),
     )
 
@@ -127,8 +132,9 @@ def estimate_disk(submission: Submission) -> int:
     machine = recipe.machine
     checkpoints = machine.keep_checkpoints + 1
     checkpoints += steps // machine.keep_every_steps if machine.keep_every_steps else 0
-    epochs = steps * recipe.optim.batch // len(submission.shards)
-    exports = 2 + (epochs // machine.export_epochs if machine.export_epochs else 0)
+    epochs = steps // (len(submission.shards) // recipe.optim.batch)
+    periods = machine.export_epochs, recipe.evals.get("knn_every_epochs", 0)  # k-NN scores an exported file, too
+    exports = 2 + len({epoch for every in periods if every for epoch in range(every, epochs + 1, every)})
     return state * checkpoints + weights * exports
 
 

@@ -172,7 +172,13 @@ def test_features_that_are_not_finite_are_an_error_on_every_rank(encoder, data, 
     kept = ("mean", "std", "size", "fingerprint", "step", "method")
     weights.save(tmp_path / "bad", backbone, meta["arch"], **{k: meta[k] for k in kept})
     for error in run_ranks(2, error_of, tmp_path / "bad", data[0]):
-        assert error.what == f"features by {tmp_path / 'bad'}" and "NaN" in error.got
+        assert error.what == f"features by {tmp_path / 'bad'}" and "NaN" in error.got and "earlier step" in error.fix
+
+
+def test_features_above_the_range_of_fp16_are_not_called_a_divergence(encoder):
+    with pytest.raises(EvalError) as caught:
+        encoder.check_finite(torch.tensor([[1.0], [float("inf")]]), ["a", "b"], "fp16")
+    assert "for b" in caught.value.got and "fp32" in caught.value.fix and "step" not in caught.value.fix
 
 
 def test_a_damaged_image_is_an_error_on_every_rank_and_not_replaced(

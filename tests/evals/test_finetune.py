@@ -25,6 +25,7 @@ from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError, EvalError, Stopped
 from hpcssl.evals.common.encoder import FrozenEncoder
 from hpcssl.evals.common.images import ImageStream, SubsetOrder
+from hpcssl.evals.finetune import evaluate as finetune
 from hpcssl.evals.finetune import protocols, trials
 from hpcssl.evals.finetune.options import FinetuneOptions
 from hpcssl.evals.finetune.protocols import PROTOCOLS, FinetuneProtocol, find_protocol
@@ -353,7 +354,9 @@ def test_a_fully_labeled_set_is_fine_tuned_without_a_share(tmp_path, weights_fil
     [
         ({"protocol": "bism"}, "evals.finetune.protocol", "'bsim'"),
         ({"percent": 5}, "evals.finetune.percent", "1, 10 or 100"),
-        ({"lr": 0.1}, "evals.finetune.head_lr", "lr and head_lr"),
+        ({"lr": 0.1}, "evals.finetune.lr", "set head_lr"),
+        ({"head_lr": 0.1}, "evals.finetune.head_lr", "set lr"),
+        ({"lr": float("inf"), "head_lr": 1}, "evals.finetune.lr", "above 0"),
         ({"epochs": 0}, "evals.finetune.epochs", "1 or more"),
         ({"precision": "fp8"}, "evals.finetune.precision", "fp16"),
         ({"held_out": 3}, "evals.finetune.held_out", "held_out"),
@@ -370,6 +373,13 @@ def test_a_batch_above_the_training_set_is_refused(data, weights_file):
     with pytest.raises(EvalError) as caught:
         row_of(SINGLE, weights_file, data, {"percent": 1})
     assert "90 " in caught.value.got and "256" in caught.value.got and "train_batch=90" in caught.value.fix
+
+
+def test_no_batch_is_suggested_that_the_option_refuses():
+    for samples, size in ((1, 1), (3, 4)):
+        with pytest.raises(EvalError) as caught:
+            finetune._check_batch(samples, 8, size)
+        assert "train_batch" not in caught.value.fix
 
 
 def test_an_error_of_one_rank_is_raised_on_both(data, weights_file, run_ranks, write_shards, tmp_path):

@@ -192,6 +192,8 @@ def test_more_neighbors_than_training_images_are_refused():
     with pytest.raises(EvalError) as caught:
         knn.classify(draw_features(10, 8, 3, 0), draw_features(5, 8, 3, 1), KnnOptions(), SINGLE)
     assert "20" in caught.value.got and "10 " in caught.value.got
+    possible = dict(word.split("=") for word in caught.value.fix.split() if "=" in word)
+    assert possible == {"k": "[1]", "weighted_k": "[10]"}, "both lists are named, with numbers that are possible"
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,10 @@ def test_more_neighbors_than_training_images_are_refused():
         ({"feature_dtype": "fp8"}, "evaluation option feature_dtype", "fp16"),
         ({"interpolation": "cubic"}, "evaluation option interpolation", "bicubic"),
         ({"k": [0]}, "evals.knn.k", "k=[1,20]"),
+        ({"k": [5, 1, 5]}, "evals.knn.k", "k=[5,1]"),
+        ({"weighted_k": [20, 20]}, "evals.knn.weighted_k", "weighted_k=[20]"),
+        ({"one_label_draws": -1}, "evals.knn.one_label_draws", "one_label_draws=0"),
+        ({"k": [], "weighted_k": [], "one_label_draws": 0}, "evals.knn", "k=[20]"),
         ({"temperature": 0}, "evals.knn.temperature", "above 0"),
         ({"temprature": 1}, "options of knn, key temprature", "'temperature'"),
         ({"precision": "fp8"}, "evaluation option precision", "bf16"),
@@ -212,3 +218,4 @@ def test_invalid_options_are_refused(options, what, hint):
     with pytest.raises(ConfigError) as caught:
         load(KnnOptions, options, where="options of knn")
     assert caught.value.what == what and hint in caught.value.expected + caught.value.fix
+    assert "recipe" not in caught.value.expected, "options of an evaluation are no recipe"

@@ -406,6 +406,10 @@ def test_the_state_of_another_evaluation_and_a_damaged_one_are_ignored(tmp_path)
         ({"augment": "flip"}, "evals.linear.augment", "rrc_flip"),
         ({"epochs": 0}, "evals.linear.epochs", "1 or more"),
         ({"lr": -1}, "evals.linear.lr", "above 0"),
+        ({"lr": float("inf")}, "evals.linear.lr", "above 0"),
+        ({"lr_sweep": [0.1, float("nan")]}, "evals.linear.lr_sweep", "above 0"),
+        ({"milestones": [5, 3]}, "evals.linear.milestones", "rising"),
+        ({"milestones": [0]}, "evals.linear.milestones", "from 1"),
         ({"lr": 1, "lr_sweep": [1]}, "evals.linear.lr_sweep", "lr or lr_sweep"),
         ({"held_out": 5}, "evals.linear.held_out", "sweep"),
         ({"ecophs": 1}, "options of linear, key ecophs", "'epochs'"),
@@ -421,3 +425,9 @@ def test_the_default_batch_above_the_training_set_is_refused(data, weights_file)
     with pytest.raises(EvalError) as caught:
         metrics(SINGLE, weights_file, data, {})
     assert caught.value.got.startswith("90 ") and "256" in caught.value.got
+
+
+def test_holding_out_every_training_image_is_refused(data, weights_file):
+    with pytest.raises(EvalError) as caught:
+        metrics(SINGLE, weights_file, data, {"protocol": "byol", "held_out": 90})
+    assert "held_out" in caught.value.what and "90 of 90" in caught.value.got and "held_out=9" in caught.value.fix

@@ -88,9 +88,10 @@ def test_the_baseline_can_be_switched_off_and_a_step_chosen(run):
         evaluate_run("knn", run, SINGLE, step=3)
     assert missing.value.what == f"weights of {run.root}"
     assert "step-00000003.safetensors" in missing.value.got and "0, 5" in missing.value.expected
-    with pytest.raises(ConfigError) as unknown:
-        evaluate_run("knn", run, SINGLE, step="newest")
-    assert unknown.value.what == "--step" and unknown.value.got == "'newest'"
+    for word in ("newest", "²"):  # "²".isdigit(), but it is no number
+        with pytest.raises(ConfigError) as unknown:
+            evaluate_run("knn", run, SINGLE, step=word)
+        assert unknown.value.what == "--step" and unknown.value.got == repr(word)
     run.done.unlink()
     assert find_weights(run) == run.weights_at(5)
 
@@ -145,6 +146,13 @@ def test_unusable_input_is_refused(run, data, weights_file, write_shards, tmp_pa
     with pytest.raises(ConfigError) as caught:
         evaluate_run("knn", run, SINGLE)
     assert caught.value.what == "evaluation knn, train shards" and "--train" in caught.value.fix
+
+
+def test_a_weights_file_has_no_steps(weights_file, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", "knn", "--weights", str(weights_file), "--step", "3"])
+    error = printed_error(capsys.readouterr().err)
+    assert ended.value.code == EXIT_USAGE and "--step 3" in error.got
 
 
 def test_shards_at_an_address_are_scored_like_those_in_a_folder(data, weights_file, tmp_path, capsys):

@@ -383,6 +383,15 @@ def test_sets_with_too_few_images_or_several_classes_are_refused(voc, data, weig
     assert several.value.what == f"shard folder {voc[0].root}" and "lowshot" in several.value.fix
 
 
+def test_a_set_of_one_class_is_refused(write_shards, tmp_path, weights_file):
+    images = np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)
+    one = write_shards(tmp_path / "one", images, np.zeros(8, int), classes=["a"])
+    for name, options, got in (("svm", {}, "0 images without class a"), ("lowshot", {"shots": [1]}, "one class")):
+        with pytest.raises(EvalError) as caught:
+            measure(name, options, weights_file, (one, one))
+        assert caught.value.what == f"shard folder {one.root}" and caught.value.got == got
+
+
 def test_normalized_rows_equal_the_official_ones():
     x = np.random.default_rng(0).random((5, 7), np.float32)
     expected = [[v / (math.sqrt(sum(w * w for w in row)) + 1e-5) for v in row] for row in x.astype(float).tolist()]

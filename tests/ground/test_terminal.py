@@ -11,8 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from data_prep import cli as shard_cli
-from hpcssl import cli
+from hpcssl import cli, cli_runner
 from hpcssl.cli import recipe_table
+from hpcssl.planning.dry_run import format_duration
 from hpcssl.recipes import table
 from hpcssl.terminal.progress import LogHandler, ProgressBar, ProgressLog, format_seconds
 from hpcssl.terminal.tables import print_table
@@ -62,6 +63,17 @@ def test_recipes_and_help_pages_do_not_import_torch():
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert printed.returncode == 0, printed.stderr
     assert all(name in printed.stdout for name in recipe.names())
+
+
+def test_no_memory_is_estimated_for_more_gpus_than_images_in_a_step(stored, capsys):
+    gpus = stored["digits_msf"].memory.batch + 1
+    assert cli_runner.run(cli.app, ["recipes", "--gpus", str(gpus)], "hpcssl") == 0
+    head, *lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    memory = {line[0]: line[head.index("memory per GPU")] for line in lines}
+    assert {name for name, text in memory.items() if text == "-"} == {
+        name for name, row in stored.items() if row.memory.batch < gpus
+    }
+    assert memory["digits_msf"] == "-" and "GiB" in memory["byol_r50_ep200"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -169,4 +181,6 @@ def test_quick_and_continued_work_logs_less(caplog):
 
 
 def test_durations():
+    words = ["0 ms", "31.2 ms", "999 ms", "1 s", "1 s", "119 s", "2 min", "2 h 0 min", "2 days 1 h"]
+    assert [format_duration(s) for s in (0, 0.0312, 0.9994, 0.9997, 1, 119.4, 120, 7200, 49 * 3600)] == words
     assert [format_seconds(s) for s in (0, 65.4, 3725, 360000)] == ["0:00", "1:05", "1:02:05", "100:00:00"]

@@ -217,12 +217,16 @@ def test_mistakes_are_refused_and_leave_nothing(run, photos, shards, tmp_path, r
         with pytest.raises(kind) as caught:
             hpcssl.embed(run.root, shards.root, **{"to": tmp_path / "e.npy", "devices": "cpu"} | options)
         assert what in caught.value.what
+    with pytest.raises(DataError) as nothing:
+        hpcssl.embed(run.root, [], devices="cpu")
+    assert nothing.value.what == "images" and "empty" in nothing.value.got
     with pytest.raises(ConfigError):
         hpcssl.embed(run.weights_at(5), shards.root, step=5)
     for words, what in (
         ((), "hpcssl embed"),
         (("--weights", run.root), "--weights"),
         (("--run", run.root, "--size", 3), "hpcssl"),
+        (("--run", run.root, "--devices", "gpuu"), "--devices"),
         (("--weights", run.weights_at(5), "--step", 0), "hpcssl embed"),
     ):
         code, _, _, error = run_command("embed", photos, "--to", tmp_path / "e.npy", *words)

@@ -151,6 +151,12 @@ def test_photographs_are_embedded_searched_and_exported_by_the_printed_commands(
     assert "wrong.onnx" in caught.value.what and not (tmp_path / "wrong.onnx").exists()
 
 
+def test_a_file_is_not_named_for_another_layout(run, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        export.export(run.weights_at(0), tmp_path / "encoder.onnx")
+    assert "--layout onnx" in caught.value.fix and not list(tmp_path.iterdir())
+
+
 def test_printed_commands_need_only_what_is_installed(run, monkeypatch):
     def find(absent):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else object())

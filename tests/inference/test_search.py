@@ -103,10 +103,14 @@ def test_mistakes_are_refused(features, photos, tmp_path, run_command):
         (("--row", 0, "--to", tmp_path / "hits.jpg"), "--to"),
         (("--row", 0, "--to", tmp_path / "hits.png", "--images", tmp_path), "images"),
         (("--query", photos / "nothing.jpg"), "image"),
-        (("--query", photos / "Thumbs.db"), "images"),
+        (("--query", photos / "Thumbs.db"), "image"),
     ):
         code, out, _, error = run_command("search", features, *words)
         assert code in (1, 2) and error.what.startswith(what) and out == "", error
+        assert "--skip-bad" not in error.fix, "an option of another command"
     assert not list(tmp_path.iterdir())
+    for path in (photos, photos / "Thumbs.db"):
+        code, _, _, error = run_command("search", path, "--row", 0)
+        assert code == 2 and error.what == f"features {path}", "there is no option --to to correct"
     with pytest.raises(DataError):
         embeddings.read(tmp_path / "e.parquet")

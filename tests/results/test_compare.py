@@ -103,6 +103,18 @@ def test_sides_of_a_claim_are_recipes_methods_and_values(tmp_path):
         assert "+11.00 ± 1.41 over 2 seeds" in comparison.line()
 
 
+def test_values_of_a_claim_are_written_as_in_recipes(tmp_path):
+    for number, (nesterov, schedule) in enumerate([(True, None), (False, None), (False, 5)]):
+        write_run(tmp_path / str(number), 0, {"linear": 90.0 - number}, nesterov=nesterov, schedule=schedule)
+    records = collect_records([tmp_path])
+    for claim in ("nesterov=true > nesterov=false schedule=5", "nesterov=True > schedule=5"):
+        assert [one.difference for one in compare.check_claim(records, claim)] == [2.0]
+    (one,) = compare.check_claim(records, "nesterov=true > nesterov=false schedule=null")
+    assert one.difference == 1.0
+    with pytest.raises(ConfigError):
+        compare.check_claim(records, "nesterov= > schedule=5")
+
+
 @pytest.mark.parametrize(
     ("claim", "got"),
     [("lr=0.1", "'lr=0.1'"), ("lr=0.1 > lr=0.9", "no setting"), ("own > lr=0.1", "lr=0.1 and own optim.lr=0.2")],
@@ -121,5 +133,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         main([tmp_path], sort="liner")
     assert "'linear'" in caught.value.fix
+    with pytest.raises(ConfigError) as nothing:
+        compare.rank_settings([], "linear")
+    assert "hpcssl eval" in nothing.value.fix, "there is no column to choose"
     with pytest.raises(ConfigError):
         main([tmp_path], sort="linear", claim="lr=0.1 > lr=0.2")

@@ -16,12 +16,12 @@ from tests import scored_runs
 STEPS, PER_EPOCH = 40, 10
 
 
-def make_run(root, *, name="mine", seed=0, lr=0.1, steps=STEPS, start=0.0, knn=True, more=True):
+def make_run(root, *, name="mine", seed=0, lr=0.1, steps=STEPS, per_epoch=PER_EPOCH, start=0.0, knn=True, more=True):
     """Write a run folder of 4 epochs whose loss falls from ``start`` by 0.01 per step."""
     run = RunDir(root)
     files.atomic_write(run.config, json.dumps({"name": name, "seed": seed, "optim": {"lr": lr}}))
     lines = [
-        {"step": step, "epoch": (step - 1) / PER_EPOCH, "loss": start - step / 100}
+        {"step": step, "epoch": (step - 1) / per_epoch, "loss": start - step / 100}
         | ({"lr": lr, "spread": 0.8, "purity": 0.25} if more else {})
         for step in range(1, steps + 1)
     ]
@@ -92,6 +92,13 @@ def test_seeds_share_a_line_and_other_settings_have_their_own(tmp_path):
     assert len(curves.average_members([groups[0].curves["loss"][""][0], short])[0]) == 5, (
         "up to the last epoch of the shorter one"
     )
+
+
+def test_runs_of_different_lengths_share_all_epochs_of_the_shorter_one(tmp_path):
+    assert 53 / (53 / 49) != 49, "the steps of an epoch cannot be read from this length without rounding"
+    runs = [make_run(tmp_path / str(n), seed=n, steps=n, per_epoch=49, knn=False) for n in (54, 60)]
+    (group,) = curves.group_by_seed({run: curves.read_curves(run) for run in runs})
+    assert len(curves.average_members(group.curves["loss"][""])[0]) == 54
 
 
 def test_pictures_are_png_files_and_runs_without_steps_are_logged(tmp_path, caplog):

@@ -18,7 +18,7 @@ from hpcssl.data.loader import Loader
 from hpcssl.data.order import Order
 from hpcssl.data.reader import Reader
 from hpcssl.data.shards import ROW, ShardSet
-from hpcssl.errors import ConfigError, Stopped
+from hpcssl.errors import ConfigError, DataError, Stopped
 from hpcssl.planning import dry_run, init, view_picture
 from hpcssl.planning.data_summary import DataSummary, read_summary
 from hpcssl.planning.fit import fit_recipe
@@ -133,6 +133,15 @@ def test_the_values_fit_each_other(tmp_path, method, sizes, gpus):
             assert recipe.method.name == method.split("_")[0]
 
 
+@pytest.mark.parametrize("images", [100, 1_300_000])
+def test_the_number_of_gpus_that_is_suggested_fits(images):
+    with pytest.raises(ConfigError) as caught:
+        fit_recipe(summary(images, 28), METHODS["msf"], Machine(5000))
+    assert caught.value.what == "--gpus"
+    most = numbers_in(caught.value.fix)[0]
+    assert fit_recipe(summary(images, 28), METHODS["msf"], Machine(most)).batch == 2 * most
+
+
 @pytest.mark.parametrize("gpus", [3, 6])
 def test_the_batch_is_divided_evenly_over_any_number_of_gpus(tmp_path, gpus):
     fit = fit_recipe(summary(5000, 300), METHODS["msf"], Machine(gpus))
@@ -232,6 +241,13 @@ def test_names_of_methods_may_be_written_in_several_ways():
     assert "'simclr'" in caught.value.fix
 
 
+def test_a_folder_of_data_sets_is_told_from_one_of_images(tmp_path, make_shards, encode, picture):
+    make_shards(tmp_path / "data" / "mine" / "train", [("a", encode(picture(1)), 0)])
+    with pytest.raises(DataError) as caught:
+        read_summary(tmp_path / "data")
+    assert caught.value.fix == f"name {tmp_path / 'data' / 'mine'}"
+
+
 @pytest.mark.parametrize(
     "words, what, code",
     [
@@ -245,6 +261,7 @@ def test_names_of_methods_may_be_written_in_several_ways():
         (["photos", "--gpus", "30"], "--gpus", 2),
         (["photos", "--hours", "0", "--gpus", "0"], "--hours", 2),
         (["photos", "--hours", "nan", "--gpus", "0"], "--hours", 2),
+        (["photos", "--hours", "inf", "--gpus", "0"], "--hours", 2),
         (["photos", "--hours", "2", "--gpus", "1"], "--hours", 2),
     ],
 )

@@ -203,6 +203,14 @@ def test_run_folder_that_is_a_file(refused, train, tmp_path):
     assert error.what == str(tmp_path / "run") and "move it away" in error.fix
 
 
+def test_run_folder_that_holds_shards(refused, tmp_path, shards):
+    data = shutil.copytree(shards.root, tmp_path / "data")
+    before = sorted(data.iterdir())
+    error = refused(2, "hpcssl", "train", "digits_msf", "--run", data, f"data.train={data}", *TINY)
+    assert str(data) in error.what and "shard folder" in error.got and "runs/data" in error.fix
+    assert sorted(data.iterdir()) == before
+
+
 def test_digest_without_a_checkpoint(refused, tmp_path):
     error = refused(1, "hpcssl", "digest", "--run", "nowhere")
     assert "nowhere" in error.what and "no such folder" in error.got

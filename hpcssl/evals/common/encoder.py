@@ -89,20 +89,25 @@ class FrozenEncoder:
             features: Tensor = self.backbone(x).float()
         return features
 
-    def check_finite(self, features: Tensor, names: Sequence[str]) -> None:
+    def check_finite(self, features: Tensor, names: Sequence[str], precision: str) -> None:
         """Raise ``EvalError`` if a feature is NaN or infinite.
 
         Args:
             features: [B, D].
             names: What the rows belong to, for the message.
+            precision: Precision of the forward pass; fp16 overflows where the weights are sound.
         """
         finite = torch.isfinite(features).all(1)
         if not finite.all():
+            if precision == "fp16":
+                fix = "compute them with bf16 or fp32: fp16 has no numbers above 65504"
+            elif self.meta["step"] is None:
+                fix = "copy or download the weights again, and check --mean and --std"
+            else:
+                fix = "use the weights of an earlier step, since this training has diverged"
             raise EvalError(
                 f"features by {self.path}",
                 got=f"NaN or infinity for {names[int((~finite).nonzero()[0, 0])]}",
                 expected="finite numbers",
-                fix="copy or download the weights again, and check --mean and --std"
-                if self.meta["step"] is None
-                else "use the weights of an earlier step, since this training has diverged",
+                fix=fix,
             )

@@ -71,7 +71,7 @@ class FeatureStream:
     def __next__(self) -> tuple[Tensor, Indices]:
         batch = next(self.images)
         features = self.encoder.encode(batch.images[0], batch.params[0], self.view, self.precision)
-        self.encoder.check_finite(features, [f"sample {i}" for i in batch.index])
+        self.encoder.check_finite(features, [f"sample {i}" for i in batch.index], self.precision)
         return features, np.array(batch.index)
 
     def __enter__(self) -> FeatureStream:

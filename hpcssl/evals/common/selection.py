@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hpcssl import rng
+from hpcssl.errors import EvalError
 
 HELD_OUT_FRACTION = 10009 / 1281167
 """BYOL, appendix C.1: the last 10,009 images of the ImageNet training set in the order of TFDS."""
@@ -25,9 +26,19 @@ def draw_held_out(samples: int, classes: int, seed: int, count: int | None) -> n
 
     Returns:
         Sorted indices of the drawn images, int64 [count].
+
+    Raises:
+        EvalError: No image would be left to train on.
     """
     if count is None:
         count = max(round(HELD_OUT_FRACTION * samples), min(10 * classes, samples // 10), 1)
+    if count >= samples:
+        raise EvalError(
+            "evaluation option held_out",
+            got=f"{count} of {samples} training images",
+            expected="fewer than all of them, since the others are trained on",
+            fix=f"set held_out={samples // 10} or less" if samples >= 10 else "name a set of more images",
+        )
     return np.sort(rng.permutation(rng.key(seed, "held out"), samples)[:count])
 
 

@@ -86,11 +86,12 @@ def _choose(
 
 def _check_batch(samples: int, batch: int, size: int) -> None:
     if samples < batch:
+        largest = samples - samples % size
         raise EvalError(
             "fine-tuning",
             got=f"{samples} labeled images and batches of {batch}",
             expected="at least one whole batch",
-            fix=f"set train_batch={samples - samples % size} or less",
+            fix=f"set train_batch={largest} or less" if largest >= 2 else "name a set of more images",
         )
     if batch % size:
         raise EvalError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,13 +53,19 @@ class FinetuneOptions(EvalViewOptions):
         super().__post_init__()
         require_choice("evals.finetune.protocol", self.protocol, PROTOCOLS)
         require_choice("evals.finetune.precision", self.precision, PRECISIONS)
-        both_or_neither = (self.lr is None) == (self.head_lr is None)
+        if (self.lr is None) != (self.head_lr is None):
+            given, other = ("head_lr", "lr") if self.lr is None else ("lr", "head_lr")
+            raise ConfigError(
+                f"evals.finetune.{given}",
+                got=f"{getattr(self, given)} without {other}",
+                expected="lr and head_lr, both or neither",
+                fix=f"set {other} too, or remove {given} to use the protocol's values",
+            )
         holds_out = PROTOCOLS[self.protocol][1].judge == "held_out" and self.lr is None
         for name, valid, expected in (
             ("percent", self.percent in (None, *PERCENTS), "1, 10 or 100"),
-            ("lr", self.lr is None or self.lr > 0, "above 0"),
-            ("head_lr", self.head_lr is None or self.head_lr > 0, "above 0"),
-            ("head_lr", both_or_neither, "lr and head_lr, both or neither"),
+            ("lr", self.lr is None or 0 < self.lr < math.inf, "above 0"),
+            ("head_lr", self.head_lr is None or 0 < self.head_lr < math.inf, "above 0"),
             ("epochs", self.epochs is None or self.epochs >= 1, "1 or more"),
             ("train_batch", self.train_batch is None or self.train_batch >= 2, "2 or more"),
             ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "0 or more"),

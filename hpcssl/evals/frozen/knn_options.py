@@ -51,11 +51,16 @@ def check_number_of_neighbors(options: KnnOptions, images: int) -> int:
     protocol = options.resolve()
     largest = max((*protocol.k, *protocol.weighted_k), default=0)
     if largest > images:
+        possible = [
+            f"{name}=[{','.join(map(str, [k for k in values if k <= images] or [images]))}]"
+            for name, values in (("k", protocol.k), ("weighted_k", protocol.weighted_k))
+            if max(values, default=0) > images
+        ]
         raise EvalError(
             "k-NN",
             got=f"k = {largest} with {images} training images",
             expected="at least k training images",
-            fix=f"set k to {images} or less, such as evals.knn.k=[1]",
+            fix=f"set {' and '.join(possible)}",
         )
     return largest
 
@@ -73,8 +78,9 @@ class KnnOptions(FeatureOptions):
         precision: Precision of the forward pass, see ``FeatureOptions``.
         feature_dtype: Precision of stored features, see ``FeatureOptions``.
         protocol: Name of a published protocol, a key of ``PROTOCOLS``.
-        k: Numbers of neighbors of the majority votes, each at least 1; an empty list for no majority vote.
-        weighted_k: Numbers of neighbors of the weighted votes, each at least 1; an empty list for no weighted vote.
+        k: Numbers of neighbors of the majority votes, each at least 1 and given once; an empty list for no majority
+            vote.
+        weighted_k: Numbers of neighbors of the weighted votes, likewise; an empty list for no weighted vote.
         temperature: Temperature of the weighted votes, above 0.
         one_label_draws: Number of random draws of one labeled training image per class. The 1-NN accuracies of the
             draws are averaged (metric ``one_label``); 0 for none.
@@ -100,9 +106,31 @@ class KnnOptions(FeatureOptions):
                     expected="numbers of neighbors, each at least 1",
                     fix=f"set {name}=[1,20]",
                 )
+            if len(set(values)) < len(values):
+                raise ConfigError(
+                    f"evals.knn.{name}",
+                    got=list(values),
+                    expected="each number of neighbors once",
+                    fix=f"set {name}=[{','.join(map(str, dict.fromkeys(values)))}]",
+                )
         if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(
                 "evals.knn.temperature", got=self.temperature, expected="a number above 0", fix="set temperature=0.07"
+            )
+        if self.one_label_draws < 0:
+            raise ConfigError(
+                "evals.knn.one_label_draws",
+                got=self.one_label_draws,
+                expected="0 or more",
+                fix="set one_label_draws=0 for none",
+            )
+        protocol = self.resolve()
+        if not (protocol.k or protocol.weighted_k or self.one_label_draws):
+            raise ConfigError(
+                "evals.knn",
+                got="no vote and no draw, so that there is no score",
+                expected="one or more numbers of neighbors in k or weighted_k, or one_label_draws",
+                fix="set k=[20], or remove k, weighted_k and one_label_draws to use the protocol's values",
             )
 
     def resolve(self) -> KnnProtocol:

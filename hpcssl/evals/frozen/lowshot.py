@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hpcssl.errors import ConfigError
+from hpcssl.errors import ConfigError, EvalError
 from hpcssl.evals.context import EvalContext
 from hpcssl.evals.frozen import linear_svc
 from hpcssl.evals.frozen.svm import SvmOptions, check_examples, class_targets, extract_svm_features
@@ -61,6 +61,13 @@ def run(context: EvalContext[LowshotOptions]) -> dict[str, float]:
     options, protocol = context.options, context.options.resolve()
     targets, test_targets = class_targets(context.train), class_targets(context.val)
     classes, shots = targets.shape[1], list(options.shots)
+    if classes < 2:
+        raise EvalError(
+            f"shard folder {context.train.root}",
+            got="one class",
+            expected="two or more, since k images per other class are the negatives",
+            fix="name shards of more classes, or use svm",
+        )
     check_examples(context, positives=max(shots), negatives=(classes - 1) * max(shots))
     x, test_x = extract_svm_features(context, protocol.feature, protocol.view_lowshot)
     table = context.parallel_fits("low-shot SVM").table(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from hpcssl.errors import ConfigError, require_choice
@@ -27,8 +29,8 @@ class LinearOptions(FeatureOptions):
         weight_decay: L2 penalty of the head, 0 or more.
         train_batch: Images per optimizer step of the head, at least 1.
         epochs: Passes over the training set, at least 1.
-        milestones: Epochs after which the rate falls to a tenth, instead of the protocol's schedule. An empty list for
-            the cosine.
+        milestones: Epochs after which the rate falls to a tenth, rising, from 1, instead of the protocol's schedule. An
+            empty list for the cosine.
         augment: ``rrc_flip`` for new random crops with flips in every epoch, ``center`` for stored center crops.
         held_out: Number of training images that are held out to judge a sweep, at least 1. Unset, BYOL's share of the
             set, see ``selection.draw_held_out``.
@@ -52,13 +54,15 @@ class LinearOptions(FeatureOptions):
         require_choice("evals.linear.protocol", self.protocol, PROTOCOLS)
         if self.augment is not None:
             require_choice("evals.linear.augment", self.augment, AUGMENTS)
+        milestones = self.milestones or []
         for name, valid, expected in (
-            ("lr", self.lr is None or self.lr > 0, "above 0"),
-            ("lr_sweep", all(rate > 0 for rate in self.lr_sweep or ()), "rates above 0"),
+            ("lr", self.lr is None or 0 < self.lr < math.inf, "above 0"),
+            ("lr_sweep", all(0 < rate < math.inf for rate in self.lr_sweep or ()), "rates above 0"),
             ("lr_sweep", self.lr_sweep is None or self.lr is None, "lr or lr_sweep, not both"),
             ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "0 or more"),
             ("train_batch", self.train_batch is None or self.train_batch >= 1, "1 or more"),
             ("epochs", self.epochs is None or self.epochs >= 1, "1 or more"),
+            ("milestones", all(a < b for a, b in pairwise([0, *milestones])), "rising numbers of epochs, from 1"),
             ("held_out", self.held_out is None or self.held_out >= 1, "1 or more"),
             ("held_out", self.held_out is None or bool(self.resolve().lr_sweep), "a protocol with a sweep of rates"),
         ):
