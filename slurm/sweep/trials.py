@@ -1,7 +1,7 @@
 """The trials of a search: reads what their runs have reached, asks the sampler for new ones, and submits them.
 
 Everything is in the folder: the study's journal has the trials, and the run folders have the jobs. A pass reads both
-anew under the lock of the folder, so that a command may be killed at any point and run again, or run twice at once.
+again under the lock of the folder, so that a command may be killed at any point and run again, or run twice at once.
 """
 
 from __future__ import annotations
