@@ -369,6 +369,16 @@ def test_invalid_options_are_refused(options, what, hint):
     assert caught.value.what == what and hint in caught.value.expected + caught.value.fix
 
 
+def test_images_are_held_out_where_several_trials_remain(data):
+    rates = {"protocol": "byol", "lr": 0.01, "head_lr": 0.1}
+    options = load(FinetuneOptions, rates | {"held_out": 5}, where="options of finetune")
+    assert options.resolve(data[0]).epochs == (30, 50), "two lengths are compared"
+    load(FinetuneOptions, {"protocol": "byol", "epochs": 30, "held_out": 5}, where="options of finetune")
+    with pytest.raises(ConfigError) as caught:
+        load(FinetuneOptions, rates | {"epochs": 30, "held_out": 5}, where="options of finetune")
+    assert caught.value.what == "evals.finetune.held_out"
+
+
 def test_a_batch_above_the_training_set_is_refused(data, weights_file):
     with pytest.raises(EvalError) as caught:
         row_of(SINGLE, weights_file, data, {"percent": 1})

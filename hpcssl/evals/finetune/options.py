@@ -25,7 +25,7 @@ class FinetuneOptions(EvalViewOptions):
         percent: Percent of the labels, 1, 10 or 100, which selects the protocol's values. Unset, what the shard folder
             records; a folder that is no part of another one has 100. With 100, the values are those of 10.
         lr: Peak learning rate of the backbone in the protocol's unit, above 0. Together with ``head_lr``; the grid
-            then has one trial.
+            then has one trial for each number of epochs.
         head_lr: Peak learning rate of the head, likewise.
         epochs: Passes over the labeled images, at least 1.
         train_batch: Images per optimizer step over all ranks, at least 2.
@@ -61,7 +61,10 @@ class FinetuneOptions(EvalViewOptions):
                 expected="lr and head_lr, both or neither",
                 fix=f"set {other} too, or remove {given} to use the protocol's values",
             )
-        holds_out = PROTOCOLS[self.protocol][1].judge == "held_out" and self.lr is None
+        protocol = PROTOCOLS[self.protocol][1]
+        pairs = len(protocol.rates) if self.lr is None else 1
+        lengths = len(protocol.epochs) if self.epochs is None else 1
+        holds_out = protocol.judge == "held_out" and pairs * lengths > 1
         for name, valid, expected in (
             ("percent", self.percent in (None, *PERCENTS), "1, 10 or 100"),
             ("lr", self.lr is None or 0 < self.lr < math.inf, "above 0"),
@@ -70,7 +73,7 @@ class FinetuneOptions(EvalViewOptions):
             ("train_batch", self.train_batch is None or self.train_batch >= 2, "2 or more"),
             ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "0 or more"),
             ("held_out", self.held_out is None or self.held_out >= 1, "1 or more"),
-            ("held_out", self.held_out is None or holds_out, "a protocol that holds images out"),
+            ("held_out", self.held_out is None or holds_out, "a protocol that chooses among trials on images held out"),
         ):
             if not valid:
                 raise ConfigError(
