@@ -81,8 +81,18 @@ class SavedCheckpoint:
                 with self._part_reader(part) as reader:
                     pieces.append(reader.get_slice(name)[low - start : high - start])
         if not pieces:
-            return torch.empty(0, *entry["shape"][1:], dtype=getattr(torch, entry["dtype"]))
+            shape, dtype = self.shape_of_rows(name, first, 0)
+            return torch.empty(shape, dtype=dtype)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def shape_of_rows(self, name: str, first: int = 0, count: int | None = None) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of what ``rows`` returns, from the manifest."""
+        entry = self.manifest["tensors"][name]
+        shape, dtype = list(entry["shape"]), getattr(torch, entry["dtype"])
+        if shape:
+            last = shape[0] if count is None else min(shape[0], first + count)
+            shape[0] = max(0, last - first)
+        return torch.Size(shape), dtype
 
     def _part_reader(self, part: int) -> Any:
         return safetensors.safe_open(self.folder / self.manifest["parts"][part]["file"], framework="pt")

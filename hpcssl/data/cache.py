@@ -5,8 +5,7 @@ limit of bytes, and removes those that training has passed. Training reads files
 batches, and a start at any step.
 
 The processes of a node share the folder. Each shard has a lock file, which the kernel frees when its holder ends: while
-one process downloads a shard, the others take the next ones. A shard appears under its name only when it is complete
-and its sha256 agrees. A kill leaves only a temporary file behind, which the next process removes.
+one process downloads a shard, the others take the next ones. A shard has its name once it is complete and verified.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +118,10 @@ class Cache:
         """Whether shard ``number`` is here, unchanged since its download. Its content is not read."""
         return node_folder.is_verified(self.shards.path(number), self.shards.shards[number])
 
+    def kept(self) -> Sequence[int]:
+        """Numbers of the shards that this node keeps from this step on. Some may not be here yet."""
+        return sorted(self._remove_passed()) if self.limit else range(len(self.shards.shards))
+
     def path(self, number: int) -> Path:
         """Path of shard ``number``, which is downloaded first if it is not here. Raises ``DataError``."""
         # The limit holds for this download too. The shard of a replacement takes the place of those that come last.
@@ -185,9 +188,8 @@ class Cache:
         """
         numbers = range(len(self.shards.shards))
         self._check_space(numbers)
-        for number in numbers:
-            if not self.has(number):
-                self._fetch(number)
+        for number in (number for number in numbers if not self.has(number)):
+            self._fetch(number)
         for number in numbers:  # wait for those that other processes are downloading
             self.path(number)
         return self.shards
@@ -237,8 +239,7 @@ class Cache:
         """Raise ``DataError`` where the disk cannot hold these shards, or as many of them as the limit allows."""
         needed = sum(self.shards.shards[n].bytes for n in numbers if not self.has(n))
         if self.limit:
-            kept = node_folder.bytes_of_shards(self.folder)
-            needed = min(needed, self.limit - kept)
+            needed = min(needed, self.limit - node_folder.bytes_of_shards(self.folder))
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise node_folder.no_space_error(self.folder, needed, free)

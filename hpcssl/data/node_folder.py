@@ -75,9 +75,13 @@ def mark_verified(file: BinaryIO, shard: Shard) -> None:
 def is_verified(path: Path, shard: Shard) -> bool:
     """Whether the file has the size of the shard, and nobody wrote to it since ``mark_verified``. Reads no content."""
     try:
-        status = path.stat()
+        return has_mark(path.stat(), shard)
     except OSError:
         return False
+
+
+def has_mark(status: os.stat_result, shard: Shard) -> bool:
+    """Whether a file of this status has the size of the shard and the mark of ``mark_verified``."""
     return status.st_size == shard.bytes and int(status.st_mtime) == _verified_time(shard)
 
 

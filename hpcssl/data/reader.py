@@ -137,14 +137,6 @@ class Reader:
         """Close the files of all other shards. A thread that is reading one of them finishes its read first."""
         self._files.keep_only(shards)
 
-    def check_unchanged(self) -> None:
-        """Compare all open files with what they were when they were opened.
-
-        Raises:
-            DataError: If one was changed while it was open.
-        """
-        self._files.check_all()
-
     def close(self) -> None:
         """Close every file. A later read opens its file again."""
         self._files.close()

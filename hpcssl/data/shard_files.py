@@ -5,8 +5,9 @@ process by SIGBUS. Shards that ``data/stage.py`` or ``data/cache.py`` put on thi
 mapped.
 
 A shard must not change while a job reads it. A reader that holds a file open is not affected when another file is
-renamed over it, but it is when somebody writes into the file. Both are detected by inode, size and modification time.
-A file that was only copied again, byte for byte, is accepted.
+renamed over it, but it is when somebody writes into the file. Both are detected by inode, size and modification time:
+here where an image does not decode or a read ends early, and by ``train/attempt/shard_watch.py`` for all shards at the
+end of each epoch. A file that was only copied again, byte for byte, is accepted.
 
 A process may hold a limited number of files open, so that of a large set only some are: the one that was opened first
 is closed, and opened again when it is needed. What it was at first is remembered.
@@ -97,11 +98,6 @@ class ShardFiles:
         for shard in self._open_files.keys() - shards:
             self._drop(shard)
 
-    def check_all(self) -> None:
-        """Check every open shard as ``check_shard`` does."""
-        for shard in list(self._identities):
-            self.check_shard(shard)
-
     def check_shard(self, shard: int) -> None:
         """Compare a shard's file with what it was when it was opened.
 
@@ -110,7 +106,7 @@ class ShardFiles:
         Raises:
             DataError: If the file was changed.
         """
-        path, described, before = self.shards.path(shard), self.shards.shards[shard], self._identities.get(shard)
+        path, before = self.shards.path(shard), self._identities.get(shard)
         try:
             now = os.stat(path)
         except FileNotFoundError:
@@ -120,19 +116,10 @@ class ShardFiles:
                     "Shard %s was removed. This attempt continues with the open file; another attempt cannot.", path
                 )
             return
-        if before is None or _identity(now) == before:
+        if before is None or identity_of(now) == before:
             return
-        digest = sha256_of_file(path)
-        if now.st_size == described.bytes and digest == described.sha256:
-            LOG.warning("Shard %s was written again with the same bytes.", path)
-            self._drop(shard)
-            return
-        raise DataError(
-            f"shard {path}",
-            got=f"another file than when it was opened ({now.st_size} bytes, sha256 {digest[:12]}…)",
-            expected=f"{described.bytes} bytes with sha256 {described.sha256[:12]}…, unchanged while a job reads it",
-            fix="restore this shard as it was; the same command then continues from the last checkpoint",
-        )
+        check_rewritten(self.shards, shard)
+        self._drop(shard)
 
     def close(self) -> None:
         """Close every file. A later read opens its file again."""
@@ -176,10 +163,10 @@ class ShardFiles:
                 expected=f"{expected_size} bytes",
                 fix="copy it again, or write the shards again with the same command",
             )
-        before = self._identities.setdefault(shard, _identity(status))
-        if before != _identity(status):
+        before = self._identities.setdefault(shard, identity_of(status))
+        if before != identity_of(status):
             self.check_shard(shard)
-            self._identities[shard] = _identity(status)
+            self._identities[shard] = identity_of(status)
         if not self.mapped:
             return file
         with file:  # a map holds a descriptor of its own
@@ -211,12 +198,33 @@ class ShardFiles:
             self._identities.pop(shard, None)
 
 
+def identity_of(status: os.stat_result) -> Identity:
+    """What shows that a file is another one, or was written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_rewritten(shards: ShardSet, number: int) -> None:
+    """Compare a shard that was written or replaced while it is in use with the index. The same bytes give a warning.
+
+    Raises:
+        DataError: If the file has other bytes.
+        OSError: If the file cannot be read.
+    """
+    path, described = shards.path(number), shards.shards[number]
+    digest = sha256_of_file(path)
+    if digest == described.sha256:
+        LOG.warning("Shard %s was written again with the same bytes.", path)
+        return
+    raise DataError(
+        f"shard {path}",
+        got=f"another file than when it was opened ({os.stat(path).st_size} bytes, sha256 {digest[:12]}…)",
+        expected=f"{described.bytes} bytes with sha256 {described.sha256[:12]}…, unchanged while a job reads it",
+        fix="restore this shard as it was; the same command then continues from the last checkpoint",
+    )
+
+
 def _open(path: Path) -> FileIO:
     return FileIO(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-
-
-def _identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:

@@ -282,11 +282,15 @@ def index_digest(meta: dict[str, Any]) -> str:
 
 
 def _check_size(path: Path, shard: Shard) -> None:
-    size = path.stat().st_size if path.exists() else None
+    try:
+        size = path.stat().st_size
+        got = f"{size} bytes"
+    except OSError as error:
+        size, got = None, "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
     if size != shard.bytes:
         raise DataError(
             f"shard {path}",
-            got="no such file" if size is None else f"{size} bytes",
+            got=got,
             expected=f"{shard.bytes} bytes",
             fix="copy it again, or write the shards again with the same command",
         )

@@ -36,7 +36,10 @@ class CheckpointedMemory(Protocol):
         """
 
     def load(self, numbers: Mapping[str, int], read: RowReader) -> None:
-        """Restore what any number of ranks saved. Not a collective.
+        """Restore what any number of ranks saved.
+
+        All ranks call it, and read the same rows of the tensors in ``replicas``, in the same order: ``read`` may be a
+        collective for these.
 
         Args:
             numbers: the integers that ``state`` returned.

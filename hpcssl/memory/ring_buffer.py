@@ -235,7 +235,9 @@ class RingBuffer:
         return {} if self.sharded else dict(self._rows)
 
     def load(self, numbers: Mapping[str, int], read: RowReader) -> None:
-        """Load a saved buffer of this size, from any number of ranks and either placement. Not a collective.
+        """Load a saved buffer of this size, from any number of ranks and either placement.
+
+        See ``CheckpointedMemory.load``.
 
         Args:
             numbers: pointer and filled slots, from ``state``.

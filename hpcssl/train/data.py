@@ -25,6 +25,7 @@ from hpcssl.errors import ConfigError, DataError, ResumeError, Stopped
 from hpcssl.run_dir import RunDir
 from hpcssl.train.attempt.node_index import open_on_node
 from hpcssl.train.attempt.shard_check import check_shards
+from hpcssl.train.attempt.shard_watch import ShardWatch
 from hpcssl.train.builders import build_method, build_view_plan
 from hpcssl.train.options import DataOptions
 from hpcssl.train.recipe import Recipe
@@ -138,8 +139,9 @@ class DataPipeline:
         _check_same_shards(run, self.shards)
         if data.verify == "sha256":
             verify(self.shards, world, restore)
-        if restore is None:  # copies on this node were compared with the index when they were made
-            check_shards(run, self.shards, world, refuse=data.changed == "refuse")
+        # copies on this node were compared with the index when they were made
+        own = None if restore else check_shards(run, self.shards, world, refuse=data.changed == "refuse")
+        self._watch = ShardWatch(self.shards, world, own, self.cache.kept if self.cache else None)
         self.reader = Reader(
             self.shards,
             limit=None,
@@ -176,20 +178,20 @@ class DataPipeline:
     def progress(self, step: int, opened: int) -> None:
         """Report to the downloads how far the loader is.
 
-        At the end of each epoch and before the last step the shard files are compared with what they were.
+        A collective before the last step of each epoch and of all: the shard files are compared with what they were.
 
         Args:
             step: The step whose batch is taken.
             opened: The loader has begun to read all steps before this one.
 
         Raises:
-            DataError: A shard file was changed while the job runs.
+            DataError: On all ranks: a shard file was changed while the job runs.
         """
         if self.cache is not None:
             self.cache.set_position(step, opened)
         assert self._order is not None, "start_prefetch comes first"
         if step == self._last_step or (step + 1) % self._order.steps_per_epoch == 0:
-            self.reader.check_unchanged()
+            self._watch.check()
 
     def close(self) -> None:
         """Stop downloading."""

@@ -14,6 +14,7 @@ from hpcssl import config, rng
 from hpcssl.checkpoint.manager import CheckpointState
 from hpcssl.checkpoint.reader import SavedCheckpoint
 from hpcssl.checkpoint.shard import TensorShard
+from hpcssl.checkpoint.shared_reads import read_shared, row_reader
 from hpcssl.data.batch import Batch
 from hpcssl.distributed.batch_layout import BatchLayout
 from hpcssl.distributed.devices import copy_images, to_device
@@ -246,7 +247,7 @@ class TrainState:
         }
 
     def load(self, saved: SavedCheckpoint) -> list[str]:
-        """Restore a checkpoint.
+        """Restore a checkpoint. A collective.
 
         Returns:
             What differs from the attempt that wrote it and may change the rounding from here on, in words.
@@ -260,20 +261,16 @@ class TrainState:
         _check_names(saved, {f"pair.{name}" for name in own})
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(saved.rows(f"pair.{name}"))
+                tensor.copy_(read_shared(self.world, saved, f"pair.{name}"))
+        momentum = [name for name in saved.names if name.startswith("optim.")]
         build.load_momentum(
-            self.optimizer,
-            {name.removeprefix("optim."): saved.rows(name) for name in saved.names if name.startswith("optim.")},
+            self.optimizer, {name.removeprefix("optim."): read_shared(self.world, saved, name) for name in momentum}
         )
         numbers = saved.manifest["numbers"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(numbers["scaler"])
         for memory, part in self._named_memories():
-
-            def read(name: str, start: int, stop: int, memory: str = memory) -> Tensor:
-                return saved.rows(f"{memory}.{name}", start, stop - start)
-
-            part.load(numbers[memory], read)
+            part.load(numbers[memory], row_reader(self.world, saved, memory, part.replicas().keys()))
         self.skipped_in_a_row, self.step = numbers["skipped_in_a_row"], saved.step
         self.rollbacks = [(source, following) for source, following in numbers.get("rolled_back", [])]
         before, now = saved.manifest["machinery"], self._machinery()

@@ -14,9 +14,11 @@ from hpcssl.checkpoint import manager, reader
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
 from hpcssl.checkpoint.reader import MANIFEST, SavedCheckpoint, folders, latest_valid
 from hpcssl.checkpoint.shard import TensorShard
+from hpcssl.checkpoint.shared_reads import read_shared, row_reader
 from hpcssl.distributed.world import World
 from hpcssl.errors import ResumeError
 from hpcssl.run_dir import RunDir
+from tests.memory.threads import ThreadedRanks, run_ranks
 from tests.waiting import PATIENCE_S
 
 
@@ -198,3 +200,50 @@ def test_a_rank_opens_the_parts_with_its_own_rows_only(tmp_path, monkeypatch):
         assert opened == expected
     opened.clear()
     assert saved.rows("bank", 12, 0).shape == (0, 2) and opened == []
+
+
+class ReadingRanks(ThreadedRanks):
+    """Ranks as threads, with the broadcasts of a ``World``."""
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def broadcast(self, x, source):
+        rows = self._exchange(x.clone())
+        assert {(row.shape, row.dtype) for row in rows} == {(x.shape, x.dtype)}
+        return rows[source]
+
+
+def test_rank_0_reads_what_all_ranks_need(run, monkeypatch):
+    save_steps(run, 3)
+    saved, opened, real = latest_valid(run)[0], [], SavedCheckpoint._part_reader
+
+    def open_part(self, part):
+        opened.append(threading.current_thread())
+        return real(self, part)
+
+    monkeypatch.setattr(SavedCheckpoint, "_part_reader", open_part)
+    spans = [
+        ("bank.index", 2, 3),
+        ("bank.index", 5, 9),
+        ("bank.index", 7, 2),
+        ("net.weight", 1, 2),
+        ("bank.index", 1, 1),
+    ]
+    expected = {name: shard.tensor for name, shard in state(3).tensors.items()}
+
+    def read_all(world):
+        whole = {name: read_shared(world, saved, name) for name in expected}
+        assert all(
+            whole[name].dtype == rows.dtype and torch.equal(whole[name], rows) for name, rows in expected.items()
+        )
+        for name, first, count in spans:
+            assert torch.equal(read_shared(world, saved, name, first, count), expected[name][first : first + count])
+        return threading.current_thread()
+
+    threads = run_ranks(3, read_all, ReadingRanks)
+    assert set(opened) == {threads[0]}
+    opened.clear()
+    read = row_reader(ReadingRanks(1, 2, None, None), saved, "bank", whole=())
+    assert read("index", 2, 4).tolist() == [5, 6] and len(opened) == 1, "rows of its own are read by each rank"

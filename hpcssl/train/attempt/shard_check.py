@@ -2,9 +2,9 @@
 
 The index of a shard folder names the sha256 of every shard, but no attempt can read a terabyte before its first step.
 The first attempt therefore records the size and the times of each shard file, and the hashes of a few images of each.
-A later attempt compares them: this costs one ``fstat`` and two small reads per shard, shared by all ranks. Shards that
-were written or copied since then have other times; as many of them as a few seconds allow are read as a whole and
-compared with the index, and the next attempt continues with the rest.
+A later attempt compares them: this opens each shard once and reads two images of it, and all ranks share the work.
+Shards that were written or copied since then have other times; as many of them as a few seconds allow are read as a
+whole and compared with the index, and the next attempt continues with the rest.
 
 A file that was changed in place, on a file system on which that leaves no trace in its times, is noticed only if one of
 the recorded images changed. ``data.verify=sha256`` reads everything.
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from hpcssl import files, rng
+from hpcssl.data.shard_files import Identity, identity_of
 from hpcssl.data.shards import ShardSet
 from hpcssl.distributed.world import World
 from hpcssl.errors import DataError, ResumeError
@@ -42,7 +43,7 @@ Stamp = list[int | str]
 """Size of a file in bytes, times of the last change of its content and of its inode in ns, and a hash of images."""
 
 
-def check_shards(run: RunDir, shards: ShardSet, world: World, *, refuse: bool) -> None:
+def check_shards(run: RunDir, shards: ShardSet, world: World, *, refuse: bool) -> dict[int, Identity]:
     """Compare the shards with what the first attempt has recorded, or record them. A collective.
 
     Args:
@@ -51,17 +52,21 @@ def check_shards(run: RunDir, shards: ShardSet, world: World, *, refuse: bool) -
         world: The processes. The ranks share the work.
         refuse: Whether other images are an error, rather than a warning.
 
+    Returns:
+        The identities of the files that this rank has looked up, by number of the shard: one W-th of all.
+
     Raises:
         ResumeError: On all ranks: shards hold other images than those that the run was started on.
         DataError: On all ranks: a shard cannot be read.
     """
     first_rows = [0, *accumulate(shards.samples_per_shard.tolist())]
     numbers = range(len(shards.shards))
-    now = _share(world, shards, numbers, lambda number: _make_stamp(shards, number, first_rows[number]))
+    identities: dict[int, Identity] = {}
+    now = _share(world, shards, numbers, lambda number: _make_stamp(shards, number, first_rows[number], identities))
     before = _read_recorded(run, shards, world)
     if before is None:
         world.run_on_main(lambda: _write(run, shards, now))
-        return
+        return identities
     touched = [number for number in numbers if now[number] != before[number]]
     others = [number for number in touched if now[number][-1] != before[number][-1]]
     alike = [number for number in touched if now[number][-1] == before[number][-1]]
@@ -80,6 +85,7 @@ def check_shards(run: RunDir, shards: ShardSet, world: World, *, refuse: bool) -
         )
         verified = {number: now[number] if is_whole.get(number) else before[number] for number in numbers}
         world.run_on_main(lambda: _write(run, shards, verified))
+    return identities
 
 
 def _within_budget(shards: ShardSet, numbers: Sequence[int]) -> list[int]:
@@ -114,13 +120,17 @@ def _share(world: World, shards: ShardSet, numbers: Sequence[int], work: Callabl
     return {number: result for number, (result, _) in shared.items()}
 
 
-def _make_stamp(shards: ShardSet, number: int, first_row: int) -> Stamp:
+def _make_stamp(shards: ShardSet, number: int, first_row: int, identities: dict[int, Identity]) -> Stamp:
     digest, count = hashlib.sha256(), shards.shards[number].samples
-    with open(shards.path(number), "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
+    descriptor = os.open(shards.path(number), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        identities[number] = identity_of(status)
         for draw in rng.raw(rng.key(0, "recorded images", number), IMAGES_PER_SHARD if count else 0):
             _, offset, size = shards.samples.image(first_row + int(draw % np.uint64(count)))
-            digest.update(os.pread(file.fileno(), size, offset))
+            digest.update(os.pread(descriptor, size, offset))
+    finally:
+        os.close(descriptor)
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, digest.hexdigest()[:16]]
 
 
