@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class Bank(RingBuffer):
         key: RNG key of the initial rows.
         init: ``random`` or ``empty``; see ``RingBuffer``.
         dtype: dtype of vectors whose column states none.
+        fill: whether to draw random rows at once; see ``RingBuffer``.
         prefilter: precision in which candidates are proposed; see ``search.nearest``.
         exact: whether the proposals are certified; see ``search.nearest``.
 
@@ -74,11 +76,13 @@ class Bank(RingBuffer):
         key: int,
         init: str = "random",
         dtype: torch.dtype = torch.float32,
+        fill: bool = True,
         prefilter: str = "fp32",
         exact: bool | None = None,
     ):
         require_choice("bank.prefilter", prefilter, search.PREFILTERS)
-        super().__init__(size, columns, world, layout=layout, placement=placement, key=key, init=init, dtype=dtype)
+        rows: dict[str, Any] = {"key": key, "init": init, "dtype": dtype, "fill": fill}
+        super().__init__(size, columns, world, layout=layout, placement=placement, **rows)
         self.prefilter, self.exact = prefilter, exact
 
     @torch.no_grad()

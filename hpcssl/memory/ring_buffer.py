@@ -47,6 +47,7 @@ class RingBuffer:
         init: ``random`` fills vectors with unit vectors of random direction, which take part in searches as in MSF and
             MoCo, and integers with -1. ``empty``: only slots that were pushed take part.
         dtype: dtype of vectors whose column states none.
+        fill: whether to draw random rows at once; else ``load`` or ``fill`` comes before any other call.
 
     Raises:
         ConfigError: for unknown values, no slots or no columns.
@@ -63,6 +64,7 @@ class RingBuffer:
         key: int,
         init: str = "random",
         dtype: torch.dtype = torch.float32,
+        fill: bool = True,
     ):
         require_choice("bank.placement", placement, PLACEMENTS)
         require_choice("bank.init", init, INITS)
@@ -81,10 +83,17 @@ class RingBuffer:
         held = self.last - self.first
         self._stored = {name: allocate(spec, held, world.device) for name, spec in self.columns.items()}
         self._rows = {name: stored[:held] for name, stored in self._stored.items()}  # without the spare row
-        if init == "random":
-            for name, rows in self._rows.items():
-                if rows.dim() == 2:
-                    fill_randomly(rows, rng.key(key, "bank", _RNG_NAMES.get(name, name)), self.first, self.last)
+        self._key = key if init == "random" else None  # of rows that are still to be drawn
+        if fill:
+            self.fill()
+
+    def fill(self) -> None:
+        """Draw the initial rows, unless that was done or rows were loaded. Not a collective."""
+        vectors = {name: rows for name, rows in self._rows.items() if rows.dim() == 2}
+        if self._key is not None:
+            for name, rows in vectors.items():
+                fill_randomly(rows, rng.key(self._key, "bank", _RNG_NAMES.get(name, name)), self.first, self.last)
+        self._key = None
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -266,7 +275,7 @@ class RingBuffer:
                         fix="resume with the bank's size, columns and precision of the run",
                     )
                 destination.copy_(rows)
-        self.pointer, self.filled = pointer, filled
+        self.pointer, self.filled, self._key = pointer, filled, None
         self._version += 1  # earlier pushes can no longer be undone
 
     # -- checks -----------------------------------------------------------------------------------------------

@@ -219,7 +219,9 @@ def check_bank_size(recipe: Recipe, spec: BankSpec) -> None:
         )
 
 
-def build_bank(recipe: Recipe, spec: BankSpec | None, world: World, layout: BatchLayout) -> Bank | None:
+def build_bank(
+    recipe: Recipe, spec: BankSpec | None, world: World, layout: BatchLayout, *, fill: bool = True
+) -> Bank | None:
     """Build the memory bank that a method asks for, or return None for methods without one.
 
     Args:
@@ -227,6 +229,7 @@ def build_bank(recipe: Recipe, spec: BankSpec | None, world: World, layout: Batc
         spec: The columns that the method keeps.
         world: The processes.
         layout: How the global batch is split.
+        fill: Whether to draw its random rows at once; see ``RingBuffer``.
 
     Raises:
         ConfigError: See ``check_bank_size``.
@@ -247,6 +250,7 @@ def build_bank(recipe: Recipe, spec: BankSpec | None, world: World, layout: Batc
         init=options.init,
         key=rng.key(recipe.seed, "bank"),
         dtype=state_dtype(recipe),
+        fill=fill,
         # Certifying the neighbors makes a GPU wait for its host: only for runs that ask for equal bits.
         exact=True if recipe.machine.deterministic else None,
     )

@@ -171,7 +171,7 @@ def _build_loop(
 ) -> Loop:
     """Build everything that an attempt trains with, at the state of the newest checkpoint. ``stack`` closes it."""
     machine = recipe.machine
-    training, loader, order = build_training(recipe, world, pipeline)
+    training, loader, order = build_training(recipe, world, pipeline, fill_bank=False)
     keep, keep_every = machine.keep_checkpoints, machine.keep_every_steps
     checkpoints = CheckpointManager(run, world, keep=keep, keep_every=keep_every, guard=record.check_lock)
     load_state(training, checkpoints)
@@ -187,13 +187,16 @@ def _build_loop(
     return Loop(training, loader.iterate, checkpoints, journal, run, stop, evaluation, damage_log)
 
 
-def build_training(recipe: Recipe, world: World, pipeline: DataPipeline) -> tuple[TrainState, Loader, Order]:
+def build_training(
+    recipe: Recipe, world: World, pipeline: DataPipeline, *, fill_bank: bool = True
+) -> tuple[TrainState, Loader, Order]:
     """Build the state that is trained, at step 0, the loader of its batches, and their order. A collective.
 
     Args:
         recipe: The recipe.
         world: The processes.
         pipeline: The training shards.
+        fill_bank: Whether to draw the bank's random rows; ``load_state`` draws them only where there is no checkpoint.
 
     Raises:
         ConfigError: Keys of the recipe do not fit each other, the method or the data.
@@ -219,6 +222,7 @@ def build_training(recipe: Recipe, world: World, pipeline: DataPipeline) -> tupl
         labels=training_labels(recipe, shards),
         data_digest=shards.digest,
         support=support,
+        fill_bank=fill_bank,
     )
     loader = Loader(
         reader,

@@ -46,6 +46,7 @@ class TrainState:
             them; for others they serve diagnostics.
         data_digest: Digest of the training shards.
         support: Loads the random images of a bank that is refilled at every step; required for methods with one.
+        fill_bank: Whether to draw the bank's random rows at once, which ``load`` would overwrite.
 
     Attributes:
         step: Number of finished steps.
@@ -76,6 +77,7 @@ class TrainState:
         labels: npt.NDArray[np.int64],
         data_digest: str,
         support: SupportLoader | None = None,
+        fill_bank: bool = True,
     ):
         self.recipe, self.world, self.support = recipe, world, support
         self.has_labels = bool((labels >= 0).any())
@@ -107,7 +109,7 @@ class TrainState:
             fused=recipe.machine.fused,
         )
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.optim.precision == "fp16")
-        self.bank = builders.build_bank(recipe, self.method.bank, world, self.layout)
+        self.bank = builders.build_bank(recipe, self.method.bank, world, self.layout, fill=fill_bank)
         width, placement = recipe.model.projector.out, recipe.bank.placement
         self.memories: dict[str, CheckpointedMemory] = self.hooks.build_memories(
             MemoryContext(labels, recipe.seed, width, self.dtype, placement, world, self.layout)

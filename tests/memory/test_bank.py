@@ -112,6 +112,25 @@ def test_initial_rows_depend_on_the_key_and_the_slot_only():
     assert (whole.get("label", torch.arange(9)) == -1).all()
 
 
+def test_initial_rows_can_be_drawn_later_and_never_over_loaded_ones():
+    later = bank_of(5000, fill=False)
+    assert not later.get("key", torch.arange(5000)).any()
+    later.fill()
+    whole = {name: shard.tensor.clone() for name, shard in bank_of(5000).state()[0].items()}
+    assert all(torch.equal(shard.tensor, whole[name]) for name, shard in later.state()[0].items())
+    later.push(**{name: rows[:8] for name, rows in whole.items()})
+    shards, numbers = later.state()
+    loaded = bank_of(5000, fill=False)
+    loaded.load(numbers, row_reader({name: [shard] for name, shard in shards.items()}))
+    for bank in (later, loaded):
+        bank.fill()
+        assert all(torch.equal(shard.tensor, shards[name].tensor) for name, shard in bank.state()[0].items())
+        assert torch.equal(bank.get("key", torch.arange(8)), whole["key"][:8])
+    empty = bank_of(64, fill=False, init="empty")
+    empty.fill()
+    assert not empty.state()[0]["key"].tensor.any()
+
+
 def test_initial_rows_point_in_all_directions():
     """No direction is preferred: the mean of the outer products is the identity over D, within 6 sigma.
 

@@ -16,6 +16,7 @@ from hpcssl.checkpoint.manager import checkpoint_digest
 from hpcssl.checkpoint.reader import SavedCheckpoint
 from hpcssl.errors import ConfigError, ResumeError
 from hpcssl.files import read_lines
+from hpcssl.memory import ring_buffer
 from hpcssl.nets import resnet, weights
 from hpcssl.nets.resnet import Arch
 from hpcssl.preparation import branches
@@ -104,6 +105,18 @@ def test_a_run_whose_recipe_fails_newer_checks_is_continued(train, shards, tmp_p
     words = [f"data.val={shards.root}" if "data.val" in str(word) else word for word in words]
     code, printed = train(*words, "--local", "--evals", "knn", main=slurm.cli.main, verb=())
     assert code == 0 and submitted == ["knn"], printed
+
+
+def test_random_rows_of_the_bank_are_drawn_only_where_there_is_no_checkpoint(train, tmp_path, monkeypatch):
+    drawn, fill = [], ring_buffer.fill_randomly
+    monkeypatch.setattr(ring_buffer, "fill_randomly", lambda rows, *place: drawn.append(rows) or fill(rows, *place))
+    words = ["digits_msf", "--run", tmp_path / "run", "bank.size=64", "machine.checkpoint_steps=2"]
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3)
+        assert train(*words)[0] == 1
+    assert [len(rows) for rows in drawn] == [64] and RunDir(tmp_path / "run").checkpoint(2).exists()
+    code, printed = train(*words)
+    assert code == 0 and "step-00000002" in printed and len(drawn) == 1, printed
 
 
 # -- model.weights ------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ def load_state(training: TrainState, checkpoints: CheckpointManager) -> None:
     training.parent_fingerprint = parent.get("fingerprint")
     saved = checkpoints.latest()
     if saved is None:
+        if training.bank is not None:
+            training.bank.fill()
         initial_weights.load(training.recipe, training.pair)
         return
     changes = training.load(saved)
