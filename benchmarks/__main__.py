@@ -11,11 +11,16 @@ _SHARED = (
     "common",
     "fake_gpu",
     "fake_step",
+    "file_operations",
     "loopback",
+    "many_runs",
+    "paged",
     "peers",
     "official_code",
     "official_literal",
     "official_methods",
+    "store_traffic",
+    "whole_set",
     "__main__",
 )
 

@@ -26,8 +26,11 @@ CASES = {
     "saves": {"ranks": 2, "data": "few", "steps": 15, "checkpoint_steps": 3},
     "ranks": {"ranks": 4, "data": "few", "steps": 5, "checkpoint_steps": 1000},
     "shards": {"ranks": 2, "data": "many", "steps": 5, "checkpoint_steps": 1000},
+    "stopped": {"ranks": 4, "data": "few", "steps": 5, "checkpoint_steps": 1000, "stop": 3},
+    "resumed": {"ranks": 4, "data": "few", "steps": 5, "checkpoint_steps": 1000, "run": "stopped"},
 }
-"""Trainings: ``epochs`` has two epochs more than ``base``, and ``saves`` four saves more than ``epochs``."""
+"""Trainings: ``epochs`` has two epochs more than ``base``, and ``saves`` four saves more than ``epochs``. ``resumed``
+goes on where ``stopped`` has ended; together they do what ``ranks`` does, and besides a save, an end and a resume."""
 PER_SHARD = {"few": 50, "many": 12}
 _CALLS = "trace=%file,fsync,fdatasync,clone,clone3,fork,vfork"
 _LINE = re.compile(r"^(\d+) +(\w+)\(")
@@ -40,9 +43,9 @@ def run_cases(folder: Path) -> None:
 
     from hpcssl.run_dir import RunDir
     from hpcssl.signals import StopFlag
-    from hpcssl.train import main, recipe
+    from hpcssl.train import loop, main, recipe
 
-    owners = {}
+    owners, launch_step = {}, loop.launch_step
     for number, (name, case) in enumerate(CASES.items()):
         overrides = [
             f"data.train={folder / str(case['data']) / 'val'}",
@@ -57,8 +60,15 @@ def run_cases(folder: Path) -> None:
             "evals.knn_every_epochs=0",
         ]
         composed, pids = recipe.compose("digits_msf", overrides), []
-        run = folder / f"run-{name}"
-        run.mkdir()
+        run = folder / f"run-{case.get('run', name)}"
+        run.mkdir(exist_ok=True)
+        stop = StopFlag()
+
+        def stopping_step(training: Any, *rest: Any, case: Any = case, stop: StopFlag = stop) -> Any:
+            if training.step + 1 == case.get("stop"):
+                stop.set("enough")
+            return launch_step(training, *rest)
+
         for rank in range(int(case["ranks"])):
             pid = os.fork()
             if pid == 0:
@@ -67,13 +77,14 @@ def run_cases(folder: Path) -> None:
                 os.environ.update({key: str(value) for key, value in variables.items()})
                 code = 1
                 try:
-                    code = main.train(RunDir(run), composed, stop=StopFlag().install())
+                    loop.launch_step = stopping_step
+                    code = main.train(RunDir(run), composed, stop=stop.install())
                 finally:
                     os._exit(code)
             owners[pid] = f"{name} {rank}"
             pids.append(pid)
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        if any(codes):
+        if set(codes) != {75 if "stop" in case else 0}:
             raise SystemExit(f"benchmarks.size: the training {name!r} of the part `files` failed")
     (folder / "ranks.json").write_text(json.dumps(owners))
 
@@ -98,7 +109,7 @@ def count_operations(folder: Path) -> dict[str, Counter[str]]:
 
 
 def _kind_of(line: str, folder: Path, case: str) -> str:
-    if f"{folder}/run-{case}" in line:
+    if f"{folder}/run-{CASES[case].get('run', case)}" in line:
         return "run folder"
     for name in PER_SHARD:
         if f"{folder}/{name}" in line:
@@ -132,6 +143,8 @@ def measure_files(folder: Path, _quick: bool) -> dict[str, Any]:
         result[f"rank {rank}, start, one epoch, one save and end"] = _describe(of["base"])
         result[f"rank {rank}, each further epoch"] = _describe(epoch)
         result[f"rank {rank}, each further save"] = _describe(save)
+        stop = {kind: of["stopped"][kind] + of["resumed"][kind] - of["ranks"][kind] for kind in kinds}
+        result[f"rank {rank}, a stop and a resume, of 4 ranks"] = _describe(stop)
         result[f"rank {rank}, with two more ranks"] = _describe({k: of["ranks"][k] - of["base"][k] for k in kinds})
         more = {kind: of["shards"][kind] - of["base"][kind] for kind in kinds}
         result[f"rank {rank}, with {sets['many'] - sets['few']} more shards"] = _describe(more)

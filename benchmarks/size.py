@@ -5,6 +5,7 @@ soon as it is done. A run that is repeated with the same folder measures only wh
 sizes that need less than 1 GB of disk and memory and a few minutes; without it, up to 10 GB of each, and half an hour.
 
     sharding     tiny images written by ``hpcssl-shard images``: CPU seconds per image
+    imagenet     1,281,167 tiny images: sharded, opened by a node, an epoch with 256 open files, a late resume
     index        ``index.npy``: bytes, time to open, memory of the process that reads it and of one that shares it
     paged        a remote set of a billion images with a paged index: memory of a node with eight ranks, and a resume
     order        the first batch of an epoch, every further one, and the memory for them
@@ -14,6 +15,7 @@ sizes that need less than 1 GB of disk and memory and a few minutes; without it,
     exchange     bytes that a rank moves per step and search of a sharded bank, computed from shapes
     store        heartbeats of 8 and of 64 forked ranks: bytes per second through rank 0's store, and a formula
     files        file operations of a rank at its start, per epoch and per save, counted with strace
+    runs         status, tables and curves of 40 long runs
 
 Wall times depend on what else the machine does, so CPU seconds stand beside them. Rows that end with "computed" are
 products of measured or exact numbers.
@@ -40,8 +42,10 @@ from torch.nn import functional as F
 
 from benchmarks import common
 from benchmarks.file_operations import measure_files
+from benchmarks.many_runs import measure_runs
 from benchmarks.paged import measure_paged
 from benchmarks.store_traffic import measure_store
+from benchmarks.whole_set import measure_whole_set
 from data_prep.cli import app
 from hpcssl import cli_runner, rng
 from hpcssl.checkpoint.manager import CheckpointManager, CheckpointState, checkpoint_digest
@@ -262,6 +266,7 @@ def compute_exchange(_folder: Path, _quick: bool) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "sharding": measure_sharding,
+    "imagenet": measure_whole_set,
     "index": measure_index,
     "paged": measure_paged,
     "order": measure_order,
@@ -271,6 +276,7 @@ PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "exchange": compute_exchange,
     "store": measure_store,
     "files": measure_files,
+    "runs": measure_runs,
 }
 
 
