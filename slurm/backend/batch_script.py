@@ -31,6 +31,8 @@ CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_TIME_FORMAT")
 """Variables with these prefixes that describe the cluster instead, and that a job submitted from a job needs."""
 SBATCH_TIMEOUT_S = 120.0
 """Seconds after which a call of sbatch is given up, and its job is searched in the queue."""
+LOST_ANSWERS = r"(?i)time[d -]*out|unable to contact|transmit|transport|communication|connect|send/recv|interrupted|i/o"
+"""Messages of sbatch after which SLURM may still accept the job: its controller has got the request, or may get it."""
 
 
 class BatchExecutor(SlurmExecutor):
@@ -195,7 +197,9 @@ def _call_sbatch(run: RunDir, script: str, token: str, sbatch: SbatchOptions) ->
     match = re.search(r"job (\d+)", answer.stdout) if answer.returncode == 0 else None
     job, is_certain = (match[1], True) if match else identity.find_accepted_job(token, job_log.get_cluster(sbatch))
     if job is None:
-        if is_certain and answer.returncode != scheduler.TIMEOUT_CODE:  # a refusal: there is no job to look for later
+        message = answer.stderr.strip()
+        is_refusal = message and answer.returncode != scheduler.TIMEOUT_CODE and not re.search(LOST_ANSWERS, message)
+        if is_certain and is_refusal:  # there is no job to look for later
             job_log.record_event(run, "withdrawn", "", token=token)
         raise SubmitError(
             "sbatch",
