@@ -86,9 +86,13 @@ def describe_no_progress(attempts: list[Attempt], count: int = 3) -> str:
 
 
 def _is_same_crash(earlier: Attempt, last: Attempt) -> bool:
-    """Whether two attempts crashed at the same step. One that never began says nothing about a step."""
-    same_step = _end_step(earlier) == _end_step(last) and earlier.never_began == last.never_began
-    return earlier.is_crash and same_step
+    """Whether two attempts crashed at the same step, or both before they began.
+
+    One that never began says nothing about a step: if it was refused, the last one in the journal is another job's.
+    """
+    if not earlier.is_crash or earlier.never_began != last.never_began:
+        return False
+    return last.never_began or _end_step(earlier) == _end_step(last)
 
 
 def _end_step(attempt: Attempt) -> int:

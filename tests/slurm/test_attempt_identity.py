@@ -9,13 +9,13 @@ import subprocess
 import pytest
 
 from hpcssl.distributed.world import World
-from hpcssl.errors import SubmitError
+from hpcssl.errors import ConfigError, SubmitError
 from hpcssl.files import append_line, atomic_write
 from hpcssl.run_dir import RunDir
 from hpcssl.signals import StopFlag
 from hpcssl.train.attempt.record import AttemptRecord, AttemptResult
 from slurm import submit
-from slurm.backend import identity, local, processes, scheduler
+from slurm.backend import identity, local, processes, sbatch_options, scheduler
 from slurm.backend.profiles import Profile
 from slurm.job import task
 from slurm.log import attempts, job_log, retry
@@ -120,8 +120,8 @@ def test_an_attempt_that_was_refused_does_not_close_the_one_that_runs(run):
 
 def test_crashes_of_another_job_do_not_count_towards_the_limit_of_this_one(run):
     write(run, JOB, "start", first_step=0)
-    append_line(run.journal, {"step": 5})
     for restart in (0, 1):
+        append_line(run.journal, {"step": 5 + restart})  # of the one that runs
         other = {**JOB, "attempt": 2 + restart, "job": "8", "restart": restart}
         refuse(run, other)
         assert retry.decide_after_exit(run, "train", other, "exit code 1").retry is (restart == 0)
@@ -264,3 +264,19 @@ def test_cancel_reaches_a_job_in_whose_place_another_one_was_submitted(queue, ma
     queue.remove(jobs[0])
     queue.add_stranger("99")
     assert sorted(control.cancel(run)) == jobs[1:] and queue.jobs == ["99"]
+
+
+def test_a_job_is_looked_for_on_the_cluster_that_sbatch_names(queue, make_stub_run):
+    """The environment may choose it (SBATCH_CLUSTERS), and the other commands of SLURM do not read that."""
+    run = make_stub_run()
+    queue.set_sbatch("echo Submitted batch job $id on cluster other; exit")
+    submit_train(run)
+    assert job_log.latest_jobs(run)["train"].cluster == "other"
+
+
+@pytest.mark.parametrize("clusters", ["a,b", "all"])
+def test_a_run_is_not_submitted_to_one_of_several_clusters(clusters):
+    with pytest.raises(ConfigError) as caught:
+        sbatch_options.check_options({"clusters": clusters})
+    assert (caught.value.what, caught.value.got) == ("option --clusters", repr(clusters))
+    assert sbatch_options.check_options({"clusters": "a"}) == {"clusters": "a"}
