@@ -16,6 +16,7 @@ from hpcssl import config, files
 from hpcssl.data.shards import ShardSet
 from hpcssl.distributed.world import World
 from hpcssl.evals.common.encoder import FrozenEncoder
+from hpcssl.evals.common.set_content import verify_content
 from hpcssl.evals.common.sync import StopCheck, never_stop
 from hpcssl.evals.context import EvalContext
 from hpcssl.evals.registry import get_evaluation
@@ -81,6 +82,8 @@ def evaluate(
         LOG.info("%s of %s: stored result read from %s", name, encoder.path.name, run and run.eval_rows(name))
         return row
     local = _fetch(sets, world)
+    threads = threads or _available_threads()
+    verify_content(local, world, threads)
     context = EvalContext(
         options=resolved,
         encoder=encoder,
@@ -90,7 +93,7 @@ def evaluate(
         world=world,
         stop=stop or never_stop,
         identity=identity,
-        threads=threads or _available_threads(),
+        threads=threads,
         feature_dir=run.features if run is not None and cache else None,
         state_file=run.eval_state(name, identity) if run is not None else None,
     )
