@@ -82,8 +82,7 @@ def evaluate(
         LOG.info("%s of %s: stored result read from %s", name, encoder.path.name, run and run.eval_rows(name))
         return row
     local = _fetch(sets, world)
-    threads = threads or _available_threads()
-    verify_content(local, world, threads)
+    verify_content(local, world, threads or _available_threads())
     context = EvalContext(
         options=resolved,
         encoder=encoder,
@@ -93,7 +92,7 @@ def evaluate(
         world=world,
         stop=stop or never_stop,
         identity=identity,
-        threads=threads,
+        threads=threads or _available_threads(),
         feature_dir=run.features if run is not None and cache else None,
         state_file=run.eval_state(name, identity) if run is not None else None,
     )
