@@ -21,9 +21,35 @@ an attempt can crash while it stops. Nothing replaces ``done`` and ``cancelled``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from hpcssl.storage.records import Fields
+
+FIELDS: Fields = {
+    "began": float,
+    "cause": str,
+    "consequence": bool,
+    "device": str,
+    "first_step": int | None,
+    "host": str,
+    "job": str,
+    "last_step": int | None,
+    "launch": int,
+    "longest_waits": dict[str, list[float]],
+    "never_began": bool,
+    "restart": int,
+    "signals": list[str],
+    "time": float | str,
+    "token": str,
+    "unlogged_s": dict,
+    "why": str | None,
+    "world": int,
+}
+"""Types of the fields of a line, besides ``event`` (str) and ``attempt`` (int), which each line has."""
+IDENTITY = ("job", "token", "restart", "launch")
+"""Fields that tell an attempt from others. Its number does not: two processes may have chosen the same one."""
 
 CRASH_CAUSES = ("error", "killed", "hang")
 CAUSE_PRECEDENCE = dict.fromkeys(CRASH_CAUSES, 1) | {"node_fail": 2}
@@ -43,12 +69,14 @@ class AttemptLines:
         ends: The lines of its end, oldest first; each explains more than those before it.
         cause: Why it ended; None while it is open.
         is_consequence: Whether the error came from a collective, which fails on every rank when one of them is gone.
+        position: Position of the line that ended it among all lines; -1 while it is open.
     """
 
     start: dict[str, Any]
     ends: list[dict[str, Any]] = field(default_factory=list)
     cause: str | None = None
     is_consequence: bool = False
+    position: int = -1
 
 
 def group_by_attempt(lines: Iterable[dict[str, Any]]) -> list[AttemptLines]:
@@ -63,21 +91,53 @@ def group_by_attempt(lines: Iterable[dict[str, Any]]) -> list[AttemptLines]:
         lines: Records with ``attempt`` and ``event``, of which ``start`` and ``end`` count.
     """
     by_number: dict[int, AttemptLines] = {}
+    begun_at: dict[int, int] = {}
     latest_begun = 0
-    for line in lines:
+    for position, line in enumerate(lines):
         number = line["attempt"]
+        known = by_number.get(number)
+        is_own = known is not None and is_same_attempt(known.start, line)
         if line["event"] == "start":
-            latest_begun = max(latest_begun, 0 if line.get("never_began") else number)
-            by_number[number] = AttemptLines(line)
-        elif line["event"] == "end" and number in by_number and number >= latest_begun:
-            _add_end(by_number[number], line)
+            if not line.get("never_began"):
+                latest_begun, begun_at[number] = max(latest_begun, number), position
+            if known is not None and is_own and known.start.get("never_began"):
+                known.start = line  # another rank has failed before rank 0 wrote this line
+            else:
+                by_number[number] = AttemptLines(line)
+        elif line["event"] == "end" and known is not None and is_own and number >= latest_begun:
+            _add_end(known, line, position)
     attempts = [by_number[number] for number in sorted(by_number)]
-    for attempt in attempts[:-1]:
-        attempt.cause = attempt.cause or "lost"
+    for number, attempt in by_number.items():
+        if number < latest_begun and attempt.cause is None:
+            attempt.cause = "lost"
+            attempt.position = min(at for later, at in begun_at.items() if later > number)
     return attempts
 
 
-def _add_end(attempt: AttemptLines, line: dict[str, Any]) -> None:
+def is_same_attempt(line: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two lines with the same number belong to the same attempt, as far as both say whose they are."""
+    return all(line[name] == other[name] for name in IDENTITY if name in line and name in other)
+
+
+def choose_number(lines: Iterable[Mapping[str, Any]], attempt: Mapping[str, Any]) -> int:
+    """Return the number of an attempt that is about to be recorded.
+
+    That is its own number, or the next free one if another attempt has that: a process chooses its number before it
+    waits for the run's lock, and the holder of the lock may not have recorded its start by then.
+
+    Args:
+        lines: The lines of all attempts so far.
+        attempt: Number and identity of the attempt (``attempt``, and ``IDENTITY`` as far as known).
+    """
+    number, numbers, is_taken = int(attempt["attempt"]), [0], False
+    for line in lines:
+        numbers.append(line["attempt"])
+        has_begun = line["event"] == "start" and not line.get("never_began")
+        is_taken = is_taken or (line["attempt"] == number and (has_begun or not is_same_attempt(line, attempt)))
+    return max(numbers) + 1 if is_taken else number
+
+
+def _add_end(attempt: AttemptLines, line: dict[str, Any], position: int) -> None:
     # a local time limit ends with an INT, which Python turns into KeyboardInterrupt
     interrupted = line.get("cause") == "error" and str(line.get("why")).startswith("KeyboardInterrupt")
     cause, is_consequence = "interrupted" if interrupted else line.get("cause"), bool(line.get("consequence"))
@@ -86,4 +146,5 @@ def _add_end(attempt: AttemptLines, line: dict[str, Any]) -> None:
     if attempt.cause in FINAL_CAUSES or (old is not None and (new is None or new <= old)):
         return
     attempt.ends.append(line)
+    attempt.position = position
     attempt.cause, attempt.is_consequence = cause, is_consequence

@@ -236,8 +236,10 @@ def _submit_to_slurm(
             job_id = batch_script.submit(run, what, sbatch, profile, avoided=avoided)
         except SubmitError:
             for job in jobs:
-                job_log.record_event(run, "cancel", job.id, why="another job of the same submission was refused")
-                scheduler.run_command("scancel", job.id, cluster=job.cluster)
+                try:
+                    control.cancel_job(run, job)
+                except SubmitError as refusal:  # what sbatch has said is raised
+                    print_message(f"job {job.id} ({job.what}) of this submission stays in the queue: {refusal}")
             raise
         jobs.append(job_log.latest_jobs(run)[what])
         parent = job_id if what == job_log.TRAIN else parent

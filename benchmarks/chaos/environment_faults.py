@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from pathlib import Path
 from benchmarks.chaos.commands import StuckError
 from benchmarks.chaos.faults import require_tasks
 from benchmarks.chaos.plan import Fault
-from benchmarks.chaos.session import TrainingSession
+from benchmarks.chaos.session import TargetMissing, TrainingSession
 from slurm.log import job_log
 
 PTRACE_ATTACH, PTRACE_DETACH = 16, 17
 LATE_S = 12.0
 """How long a rank is late; less than the 30 s after which the soak's training counts as hung."""
+SUSPENDED_S = 35.0
+"""How long a job is suspended; more than the 30 s after which the soak's training counts as hung."""
 SUBMISSIONS = 4
 """Submissions at the same time; each of them imports torch."""
 
@@ -107,3 +110,51 @@ def submit_many_times(session: TrainingSession, _fault: Fault) -> str:
     if len(job_log.all_jobs(session.run)) > before and not session.is_finished:
         raise StuckError(f"a running training was submitted again: {' '.join(output)[-300:]}")
     return f"{SUBMISSIONS} submissions"
+
+
+def suspend_job(session: TrainingSession, fault: Fault) -> str:
+    """Suspend the job for longer than its ranks may be without progress, and resume it.
+
+    Raises:
+        StuckError: SLURM does not suspend it.
+    """
+    require_tasks(session)
+    session.cluster("scontrol", "suspend", session.job)
+    try:
+        if session.cluster.field(session.job, "JobState") != "SUSPENDED":
+            raise StuckError("the job was not suspended")
+        time.sleep(SUSPENDED_S + fault.share)
+    finally:
+        session.cluster("scontrol", "resume", session.job)
+    return "the job"
+
+
+def cancel_step(session: TrainingSession, _fault: Fault) -> str:
+    """Cancel the step that runs the tasks, and not its job."""
+    require_tasks(session)
+    steps = session.cluster("squeue", "-h", "-s", "-j", session.job, "-o", "%i").split()
+    numbered = [step for step in steps if step.partition(".")[2].isdigit()]
+    if not numbered:
+        raise TargetMissing
+    session.cluster("scancel", numbered[-1])
+    return f"step {numbered[-1]}"
+
+
+def use_copied_folder(session: TrainingSession, _fault: Fault) -> str:
+    """Copy the run folder, and preempt and cancel the run that the copy holds. The job is not that of the copy.
+
+    Raises:
+        StuckError: A command was accepted.
+    """
+    require_tasks(session)
+    copy = session.run.root.with_name(f"{session.run.root.name}-copy")
+    try:
+        shutil.copytree(session.run.root, copy, ignore=shutil.ignore_patterns("checkpoints", "code"))
+        for command in ("preempt", "cancel"):
+            words = [sys.executable, "-m", "slurm", command, str(copy)]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0 or "Fix:" not in done.stderr:
+                raise StuckError(f"{command} of a copied run folder: {done.stdout}{done.stderr.strip()[-300:]}")
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+    return "a copy of the run folder"

@@ -105,6 +105,9 @@ KINDS: dict[str, FaultKind] = {
         faults.during_start(environment_faults.delay_one_rank), "none", restarts=False
     ),
     "a traced rank": FaultKind(environment_faults.trace_one_rank, "none", restarts=False),
+    "suspended job": FaultKind(environment_faults.suspend_job, "none", restarts=False),
+    "cancelled step": FaultKind(environment_faults.cancel_step, "kill", causes=CRASHES),
+    "copied run folder": FaultKind(environment_faults.use_copied_folder, "none", restarts=False),
     "no memory": FaultKind(environment_faults.limit_memory, "kill", None, CRASHES),
 }
 

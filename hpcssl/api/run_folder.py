@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcssl import files
 from hpcssl.api.records import Records
-from hpcssl.attempts import AttemptLines, group_by_attempt
+from hpcssl.attempts import FIELDS, AttemptLines, group_by_attempt
 from hpcssl.errors import ResumeError
 from hpcssl.run_dir import RunDir
 
@@ -94,7 +94,7 @@ class Run:
         finished steps. ``cause`` says why it ended: ``done``, ``stopped``, ``preempted``, ``timeout``, ``error``, ...;
         it is None for the last attempt if that runs, or died without a record. ``why`` and ``signals`` explain it.
         """
-        lines = files.read_lines(self.folder.attempts, {"event": str, "attempt": int})
+        lines = files.read_lines(self.folder.attempts, {"event": str, "attempt": int}, FIELDS)
         return Records(_describe_attempt(attempt) for attempt in group_by_attempt(lines))
 
     @property

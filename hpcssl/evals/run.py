@@ -16,6 +16,7 @@ from hpcssl import config, files
 from hpcssl.data.shards import ShardSet
 from hpcssl.distributed.world import World
 from hpcssl.evals.common.encoder import FrozenEncoder
+from hpcssl.evals.common.set_content import verify_content
 from hpcssl.evals.common.sync import StopCheck, never_stop
 from hpcssl.evals.context import EvalContext
 from hpcssl.evals.registry import get_evaluation
@@ -81,6 +82,7 @@ def evaluate(
         LOG.info("%s of %s: stored result read from %s", name, encoder.path.name, run and run.eval_rows(name))
         return row
     local = _fetch(sets, world)
+    verify_content(local, world, threads or _available_threads())
     context = EvalContext(
         options=resolved,
         encoder=encoder,

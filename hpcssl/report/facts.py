@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcssl import config, files
-from hpcssl.attempts import AttemptLines, group_by_attempt
+from hpcssl.attempts import FIELDS, AttemptLines, group_by_attempt
 from hpcssl.errors import ConfigError
 from hpcssl.results import curves
 from hpcssl.results.curves import Curves
@@ -137,7 +137,7 @@ def read_facts(run: RunDir, label: str) -> RunFacts:
     """
     recipe = config.read_yaml(run.config)
     read = curves.read_curves(run)
-    lines = files.read_lines(run.attempts, {"event": str, "attempt": int})
+    lines = files.read_lines(run.attempts, {"event": str, "attempt": int}, FIELDS)
     attempts = _read_attempts(group_by_attempt(lines))
     done = run.finished
     journal = files.read_lines(run.journal, {"step": int}) if not done else []

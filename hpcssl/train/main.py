@@ -156,7 +156,7 @@ def _run_attempt(
     if result.finished:
         LOG.info("The run is finished after %d steps: %s", step, run.weights_at(step))
         return AttemptResult()
-    return _end_stopped_attempt(world, stop, requeue, step, result)
+    return _end_stopped_attempt(world, record, stop, requeue, step, result)
 
 
 def _build_loop(
@@ -240,9 +240,19 @@ def build_training(
 
 
 def _end_stopped_attempt(
-    world: World, stop: StopFlag, requeue: RequestRequeue | None, step: int, result: LoopResult
+    world: World,
+    record: AttemptRecord,
+    stop: StopFlag,
+    requeue: RequestRequeue | None,
+    step: int,
+    result: LoopResult,
 ) -> AttemptResult:
-    """Request another attempt, on rank 0, and report the stop. A collective."""
+    """Request another attempt, on rank 0, and report the stop. A collective.
+
+    Raises:
+        ResumeError: The run's lock was lost. Whoever has it continues the run, and needs no other attempt.
+    """
+    world.run_on_main(record.check_lock)
     signals = sorted({*world.all_gather_text(stop.reason or "")} - {""})
     world.set_phase("requeue")
     answer = requeue(signals) if requeue and world.is_main else Requeue("stopped")

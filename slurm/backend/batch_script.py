@@ -31,6 +31,8 @@ CLUSTER_VARIABLES = ("SLURM_CONF", "SLURM_TIME_FORMAT")
 """Variables with these prefixes that describe the cluster instead, and that a job submitted from a job needs."""
 SBATCH_TIMEOUT_S = 120.0
 """Seconds after which a call of sbatch is given up, and its job is searched in the queue."""
+LOST_ANSWERS = r"(?i)time[d -]*out|unable to contact|transmit|transport|communication|connect|send/recv|interrupted|i/o"
+"""Messages of sbatch after which SLURM may still accept the job: its controller has got the request, or may get it."""
 
 
 class BatchExecutor(SlurmExecutor):
@@ -168,13 +170,15 @@ def submit(
     with hold_signals(), without_job_environment(), permissions.private_umask():
         atomic_write(script, text)
         job_log.record_request(run, **request)
-        job = _call_sbatch(run, str(script), token, sbatch)
+        job, cluster = _call_sbatch(run, str(script), token, sbatch)
+        if cluster and "clusters" not in sbatch:  # SBATCH_CLUSTERS: the other commands of SLURM do not read it
+            request["options"] = {**sbatch, "clusters": cluster}
         try:
             job_log.record_event(run, "submit", job, **request)
             if avoided:
                 avoided_nodes.record(run, what, job, avoided)
         except OSError:
-            scheduler.run_command("scancel", job, cluster=job_log.get_cluster(sbatch))
+            scheduler.run_command("scancel", job, cluster=job_log.get_cluster(request["options"]))
             raise
     return job
 
@@ -189,13 +193,18 @@ def _format_script(executor: BatchExecutor) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
-def _call_sbatch(run: RunDir, script: str, token: str, sbatch: SbatchOptions) -> str:
-    """The id of the new job. An error of sbatch does not mean that SLURM has not accepted the job."""
+def _call_sbatch(run: RunDir, script: str, token: str, sbatch: SbatchOptions) -> tuple[str, str]:
+    """The id of the new job, and its cluster if SLURM names one.
+
+    An error of sbatch does not mean that SLURM has not accepted the job.
+    """
     answer = scheduler.run_command("sbatch", script, timeout_s=SBATCH_TIMEOUT_S)
-    match = re.search(r"job (\d+)", answer.stdout) if answer.returncode == 0 else None
+    match = re.search(r"job (\d+)(?: on cluster (\S+))?", answer.stdout) if answer.returncode == 0 else None
     job, is_certain = (match[1], True) if match else identity.find_accepted_job(token, job_log.get_cluster(sbatch))
     if job is None:
-        if is_certain and answer.returncode != scheduler.TIMEOUT_CODE:  # a refusal: there is no job to look for later
+        message = answer.stderr.strip()
+        is_refusal = message and answer.returncode != scheduler.TIMEOUT_CODE and not re.search(LOST_ANSWERS, message)
+        if is_certain and is_refusal:  # there is no job to look for later
             job_log.record_event(run, "withdrawn", "", token=token)
         raise SubmitError(
             "sbatch",
@@ -203,7 +212,7 @@ def _call_sbatch(run: RunDir, script: str, token: str, sbatch: SbatchOptions) ->
             expected="a job id",
             fix="change the option that SLURM names; --dry-run prints the batch script",
         )
-    return job
+    return job, (match and match[2]) or ""
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from hpcssl.cli_runner import print_message
 from hpcssl.errors import SubmitError
 from hpcssl.run_dir import RunDir
 from slurm.backend import scheduler
-from slurm.backend.owner import TOKEN_NAME, TOKEN_PATTERN
+from slurm.backend.owner import TOKEN_NAME, find_token
 from slurm.backend.scheduler import JobState
 from slurm.log import job_log
 from slurm.log.job_log import Job, SbatchOptions
@@ -96,7 +95,15 @@ def find_unrecorded_jobs(
     requests = job_log.open_requests(run)
     clusters = {job_log.get_cluster(request.get("options") or {}) for request, _ in requests}
     jobs = {token: job for cluster in clusters for token, job in (list_jobs or list_tokens)(cluster).items()}
-    return [(jobs[r["token"]], r, is_replaced) for r, is_replaced in requests if r["token"] in jobs]
+    found = [(jobs[r["token"]], r, is_replaced) for r, is_replaced in requests if r["token"] in jobs]
+    return [(job, r, is_replaced) for job, r, is_replaced in found if _is_requested(run, job, r)]
+
+
+def _is_requested(run: RunDir, job: str, request: dict[str, Any]) -> bool:
+    """Whether a queued job with the token of a request is that of this run folder, and not of one that it copies."""
+    asked = Job(job, request["what"], "slurm", request.get("options") or {}, token=request["token"])
+    state = scheduler.query_job(job, asked.cluster)
+    return state.name != scheduler.GONE and is_same_job(run, asked, state)
 
 
 def record_unrecorded_jobs(run: RunDir) -> None:
@@ -142,8 +149,8 @@ def list_tokens(cluster: str | None) -> dict[str, str]:
     found = {}
     for line in answer.stdout.splitlines():
         job, state, comment = [*line.split(maxsplit=2), "", ""][:3]
-        if state in scheduler.ACTIVE_STATES and (match := re.search(TOKEN_PATTERN, comment)):
-            found[match[1]] = job
+        if state in scheduler.ACTIVE_STATES and (token := find_token(comment)):
+            found[token] = job
     return found
 
 

@@ -12,13 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from typing import Any
 
 from hpcssl import config
 from hpcssl.distributed import launch as launcher
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, SubmitError
 from hpcssl.run_dir import RunDir
+from hpcssl.timing.uptime import to_unix_time
 from slurm.backend import permissions, processes, resources
 from slurm.backend.batch_script import without_job_environment
 from slurm.backend.scheduler import JobState
@@ -61,6 +61,7 @@ def launch(run: RunDir, options: dict[str, SbatchOptions], gpus: str | None = No
     state = processes.read_process(process.pid)
     started = state.start_ticks if state else 0
     about: dict[str, Any] = {"pid": process.pid, "started": started, "host": os.uname().nodename}
+    about["folder"] = _identify(run)
     job_log.record_event(run, "supervisor", supervisor_id, **about | ({} if gpus is None else {"gpus": gpus}))
     return jobs
 
@@ -101,9 +102,12 @@ def query_job(run: RunDir, job: Job) -> JobState:
         name = {EXIT_DONE: "COMPLETED", EXIT_STOPPED: "CANCELLED"}.get(code, "FAILED")
         return JobState(name, reason, exit_code=code)
     supervisor = find_supervisor(run, job)
+    if supervisor is None and _is_copied(run, job):
+        hint = "it is a job of the run that this folder is a copy of: submit again to continue the copy"
+        return JobState(LOST, "copied", hint=hint)
     if supervisor is None:
-        submitted = datetime.fromisoformat(job_log.read_events(run, "submit", job.id)[-1]["time"])
-        if (datetime.now(UTC) - submitted).total_seconds() < START_TIMEOUT_S:
+        submitted = to_unix_time(job_log.read_events(run, "submit", job.id)[-1]["time"])
+        if 0 <= time.time() - submitted < START_TIMEOUT_S:  # a clock that was set back must not keep it pending
             return JobState("PENDING")
         return JobState(LOST, "no supervisor", hint="it never started: submit again")
     if supervisor["host"] != os.uname().nodename:
@@ -129,9 +133,25 @@ def has_running_supervisor(run: RunDir, job: Job) -> bool:
 
 
 def find_supervisor(run: RunDir, job: Job) -> dict[str, Any] | None:
-    """Return the record of a job's supervisor (``pid``, ``started`` in clock ticks, ``host``), or None."""
+    """Return the record of a job's supervisor (``pid``, ``started`` in clock ticks, ``host``), or None.
+
+    The supervisor of the run that this folder is a copy of is not the one of its jobs.
+    """
     events = job_log.read_events(run, "supervisor", job.id.partition(".")[0])
-    return events[-1] if events else None
+    return events[-1] if events and not _is_copied(run, job) else None
+
+
+def _is_copied(run: RunDir, job: Job) -> bool:
+    """Whether a job was started in another folder, of which this one is a copy: on this machine a move is none."""
+    events = job_log.read_events(run, "supervisor", job.id.partition(".")[0])
+    is_here = bool(events) and events[-1]["host"] == os.uname().nodename
+    return is_here and events[-1].get("folder", _identify(run)) != _identify(run)
+
+
+def _identify(run: RunDir) -> str:
+    """Device and inode: what tells a folder of this machine from its copies."""
+    status = run.root.stat()
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def preempt(run: RunDir, job: Job) -> int:

@@ -30,6 +30,11 @@ class JobOwner:
     output: str
 
 
+def find_token(comment: str) -> str:
+    """Return the token in a job's comment; empty if there is none. The user's own text comes before it."""
+    return next(reversed(re.findall(TOKEN_PATTERN, comment)), "")
+
+
 def current_token() -> str:
     """Return the token of the job that this process runs in; empty if it has none."""
     return os.environ.get(TOKEN_VARIABLE, "")
@@ -54,13 +59,13 @@ def is_possibly_own(job: str, owner: JobOwner) -> bool:
 def parse_owner(text: str) -> JobOwner:
     """Parse one line of ``scontrol show job -o``."""
 
-    def find(pattern: str, text: str = text) -> str:
+    def find(pattern: str) -> str:
         match = re.search(pattern, text)
         return match[1] if match else ""
 
     comment = find(r"\sComment=(.*?)(?:\sStdErr=|$)")
     return JobOwner(
-        token=find(TOKEN_PATTERN, comment),
+        token=find_token(comment),
         user=find(r"\sUserId=([^\s(]*)"),
         job_name=find(r"\sJobName=(.*?)\sUserId="),
         output=find(r"\sStdOut=(.*?)(?:\s[A-Z]\w*=|\s*$)"),

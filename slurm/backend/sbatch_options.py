@@ -119,6 +119,13 @@ def check_options(sbatch: SbatchOptions) -> SbatchOptions:
             raise ConfigError(
                 f"option --{name}", got=_format_option(name, value), expected=f"no such option, since {reason}", fix=fix
             )
+        if name == "clusters" and (not re.fullmatch(r"[^,\s]+", str(value)) or str(value).lower() == "all"):
+            raise ConfigError(
+                f"option --{name}",
+                got=repr(value),
+                expected="one cluster: a job number means another job on each of them",
+                fix=f"name the cluster that the run is for, as in --{name}=NAME",
+            )
         required = {"open-mode": "append", "kill-on-invalid-dep": "yes"}.get(name)
         if required and value != required:
             raise ConfigError(

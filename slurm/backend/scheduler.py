@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import time
 from dataclasses import dataclass
-from datetime import datetime
 
 from hpcssl.errors import ConfigError, SubmitError
+from hpcssl.timing.uptime import to_unix_time
 from slurm.backend import reasons, sbatch_options
 from slurm.backend.owner import JobOwner, is_possibly_own, parse_owner
 
@@ -239,7 +239,7 @@ def find_lost_nodes(nodelist: str, since: float, *, only_down: bool = False) -> 
     for line in run_command("scontrol", "show", "node", "-o", nodelist).stdout.splitlines():
         fields = dict(re.findall(r"(?:^|\s)([A-Z]\w*)=(\S*)", line))
         is_lost = re.search(r"DOWN|FAIL" if only_down else r"DOWN|FAIL|NOT_RESPONDING|\*", fields.get("State", ""))
-        times = (_parse_time(fields.get(key, "")) for key in ("BootTime", "SlurmdStartTime"))
+        times = (to_unix_time(fields.get(key, "")) for key in ("BootTime", "SlurmdStartTime"))
         if is_lost or (max(times) > since and not only_down):
             lost.append(fields.get("NodeName", nodelist))
     return lost
@@ -265,15 +265,20 @@ def request_requeue(job: str) -> str | None:
     Returns:
         None if SLURM does it, else its reason.
     """
+    refusal = ""
     for pause_s in (1, 3, None):  # a controller that is busy for a moment must not cost the run its next attempt
-        answer = run_command("scontrol", "requeue", job)
-        if answer.returncode == 0:
+        state = query_job_or_unknown(job)
+        if state.name == GONE:  # its number may be that of another job by now
+            return "SLURM no longer knows this job"
+        answer = run_command("scontrol", "requeue", job) if state.name != "UNKNOWN" else None
+        if answer is not None and answer.returncode == 0:
             return None
-        if REQUEUE_DISABLED in answer.stderr:
+        refusal = state.hint if answer is None else _one_line(answer.stderr)
+        if REQUEUE_DISABLED in refusal:
             break
         if pause_s is not None:
             time.sleep(pause_s)
-    return _one_line(answer.stderr) or "scontrol refused without a reason"
+    return refusal or "scontrol refused without a reason"
 
 
 def current_job() -> tuple[str, int]:
@@ -286,14 +291,6 @@ def _parse_seconds(text: str) -> int | None:
         return sbatch_options.parse_time(text)
     except ConfigError:
         return None  # Partition_Limit, 00:00:00, or a word of a newer SLURM
-
-
-def _parse_time(text: str) -> float:
-    """Unix time of one of SLURM's local times; 0 for a word such as None."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        return 0.0
 
 
 def _one_line(text: str) -> str:

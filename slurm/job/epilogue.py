@@ -47,12 +47,12 @@ def finalize_step(run: RunDir, what: str, code: int) -> tuple[int, bool]:
     """
     attempt = task.describe_attempt(run, what)
     state = scheduler.query_job_or_unknown(attempt["job"])
-    recorded = attempts.find_attempt(run, what, attempt["attempt"])
+    recorded = attempts.find_attempt(run, what, attempt)
     with contextlib.suppress(OSError):  # a full disk must not cost the run its next attempt
         if state.name == "RUNNING" and state.restarts == attempt["restart"]:
             requeue.record_removed_nodes(run, what, attempt, recorded)
             job_log.record_event(run, "step", attempt["job"], what=what, attempt=attempt["attempt"], code=code)
-    recorded = attempts.find_attempt(run, what, attempt["attempt"])
+    recorded = attempts.find_attempt(run, what, attempt)
     if recorded is not None and recorded.cause is None:
         recorded = None
     if (recorded is not None and recorded.cause == "done") or (what == job_log.TRAIN and run.finished):
@@ -99,7 +99,7 @@ def _was_stopped(code: int, recorded: attempts.Attempt | None) -> bool:
 
 
 def _may_relaunch(run: RunDir, what: str, attempt: dict[str, Any]) -> bool:
-    recorded = attempts.find_attempt(run, what, attempt["attempt"])
+    recorded = attempts.find_attempt(run, what, attempt)
     if recorded is None:
         return False
     state = scheduler.query_job_or_unknown(attempt["job"])  # as late as possible: it may be preempted by now

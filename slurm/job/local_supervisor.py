@@ -90,7 +90,7 @@ def run_job(run: RunDir, job: Job, stop: StopFlag) -> int:
 
 def _handle_attempt_end(run: RunDir, job: Job, runner: AttemptRunner, codes: list[int | None]) -> int | None:
     """Record how an attempt ended. Return the exit code of the job; None if another attempt follows."""
-    recorded = attempts.find_attempt(run, job.what, runner.number)
+    recorded = attempts.find_attempt(run, job.what, runner.info)
     cause = recorded.cause if recorded is not None else None
     if all(code == EXIT_DONE for code in codes) or cause == "done":
         return _record_job_end(run, job, EXIT_DONE, "")  # what ended a task after that does not matter

@@ -133,13 +133,16 @@ def record_previous_end(run: RunDir, what: str, attempt: dict[str, Any]) -> None
         what: ``train``, or an evaluation.
         attempt: The attempt that begins.
     """
-    earlier = [a for a in attempts.read_attempts(run, what) if a.number < attempt["attempt"]]
-    if LOCAL_JOB_VARIABLE in os.environ or not earlier:
+    job, own = job_log.latest_jobs(run).get(what), (attempt["job"], attempt.get("token", ""))
+    earlier = [
+        other
+        for other in attempts.read_attempts(run, what)
+        if other.number < attempt["attempt"]
+        and (other.job_key == own or (job is not None and other.job == job.follows))  # not one that was refused
+    ]
+    if LOCAL_JOB_VARIABLE in os.environ or not earlier or not earlier[-1].time:
         return
-    previous, job = earlier[-1], job_log.latest_jobs(run).get(what)
-    is_own = previous.job_key == (attempt["job"], attempt.get("token", ""))
-    if not (is_own or (job is not None and previous.job == job.follows)) or not previous.time:
-        return
+    previous = earlier[-1]
     if previous.cause is not None and not previous.is_crash:
         return
     steps = job_log.read_events(run, "step", previous.job)

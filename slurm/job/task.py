@@ -182,7 +182,7 @@ def record_failure(task: Task, message: str, cause: str = "error", *, is_consequ
 
 def describe_recorded_failure(task: Task) -> str:
     """Return the cause and the message of the end of this task's attempt, if it was recorded; else an empty string."""
-    recorded = attempts.find_attempt(task.run, task.what, task.attempt["attempt"]) if task.attempt else None
+    recorded = attempts.find_attempt(task.run, task.what, task.attempt) if task.attempt else None
     return "" if recorded is None or not recorded.cause else f"{recorded.cause}: {recorded.error}"
 
 

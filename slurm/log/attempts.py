@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hpcssl.attempts import CRASH_CAUSES, AttemptLines, group_by_attempt
+from hpcssl.attempts import CRASH_CAUSES, IDENTITY, AttemptLines, choose_number, group_by_attempt
 from hpcssl.files import append_line
 from hpcssl.run_dir import RunDir
 from hpcssl.storage.records import RecordError, parse_record
@@ -35,6 +36,7 @@ class Attempt:
         token: The job's ``job_log.Job.token``.
         never_began: Whether it ended before it could record its start.
         was_saved: Whether its trainer saved the state and recorded that it was stopped.
+        position: Position of the line that ended it among all lines; -1 while it is open.
     """
 
     number: int
@@ -51,6 +53,12 @@ class Attempt:
     launch: int = 0
     never_began: bool = False
     was_saved: bool = False
+    position: int = -1
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What identifies the attempt: job, token, restart and launch."""
+        return self.job, self.token, self.restart, self.launch
 
     @property
     def job_key(self) -> tuple[str, str]:
@@ -75,7 +83,13 @@ def read_attempts(run: RunDir, what: str = job_log.TRAIN) -> list[Attempt]:
         run: The run folder.
         what: ``train``, or the text of an evaluation.
     """
-    return [_parse_attempt(lines) for lines in group_by_attempt(_read_records(run, what))]
+    history = [_parse_attempt(lines) for lines in group_by_attempt(_read_records(run, what))]
+    if any(attempt.cause == "lost" for attempt in history):  # a job that is cancelled while suspended records no end
+        cancelled = job_log.cancelled_jobs(run)
+        history = [
+            replace(a, cause="cancelled") if a.cause == "lost" and a.job_key in cancelled else a for a in history
+        ]
+    return history
 
 
 def next_number(run: RunDir, what: str = job_log.TRAIN) -> int:
@@ -83,9 +97,29 @@ def next_number(run: RunDir, what: str = job_log.TRAIN) -> int:
     return max((a.number for a in read_attempts(run, what)), default=0) + 1
 
 
-def find_attempt(run: RunDir, what: str, number: int) -> Attempt | None:
-    """Return the attempt of this number, or None if nothing of it was recorded."""
-    return next((a for a in read_attempts(run, what) if a.number == number), None)
+def find_attempt(run: RunDir, what: str, attempt: Mapping[str, Any]) -> Attempt | None:
+    """Return what was recorded of an attempt, or None if nothing was.
+
+    The number alone does not identify it: another process may have recorded its attempt under the same one.
+
+    Args:
+        run: The run folder.
+        what: ``train``, or an evaluation.
+        attempt: See ``record_start``. Without a ``job``, the number counts.
+    """
+    history = read_attempts(run, what)
+    if "job" not in attempt:
+        return next((a for a in history if a.number == attempt["attempt"]), None)
+    key = attempt["job"], attempt.get("token", ""), attempt["restart"], attempt.get("launch", 0)
+    return next((a for a in reversed(history) if a.key == key), None)
+
+
+def in_order_of_end(history: Iterable[Attempt]) -> list[Attempt]:
+    """Return attempts in the order in which they have ended, with those last that are open.
+
+    That is not the order of their numbers if an attempt was refused because an earlier one was still running.
+    """
+    return sorted(history, key=lambda attempt: (attempt.cause is None, attempt.position))
 
 
 def record_start(run: RunDir, what: str, attempt: dict[str, Any]) -> None:
@@ -96,7 +130,10 @@ def record_start(run: RunDir, what: str, attempt: dict[str, Any]) -> None:
         what: The evaluation.
         attempt: ``attempt``, ``job``, ``restart``, ``launch`` and ``host``, as ``task.describe_attempt`` returns them.
     """
-    _append(run, what, {**attempt, "event": "start", "first_step": 0, "time": round(time.time(), 1)})
+    with job_log.attempt_lock(run):
+        number = choose_number(_read_records(run, what), attempt)
+        start = {"event": "start", "first_step": 0, "time": round(time.time(), 1)}
+        _append(run, what, {**attempt, "attempt": number, **start})
 
 
 def record_end(
@@ -113,14 +150,17 @@ def record_end(
         is_consequence: See ``Attempt``.
     """
     step = last_known_step(run) if what == job_log.TRAIN else 0
-    if find_attempt(run, what, attempt["attempt"]) is None:
+    recorded = find_attempt(run, what, attempt)
+    number = recorded.number if recorded is not None else choose_number(_read_records(run, what), attempt)
+    if recorded is None:
         start = {"event": "start", "first_step": step, "time": job_log.timestamp(), "never_began": True}
-        _append(run, what, {**attempt, **start})
+        _append(run, what, {**attempt, "attempt": number, **start})
     _append(
         run,
         what,
         {
-            "attempt": attempt["attempt"],
+            **{name: attempt[name] for name in IDENTITY if name in attempt},
+            "attempt": number,
             "event": "end",
             "cause": cause,
             "last_step": step,
@@ -166,6 +206,7 @@ def _parse_attempt(lines: AttemptLines) -> Attempt:
         launch=line.get("launch", 0),
         never_began=line.get("never_began", False),
         was_saved=bool(lines.ends) and "signals" in lines.ends[-1],
+        position=lines.position,
     )
 
 

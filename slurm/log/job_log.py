@@ -11,7 +11,7 @@ each submission has a random ``token``, which the job carries as well (``backend
 | ``request`` | sbatch is about to be called; it has no ``job``, but the ``token`` that the job will carry |
 | ``submit`` | a job was submitted |
 | ``withdrawn`` | a request has no job: sbatch refused it, or it was cancelled because another one had taken its place |
-| ``supervisor`` | the supervisor process of local jobs was started, on the GPUs ``gpus`` if it was given some |
+| ``supervisor`` | the supervisor process of local jobs was started in ``folder``, on the GPUs ``gpus`` if it has some |
 | ``controller`` | the tasks of an attempt of a local job were started |
 | ``exit`` | one task of a local attempt has ended |
 | ``step`` | the tasks of an attempt on SLURM have ended, with srun's exit ``code``; its nodes were looked at |
@@ -43,6 +43,7 @@ _TYPES: Fields = {
     "code": int,
     "command": str,
     "first_step": int | None,
+    "folder": str,
     "follows": str | None,
     "gpus": str,
     "host": str,
@@ -235,6 +236,20 @@ def is_cancelled(run: RunDir, job: str) -> bool:
     """Return whether a user has cancelled the job, and SLURM did not refuse it. It gets no further attempt then."""
     events = read_events(run, "cancel", job)
     return bool(events) and not events[-1].get("refused")
+
+
+def cancelled_jobs(run: RunDir) -> set[tuple[str, str]]:
+    """Return the ``Job.key`` of each job that a user has cancelled, and SLURM did not refuse it."""
+    keys: dict[str, tuple[str, str]] = {}
+    cancelled: set[tuple[str, str]] = set()
+    for line in read_records(run):
+        job = line.get("job", "")
+        if line["event"] == "submit":
+            keys[job] = (job, line.get("token", ""))
+        elif line["event"] == "cancel":
+            key = keys.get(job, (job, ""))
+            cancelled = cancelled - {key} if line.get("refused") else cancelled | {key}
+    return cancelled
 
 
 @contextlib.contextmanager

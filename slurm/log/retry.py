@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpcssl.run_dir import RunDir
-from slurm.log.attempts import Attempt, find_attempt, read_attempts, record_end
+from slurm.log.attempts import Attempt, find_attempt, in_order_of_end, read_attempts, record_end
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,24 @@ def decide_after_exit(
             (``attempts``), and so does a stop after which the state was saved: whoever ended the others after it may
             have used SIGKILL, as SLURM does when a task takes too long to leave.
     """
-    recorded = find_attempt(run, what, attempt["attempt"])
+    recorded = find_attempt(run, what, attempt)
     is_consequence = recorded is not None and recorded.cause in ("stopped", "error") and not recorded.was_saved
     if recorded is None or recorded.cause is None or (was_killed and is_consequence):
         with contextlib.suppress(OSError):  # a full disk must not cost the run its next attempt
             record_end(run, what, attempt, "killed", explanation)
-    return decide_retry(read_attempts(run, what))
+        recorded = find_attempt(run, what, attempt)
+    if recorded is None or recorded.cause is None:
+        return RetryDecision(True, f"attempt {attempt['attempt']} could not record its end: {explanation}")
+    history = in_order_of_end(read_attempts(run, what))
+    end = next((k for k, other in enumerate(history, 1) if other.number == recorded.number), len(history))
+    return decide_retry(history[:end])  # without those that have ended since then
 
 
 def decide_retry(attempts: list[Attempt]) -> RetryDecision:
-    """Decide from all attempts, oldest first, whether another one follows the last of them."""
+    """Decide whether another attempt follows the one of these that was the last to end."""
     if not attempts:
         return RetryDecision(True, "no attempt yet")
+    attempts = in_order_of_end(attempts)
     last = attempts[-1]
     if last.cause in ("done", "cancelled"):
         return RetryDecision(False, last.cause)
@@ -80,9 +86,13 @@ def describe_no_progress(attempts: list[Attempt], count: int = 3) -> str:
 
 
 def _is_same_crash(earlier: Attempt, last: Attempt) -> bool:
-    """Whether two attempts crashed at the same step. One that never began says nothing about a step."""
-    same_step = _end_step(earlier) == _end_step(last) and earlier.never_began == last.never_began
-    return earlier.is_crash and same_step
+    """Whether two attempts crashed at the same step, or both before they began.
+
+    One that never began says nothing about a step: if it was refused, the last one in the journal is another job's.
+    """
+    if not earlier.is_crash or earlier.never_began != last.never_began:
+        return False
+    return last.never_began or _end_step(earlier) == _end_step(last)
 
 
 def _end_step(attempt: Attempt) -> int:

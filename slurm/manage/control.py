@@ -24,7 +24,7 @@ def cancel(run: RunDir) -> list[str]:
     """
     with job_log.submission_lock(run):  # so that nothing is submitted meanwhile
         identity.record_unrecorded_jobs(run)
-        jobs = active_jobs(run)
+        jobs = [*active_jobs(run), *_find_replaced_jobs(run)]
         ends = {job.id: cancel_job(run, job) for job in reversed(jobs)}  # jobs that depend on another one first
     cancelled = [job.id for job in jobs if ends[job.id] is None]
     if not cancelled:
@@ -153,6 +153,18 @@ def active_jobs(run: RunDir) -> list[Job]:
         if state.is_active:
             jobs.append(job)
     return jobs
+
+
+def _find_replaced_jobs(run: RunDir) -> list[Job]:
+    """Queued and running jobs in whose place others were submitted.
+
+    There are some where the file system has no locks between hosts, and two submissions took place at once.
+    """
+    latest = {job.key for job in job_log.latest_jobs(run).values()}
+    older = {job.key: job for job in job_log.all_jobs(run) if job.token and job.key not in latest}
+    queued = {cluster: identity.list_tokens(cluster) for cluster in {job.cluster for job in older.values()}}
+    candidates = [job for job in older.values() if queued[job.cluster].get(job.token) == job.id]
+    return [job for job in candidates if status.query_job(run, job).is_active]
 
 
 def find_logs(run: RunDir, what: str, rank: int) -> list[Path]:

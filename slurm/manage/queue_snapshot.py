@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from datetime import datetime
 
 from slurm.backend import reasons, scheduler
-from slurm.backend.owner import TOKEN_PATTERN, JobOwner
+from slurm.backend.owner import JobOwner, find_token
 from slurm.backend.scheduler import GONE, JobState
 from slurm.log.job_log import Job
 
@@ -61,8 +60,7 @@ class QueueSnapshot:
         job, name, reason, user, start, nodes, script, job_name, comment = fields
         if name not in scheduler.ACTIVE_STATES and reason.replace(" ", "") not in scheduler.LASTING_REASONS:
             reason = "None"  # SLURM still shows what the job waited for before
-        token = re.search(TOKEN_PATTERN, comment)
-        owner = JobOwner(token[1] if token else "", user, job_name, script)  # the script lies in the folder of the logs
+        owner = JobOwner(find_token(comment), user, job_name, script)  # the script lies in the folder of the logs
         reason = "" if reason == "None" else reason.replace(" ", "_")
         self._states[cluster, job] = JobState(
             name,

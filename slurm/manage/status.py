@@ -128,7 +128,8 @@ def query_run(
     state = query_job(run, train, queue) if train else JobState("COMPLETED" if run.finished else "NONE")
     evals, hints = _query_evaluations(run, queue)
     decision = retry.decide_retry(history)
-    has_given_up = bool(history) and not state.is_active and not decision.retry and history[-1].is_crash
+    last = next(reversed(attempts.in_order_of_end(history)), None)
+    has_given_up = last is not None and last.is_crash and not state.is_active and not decision.retry
     hints = [
         state.hint,
         *hints,
@@ -175,7 +176,7 @@ def total_steps(run: RunDir) -> int | None:
 
 def describe_last_end(history: list[Attempt]) -> str:
     """Return the cause of the last attempt that ended, with its error in parentheses; empty if none ended."""
-    ended = [attempt for attempt in history if attempt.cause]
+    ended = [attempt for attempt in attempts.in_order_of_end(history) if attempt.cause]
     if not ended:
         return ""
     return f"{ended[-1].cause}" + (f" ({ended[-1].error})" if ended[-1].error else "")

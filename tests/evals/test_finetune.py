@@ -21,6 +21,7 @@ import data_prep.cli
 import hpcssl.cli
 from hpcssl.config import load
 from hpcssl.data.order import Order
+from hpcssl.data.shards import ShardSet
 from hpcssl.distributed.world import World
 from hpcssl.errors import ConfigError, EvalError, Stopped
 from hpcssl.evals.common.encoder import FrozenEncoder
@@ -32,6 +33,7 @@ from hpcssl.evals.finetune.protocols import PROTOCOLS, FinetuneProtocol, find_pr
 from hpcssl.evals.finetune.trainer import FinetuneTrainer
 from hpcssl.evals.linear.heads import draw_initial_weights
 from hpcssl.evals.run import evaluate
+from hpcssl.files import sha256_of_file
 from hpcssl.run_dir import RunDir
 from hpcssl.views import augment
 from hpcssl.views.augment import Augmentation, ViewSpec
@@ -399,6 +401,9 @@ def test_an_error_of_one_rank_is_raised_on_both(data, weights_file, run_ranks, w
     with open(damaged.path(0), "r+b") as file:
         file.seek(int(row["offset"]))
         file.write(bytes(int(row["size"])))
+    index = tmp_path / "damaged" / "index.json"  # the image was damaged before the shard was written
+    index.write_text(index.read_text().replace(damaged.shards[0].sha256, sha256_of_file(damaged.path(0))))
+    damaged = ShardSet.open(tmp_path / "damaged")
     for image, batch in run_ranks(2, errors_of, weights_file, (damaged, data[1])):  # one rank reads the damaged image
         assert "00013" in image.what + image.got and "hpcssl-shard verify" in image.fix
         assert "batch of 5 on 2 ranks" in batch.got and "train_batch=4" in batch.fix

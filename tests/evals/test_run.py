@@ -68,6 +68,24 @@ def test_both_encoders_are_evaluated_once_and_rows_record_everything(run, data, 
     assert files.read_lines(run.eval_rows("knn")) == rows
 
 
+@pytest.mark.parametrize("role", [0, 1])
+def test_images_that_were_changed_since_they_were_written_give_no_row(run, data, role):
+    """Two images of one size change places: the index, and with it the identity of the row, stays the same."""
+    shards = data[role]
+    path, (_, offset, size) = shards.path(0), shards.samples.image(0)
+    before = path.read_bytes()
+    evaluate_run("knn", run, SINGLE, step="first")
+    path.write_bytes(before[:offset] + before[offset : offset + size][::-1] + before[offset + size :])
+    try:
+        with pytest.raises(EvalError) as caught:
+            evaluate_run("knn", run, SINGLE)
+        assert caught.value.what == f"shards of {shards.root}" and path.name in caught.value.got
+        assert [row["weights"] for row in files.read_lines(run.eval_rows("knn"))] == ["step-00000000.safetensors"]
+    finally:
+        path.write_bytes(before)
+    assert len(evaluate_run("knn", run, SINGLE)) == 2
+
+
 def test_other_options_give_another_row(run):
     first = evaluate_run("knn", run, SINGLE, step="last")
     again = evaluate_run("knn", run, SINGLE, overrides=["k=[3]", "weighted_k=[]"])

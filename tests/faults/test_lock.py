@@ -20,7 +20,7 @@ from hpcssl.checkpoint.reader import latest_valid
 from hpcssl.distributed.world import World
 from hpcssl.errors import EXIT_FAILED, ResumeError, Stopped
 from hpcssl.run_dir import RunDir
-from hpcssl.signals import StopFlag
+from hpcssl.signals import Requeue, StopFlag
 from hpcssl.storage import folders
 from hpcssl.train import loop, main, recipe
 from hpcssl.train.attempt import run_lock
@@ -320,15 +320,19 @@ def test_a_run_folder_that_is_moved_during_training_is_not_created_again(tmp_pat
     home.mkdir()
     run = RunDir(tmp_path / "run")
     run.root.symlink_to(home) if move is swap_link else run.root.mkdir()
-    moved, stop = [], StopFlag()
-    launch_step = loop.launch_step
+    moved, stop, journals = [], StopFlag(), []
+    launch_step, journal_class = loop.launch_step, main.Journal
 
     def move_after_step_3(training, *rest):
         if training.step == 3:
+            journals[0]._events.flush()  # TensorBoard's thread appends to the path, on a busy machine at any time
             moved.append((move(run), list_files(run.root) if run.root.exists() else None))
             wait_until(stop.is_set, "the loss of the lock")
         return launch_step(training, *rest)
 
+    monkeypatch.setattr(
+        main, "Journal", lambda *words, **more: journals.append(journal_class(*words, **more)) or journals[0]
+    )
     monkeypatch.setattr(loop, "launch_step", move_after_step_3)
     monkeypatch.setattr(RunLock.__init__, "__kwdefaults__", RunLock.__init__.__kwdefaults__ | {"beat_s": 0.05})
     overrides = [
@@ -345,6 +349,29 @@ def test_a_run_folder_that_is_moved_during_training_is_not_created_again(tmp_pat
     follower = RunLock(RunDir(folder), "18")
     follower.take(0.0)  # the kernel's lock is free
     follower.release()
+
+
+def test_a_run_that_was_taken_over_during_the_start_gets_no_further_attempt(tmp_path, shards, monkeypatch):
+    """A process without a sign of life for a minute, as on a suspended node, has lost the run to another one."""
+    run, stop, taken, requests = RunDir(tmp_path / "run"), StopFlag(), [], []
+    load_state = main.load_state
+
+    def lose_lock(*words):
+        run.lock.unlink()
+        taken.append(lock_of_job_18(run))
+        taken[0].take(0.0)
+        wait_until(stop.is_set, "the loss of the lock")
+        return load_state(*words)
+
+    monkeypatch.setattr(main, "load_state", lose_lock)
+    monkeypatch.setattr(RunLock.__init__, "__kwdefaults__", RunLock.__init__.__kwdefaults__ | {"beat_s": 0.05})
+    overrides = [f"data.train={shards.root}", "machine.devices=cpu", "views.size=16", "optim.batch=16", "bank.size=24"]
+    composed = recipe.compose("digits_msf", [*overrides, "schedule.steps=5"])
+    with pytest.raises(ResumeError) as caught:
+        main.train(run, composed, stop=stop, requeue=lambda signals: requests.append(signals) or Requeue("stopped"))
+    assert "job 18" in caught.value.got and requests == []
+    assert [line.get("cause") for line in files.read_lines(run.attempts)] == [None, "error"]
+    taken[0].release()
 
 
 def test_only_what_is_below_a_pinned_folder_is_refused(tmp_path):

@@ -372,6 +372,25 @@ def test_a_start_that_was_interrupted_before_the_recipe_was_written_misleads_nob
     assert checkpoint_digest(run) == checkpoint_digest(parent)
 
 
+@pytest.mark.parametrize("name", ["write_record", "atomic_dir"])
+def test_a_start_that_is_killed_at_any_file_is_repeated(parent, tmp_path, monkeypatch, name):
+    """No command without --from may continue from the checkpoint, not even one with the parent's own recipe."""
+    run = RunDir(tmp_path / "run")
+    _, start = branches.resolve("", [], run, parent=f"{parent.root}@4")
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(branch.files, name, kill)
+        start.write(run)
+    if run.checkpoint(4).exists():
+        with pytest.raises(ResumeError):
+            branch.check_no_interrupted_start(run)
+    branches.write_branch(start, run)
+    assert branch.read_parent(run)["step"] == 4 and run.checkpoint(4).is_dir()
+
+
 def test_a_run_that_another_command_creates_meanwhile_keeps_its_recipe(parent, tmp_path):
     """Both commands have looked at an empty folder; this one gets the lock after the other one has ended."""
     run, own = RunDir(tmp_path / "run"), recipe.read(parent.config)

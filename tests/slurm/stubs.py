@@ -170,6 +170,7 @@ class QueueStub:
         (folder / "next").write_text("6\n")
         (folder / "queue").write_text("")
         (folder / "partitions").write_text("")
+        (folder / "output").write_text("")
         self.set_sbatch(then)
         fields = r'$1 "\t" $2 "\tNone\troot\tN/A\t1\t\tx\t" $3'  # in the order of queue_snapshot.py
         snapshot = f"awk '{{{{print {fields}}}}}' {{folder}}/queue"
@@ -179,12 +180,17 @@ class QueueStub:
             "scontrol",
             '[ "$3" = partition ] && exec cat {folder}/partitions\n'
             "line=$(grep \"^$4 \" {folder}/queue 2>/dev/null) || {{ echo 'Invalid job id specified' >&2; exit 1; }}\n"
-            'echo "JobId=$4 JobName=x UserId=root(0) JobState=PENDING Comment=${{line##* }} StdErr=/dev/null"',
+            'echo "JobId=$4 JobName=x UserId=root(0) JobState=PENDING Comment=${{line##* }} StdErr=/dev/null" '
+            '"StdOut=$(cat {folder}/output)"',
         )
 
     def set_sbatch(self, then: str) -> None:
         """Change what sbatch does between the job and the answer."""
         self._write("sbatch", SBATCH.format(folder=self.folder, then=then), "")
+
+    def set_output(self, path: Path) -> None:
+        """Set the file of the standard output that all jobs have."""
+        (self.folder / "output").write_text(str(path))
 
     @property
     def jobs(self) -> list[str]:

@@ -302,7 +302,7 @@ def test_a_launch_that_never_began_is_not_taken_for_a_second_crash_at_the_same_s
     append_line(run.journal, {"step": 5})
     launch = {**ATTEMPT, "attempt": 2, "launch": 1}
     assert retry.decide_after_exit(run, "train", launch, "no GPU").retry
-    assert not retry.decide_after_exit(run, "train", {**launch, "attempt": 3}, "no GPU").retry
+    assert not retry.decide_after_exit(run, "train", {**launch, "attempt": 3, "launch": 2}, "no GPU").retry
 
 
 @pytest.mark.parametrize(("launch", "preempted", "is_stopped"), [(1, True, True), (1, False, False), (0, True, False)])

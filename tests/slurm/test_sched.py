@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from hpcssl.timing.uptime import to_unix_time
 from slurm.backend import scheduler
 from slurm.backend.reasons import HINTS
 
@@ -84,9 +85,36 @@ def test_the_cause_of_an_end_follows_from_slurms_fields(state, fields, cause):
 def test_a_requeue_is_requested_again_until_slurm_refuses_it_for_good(monkeypatch):
     messages = ["busy", scheduler.REQUEUE_DISABLED + " for job 12"]
     answers = [scheduler.subprocess.CompletedProcess([], 1, "", message) for message in messages]
+    monkeypatch.setattr(scheduler, "query_job_or_unknown", lambda job: scheduler.JobState("RUNNING"))
     monkeypatch.setattr(scheduler, "run_command", lambda *words: answers.pop(0))
     monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: None)
     assert scheduler.request_requeue("12").startswith(scheduler.REQUEUE_DISABLED) and not answers
+
+
+@pytest.mark.parametrize(
+    ("states", "requested", "refusal"),
+    [
+        (["UNKNOWN", "RUNNING"], 1, None),
+        (["UNKNOWN", scheduler.GONE], 0, "SLURM no longer knows this job"),
+        (["UNKNOWN", "UNKNOWN", "UNKNOWN"], 0, "no answer"),
+    ],
+)
+def test_no_requeue_is_requested_before_slurm_has_said_whose_job_it_is(monkeypatch, states, requested, refusal):
+    """A controller that does not answer may come back without its state, and give the number to another job."""
+    states = iter(states)
+    requests = []
+
+    def run_command(*words):
+        requests.append(words)
+        return scheduler.subprocess.CompletedProcess(words, 0, "", "")
+
+    monkeypatch.setattr(
+        scheduler, "query_job_or_unknown", lambda job: scheduler.JobState(next(states), hint="no answer")
+    )
+    monkeypatch.setattr(scheduler, "run_command", run_command)
+    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: None)
+    assert scheduler.request_requeue("12") == refusal
+    assert requests == [("scontrol", "requeue", "12")] * requested
 
 
 NODES = """\
@@ -99,8 +127,8 @@ NodeName=n2 State=DOWN+NOT_RESPONDING BootTime=None SlurmdStartTime=2026-11-20T2
 def test_lost_nodes_are_down_or_were_started_after_the_attempt(monkeypatch, begin, lost):
     answer = scheduler.subprocess.CompletedProcess([], 0, NODES, "")
     monkeypatch.setattr(scheduler, "run_command", lambda *words: answer)
-    assert scheduler.find_lost_nodes("n[1-2]", scheduler._parse_time(begin)) == lost
-    assert scheduler.find_lost_nodes("n[1-2]", scheduler._parse_time(begin), only_down=True) == ["n2"]
+    assert scheduler.find_lost_nodes("n[1-2]", to_unix_time(begin)) == lost
+    assert scheduler.find_lost_nodes("n[1-2]", to_unix_time(begin), only_down=True) == ["n2"]
 
 
 @pytest.mark.parametrize("state", ["ALLOCATED+NOT_RESPONDING", "IDLE*"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hpcssl import files
+from hpcssl import attempts, files
 from hpcssl.distributed.liveness.limits import PhaseLimits
 from hpcssl.distributed.world import World
 from hpcssl.errors import EXIT_DONE, EXIT_STOPPED, RankLost
@@ -80,9 +81,9 @@ class AttemptRecord:
         hang_floor_s: float = 0.0,
     ):
         self.run, self.world = run, world
-        lines = files.read_lines(run.attempts)
-        numbers = [line["attempt"] for line in lines if isinstance(line.get("attempt"), int)]
-        own_fields: dict[str, Any] = {"attempt": max(numbers, default=0) + 1, "job": f"process {os.getpid()}"}
+        lines = self._read_lines()
+        number = max((line["attempt"] for line in lines), default=0) + 1
+        own_fields: dict[str, Any] = {"attempt": number, "job": f"process {os.getpid()}"}
         own_fields["began"] = round(process_start(), 1)
         self.fields = own_fields | fields
         self.lock = (
@@ -90,9 +91,9 @@ class AttemptRecord:
             if world.is_main
             else None
         )
-        ends = [line for line in lines if line.get("event") == "end"]
+        ends = [line for line in lines if line["event"] == "end"]
         # After a hang nothing is learned: were the limit too short, the next attempt would end at the same step.
-        is_learned = not any(e.get("cause") == "hang" and e.get("attempt") == ends[-1].get("attempt") for e in ends)
+        is_learned = not any(e.get("cause") == "hang" and e["attempt"] == ends[-1]["attempt"] for e in ends)
         history = read_longest_waits(ends, world)
         factor = hang_factor if is_learned else 0.0
         self.limits = PhaseLimits(hang_s, factor=factor, floor_s=hang_floor_s, history=history)
@@ -142,9 +143,18 @@ class AttemptRecord:
         Args:
             current_step: Returns the number of finished steps. It is asked again when the attempt ends.
         """
-        self.world.run_on_main(lambda: self._write(event="start", first_step=current_step()))
+        self.world.run_on_main(lambda: self._write_start(current_step()))
+        # by hand, the processes have different ids, and may have read different numbers
+        self.fields |= json.loads(
+            self.world.broadcast_text(json.dumps({n: self.fields[n] for n in ("attempt", "job")}))
+        )
         self.phases.take()  # the start-up is the time between ``began`` and this line
         self._current_step = current_step
+
+    def _write_start(self, first_step: int) -> None:
+        with files.exclusive_lock(self.run.attempts):  # a job that waits for this run's lock may record its end
+            self.fields["attempt"] = attempts.choose_number(self._read_lines(), self.fields)
+            self._write(event="start", first_step=first_step)
 
     def finish(self, result: AttemptResult) -> None:
         """Write the line of the end, on rank 0, if the attempt was started."""
@@ -182,10 +192,12 @@ class AttemptRecord:
                 self._write(event="end", cause=cause, why=why, last_step=last_step, **marks)
 
     def _has_end(self) -> bool:
-        return any(
-            line.get("event") == "end" and line.get("attempt") == self.fields["attempt"]
-            for line in files.read_lines(self.run.attempts)
-        )
+        number = self.fields["attempt"]
+        ends = (line for line in self._read_lines() if (line["event"], line["attempt"]) == ("end", number))
+        return any(attempts.is_same_attempt(line, self.fields) for line in ends)
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        return files.read_lines(self.run.attempts, {"event": str, "attempt": int}, attempts.FIELDS)
 
     def _write(self, **fields: Any) -> None:
         about = {"host": socket.gethostname()} | self.fields
@@ -231,9 +243,10 @@ def read_longest_waits(ends: list[dict[str, Any]], world: World) -> dict[str, tu
     for line in ends:
         if (line.get("world"), line.get("device")) != (world.size, world.device.type):
             continue
-        for phase, (count, seconds) in line.get("longest_waits", {}).items():
+        waits = {phase: wait for phase, wait in line.get("longest_waits", {}).items() if len(wait) == 2}
+        for phase, (count, seconds) in waits.items():
             before = history.get(phase, (0, 0.0))
-            history[phase] = before[0] + count, max(before[1], seconds)
+            history[phase] = before[0] + int(count), max(before[1], seconds)
     return history
 
 

@@ -86,12 +86,13 @@ class RunBranch:
         for _, other in reader.folders(run):
             self._refuse_to_replace(other, leftover)
             files.remove(other)
+        record = {"path": str(self.source.root), "step": self.saved.step, "digest": self.saved.digest()}
+        record |= {"fingerprint": self.saved.manifest["fingerprint"], "changed": self.changed}
+        # first: a checkpoint without it would be that of this run, for another command with the parent's own recipe
+        files.write_record(run.parent, record, indent=1)
         with files.atomic_dir(folder) as temporary:
             for name in [*(part["file"] for part in self.saved.manifest["parts"]), reader.MANIFEST]:
                 _link_or_copy(self.saved.folder / name, temporary / name)
-        record = {"path": str(self.source.root), "step": self.saved.step, "digest": self.saved.digest()}
-        record |= {"fingerprint": self.saved.manifest["fingerprint"], "changed": self.changed}
-        files.write_record(run.parent, record, indent=1)
 
     def _refuse_to_replace(self, folder: Path, leftover: str | None) -> None:
         """Raise ``ResumeError`` if a folder holds a whole checkpoint that is no copy of a parent's."""
