@@ -66,7 +66,7 @@ def measure(recipe: Recipe) -> MemorySizes:
         networks=networks,
         bank_rows=recipe.bank.size if spec is not None else 0,
         bank_row_bytes=width * float_bytes * (1 + len(spec.vectors)) + 8 * (2 + len(spec.numbers)) if spec else 0,
-        table_rows=_table_images(recipe),
+        table_rows=_table_rows(recipe, CIFAR_IMAGES if recipe.model.stem == "small" else IMAGENET_IMAGES),
         table_row_bytes=width * float_bytes + 8,
         is_sharded=recipe.bank.placement == "sharded",
         batch=recipe.optim.batch,
@@ -89,7 +89,7 @@ def estimate_saved_bytes(recipe: Recipe, images: int) -> tuple[int, int]:
     sizes, (parameters, _) = measure(recipe), _count_networks(recipe)
     float_bytes = 8 if recipe.optim.precision == "fp64" else 4
     copies = 3 if build_method(recipe).target_encoder == "ema" else 2  # weights and momentum; the moving average
-    rows = sizes.bank_rows * sizes.bank_row_bytes + (images if sizes.table_rows else 0) * sizes.table_row_bytes
+    rows = sizes.bank_rows * sizes.bank_row_bytes + _table_rows(recipe, images) * sizes.table_row_bytes
     return parameters * float_bytes * copies + rows, parameters * float_bytes
 
 
@@ -110,13 +110,10 @@ def _count_networks(recipe: Recipe) -> tuple[int, int]:
     return parameters, kept
 
 
-def _table_images(recipe: Recipe) -> int:
-    """Return the number of images of which an embedding is kept; 0 for methods that keep none."""
+def _table_rows(recipe: Recipe, images: int) -> int:
+    """Return for how many of a number of images an embedding is kept; 0 for methods that keep none."""
     rule = getattr(recipe.method, "rule", "")
-    if rule not in ("two_queues", "kmeans", "semi_supervised"):
-        return 0
-    images = CIFAR_IMAGES if recipe.model.stem == "small" else IMAGENET_IMAGES
-    return images // LABELED_SHARE if rule == "semi_supervised" else images
+    return {"two_queues": images, "kmeans": images, "semi_supervised": images // LABELED_SHARE}.get(rule, 0)
 
 
 def _networks(arch: str, projector: _HeadKey, predictor: _HeadKey | int | None) -> Iterator[nn.Module]:

@@ -132,3 +132,11 @@ def test_the_memory_estimate_counts_saved_activations_and_the_bank():
     assert estimate("views.crops.count=2").activations > estimate().activations
     two_queues = gpu_memory.estimate(recipe.compose("cmsf_2q_r50_ep200_128k"), 4)
     assert estimate().embedding_table == 0 < two_queues.embedding_table
+
+
+@pytest.mark.parametrize(("name", "share"), [("digits_msf", 0), ("digits_cmsf_2q", 1), ("digits_cmsf_semi", 1 / 10)])
+def test_a_checkpoint_has_embeddings_of_the_images_that_a_method_keeps(name, share):
+    composed, images = recipe.compose(name), 10_000
+    none, all_images = (gpu_memory.estimate_saved_bytes(composed, number) for number in (0, images))
+    row = composed.model.projector.out * 4 + 8
+    assert all_images[0] - none[0] == share * images * row and all_images[1] == none[1]
