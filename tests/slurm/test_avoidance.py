@@ -76,7 +76,7 @@ def blame(run):
 
     def record(*nodes):
         for number, node in enumerate(nodes, 1):
-            values = {"attempt": number, "job": "7", "restart": 0, "host": node}
+            values = {"attempt": number, "job": "7", "restart": number - 1, "host": node}
             record_end(run, "train", values, "hang", STUCK.format(node=node))
 
     return record
