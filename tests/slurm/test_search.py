@@ -427,3 +427,22 @@ def test_a_local_search_ends_with_a_table_of_its_trials(call, tmp_path, trials, 
     assert [str(record["differs"]["optim.lr"]) for record in records] == [t.point["optim.lr"] for t in trials()]
     assert best.point["optim.lr"] in render_records(records)
     assert run_of(best).finished and call(*words, *values)[1].count("Submitted") == 0
+
+
+# -- jobs on a cluster ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.slurm
+@pytest.mark.timeout(1800)
+def test_a_search_on_a_cluster_scores_its_jobs_and_continues_with_more_trials(call, cluster, trials, run_of):
+    values = ["optim.lr=0.01..1.0:log", "schedule.epochs=1", "evals.knn_every_epochs=1", "machine.devices=cpu"]
+    words = ["sweep", "digits_msf", "--out", "out", "--sampler=tpe", "--parallel=2", "--wait"]
+    assert call(*words, "--trials=2", *values)[0] == EXIT_DONE
+    first = trials()
+    code, out, _ = call(*words, "--trials=3", *values)
+    assert code == EXIT_DONE and [trial.state for trial in trials()] == [COMPLETE] * 3
+    assert trials()[:2] == first and out.count("Submitted batch job") == 1
+    jobs = [job_log.latest_jobs(run_of(trial))["train"].id for trial in trials()]
+    assert len(set(jobs)) == 3 and all(job.isdigit() for job in jobs)
+    assert cluster("squeue", "-h", "-o", "%i").split() == []
