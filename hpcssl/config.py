@@ -155,7 +155,7 @@ def load(schema: type, *layers: Mapping[str, Any], where: str = "recipe", rename
         ConfigError: For a misspelled or retired key, a value of the wrong type, or an interpolation.
     """
     merged = merge(*layers)
-    _refuse_interpolation(merged, where)
+    _refuse_replaced(merged, where)
     if renames is not None:
         renames.check(merged, where)
     _refuse_unknown(schema, merged, where)
@@ -273,21 +273,21 @@ def _writable(node: DictConfig) -> DictConfig:
     return node
 
 
-def _refuse_interpolation(values: Any, where: str, path: str = "") -> None:
+def _refuse_replaced(values: Any, where: str, path: str = "") -> None:
     """Refuse values that OmegaConf replaces by others."""
     if isinstance(values, dict):
         for key, value in values.items():
-            _refuse_interpolation(value, where, f"{path}.{key}".lstrip("."))
+            _refuse_replaced(value, where, f"{path}.{key}".lstrip("."))
     elif isinstance(values, list):
         for value in values:
-            _refuse_interpolation(value, where, path)
+            _refuse_replaced(value, where, path)
     elif values == MISSING or (isinstance(values, str) and "${" in values):
         raise ConfigError(
             f"{where}, key {path}",
-            got=f"the {'placeholder' if values == MISSING else 'interpolation'} {values!r}",
+            got=f"{values!r}, which OmegaConf would replace",
             expected="a plain value",
-            fix="write the value itself: the resolved recipe is stored in the run folder, where the secrets of "
-            "environment variables must not be",
+            fix="write the value itself, or leave out the key for its default; the recipe is stored in the run folder, "
+            "where the secrets of environment variables must not be",
         )
 
 

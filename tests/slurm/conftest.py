@@ -12,7 +12,9 @@ import pytest
 
 from benchmarks import loopback
 from hpcssl import cli_runner
+from hpcssl.errors import EXIT_USAGE
 from slurm import cli
+from tests.printed import printed_error
 from tests.slurm import stubs
 from tests.slurm.job_runner import JobRunner
 
@@ -79,3 +81,16 @@ def queue(tmp_path, monkeypatch):
     stub = stubs.QueueStub(tmp_path / "queue")
     monkeypatch.setenv("PATH", str(stub.bin), prepend=os.pathsep)
     return stub
+
+
+@pytest.fixture
+def refused_sweep(call, queue, tmp_path):
+    """``refused_sweep(*words)`` checks that a sweep of digits_msf is refused and leaves nothing: the error."""
+
+    def refuse(*words):
+        code, out, err = call("sweep", "digits_msf", "--out", "out", *words)
+        assert (code, out) == (EXIT_USAGE, "") and len(err.splitlines()) == 1
+        assert not (tmp_path / "out").exists() and queue.jobs == []
+        return printed_error(err)
+
+    return refuse

@@ -168,12 +168,9 @@ def test_a_sweep_submits_each_point_once_in_lanes(call, queue, tmp_path):
         ("seed=0,1 --local --gpus-per-node=64", "option --parallel", "64", ""),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_created(call, queue, tmp_path, typed, what, got, fix):
-    code, out, err = call("sweep", "digits_msf", "--out", "out", *typed.split())
-    assert (code, out) == (EXIT_USAGE, "") and len(err.splitlines()) == 1
-    error = printed_error(err)
+def test_bad_input_is_refused_before_anything_is_created(refused_sweep, typed, what, got, fix):
+    error = refused_sweep(*typed.split())
     assert error.what == what and got in error.got and fix in error.fix
-    assert not (tmp_path / "out").exists() and queue.jobs == []
 
 
 def test_the_folder_of_another_sweep_is_refused(call, queue, tmp_path):

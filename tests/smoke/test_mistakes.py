@@ -91,9 +91,9 @@ def test_interpolation_of_an_environment_variable(refused, train):
     assert error.what.endswith("about.title") and "${oc.env:HOME}" in error.got
 
 
-def test_placeholder_that_would_leave_the_default(refused, train):
+def test_question_marks_which_omegaconf_replaces_by_the_default(refused, train):
     error = refused(2, *train("optim.lr=???"))
-    assert error.what.endswith("optim.lr") and "???" in error.got
+    assert error.what.endswith("optim.lr") and "???" in error.got and "leave out the key" in error.fix
 
 
 def test_missing_recipe_file(refused):
