@@ -20,7 +20,6 @@ from slurm.backend.profiles import Profile
 from slurm.job import task
 from slurm.log import attempts, job_log, retry
 from slurm.manage import control, status
-from tests.slurm.stubs import QueueStub
 from tests.slurm.test_identity import submit_in_process, submit_train
 from tests.waiting import wait_until
 
@@ -179,14 +178,6 @@ def test_a_copy_of_a_run_folder_neither_ends_nor_preempts_the_local_job_of_the_o
     finally:
         os.kill(supervisor, signal.SIGKILL)
         processes.kill_session(supervisor)
-
-
-@pytest.fixture
-def queue(tmp_path, monkeypatch):
-    """Programs in place of SLURM's (``stubs.QueueStub``)."""
-    stub = QueueStub(tmp_path / "queue")
-    monkeypatch.setenv("PATH", str(stub.bin), prepend=os.pathsep)
-    return stub
 
 
 @pytest.mark.parametrize("is_replaced", [False, True])

@@ -22,7 +22,6 @@ from slurm.job import concurrent_evals, requeue, successor, task
 from slurm.log import attempts, job_log
 from slurm.manage import control, evaluations, status, wait
 from tests.slurm.job_runner import JOB_TIMEOUT_S
-from tests.slurm.stubs import QueueStub
 from tests.waiting import wait_until
 
 ENDLESS = 100_000
@@ -47,14 +46,6 @@ def submit_train(run, **sbatch):
 
 
 # -- a queue of stubs -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def queue(tmp_path, monkeypatch):
-    """Programs in place of SLURM's (``stubs.QueueStub``)."""
-    stub = QueueStub(tmp_path / "queue")
-    monkeypatch.setenv("PATH", str(stub.bin), prepend=os.pathsep)
-    return stub
 
 
 @pytest.fixture
