@@ -5,6 +5,7 @@ soon as it is done. A run that is repeated with the same folder measures only wh
 sizes that need less than 1 GB of disk and memory and a few minutes; without it, up to 10 GB of each, and half an hour.
 
     sharding     tiny images written by ``hpcssl-shard images``: CPU seconds per image
+    catalog      what ``hpcssl-shard`` holds of the images before it writes them: memory and CPU seconds per image
     imagenet     1,281,167 tiny images: sharded, opened by a node, an epoch with 256 open files, a late resume
     index        ``index.npy``: bytes, time to open, memory of the process that reads it and of one that shares it
     paged        a remote set of a billion images with a paged index: memory of a node with eight ranks, and a resume
@@ -86,6 +87,28 @@ print(json.dumps([seconds, cpu_s, *(b - a for a, b in zip(before, memory()))]))
 """
 
 
+# For a fresh process: lists images, plans their shards, and prints CPU seconds and the bytes that it took at most
+_CATALOG = """
+import json, sys, time
+from pathlib import Path
+from data_prep.catalog import SourceFile, SourceListing, make_catalog
+from data_prep.jobs import make_jobs, make_plan
+from hpcssl import rng
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+count, before, start = int(sys.argv[1]), peak(), time.process_time()
+listing = SourceListing(Path("source"), "/source")
+for n in range(count):
+    listing.images.append(SourceFile(f"n{n % 1000:08d}/n{n % 1000:08d}_{n}.JPEG", -1, 110_000, 17 * 10**17 + n))
+catalog = make_catalog(listing, [f"n{n:08d}" for n in range(1000)], [n % 1000 for n in range(count)])
+del listing
+make_plan(catalog, {})
+jobs = make_jobs(Path("/nowhere"), catalog, 1000, 0, 1, None)
+assert sum(jobs.sizes) == count
+print(json.dumps([time.process_time() - start, peak() - before]))
+"""
+
+
 def _timed(work: Callable[[], Any]) -> tuple[Any, str]:
     start, cpu = time.perf_counter(), time.process_time()
     value = work()
@@ -112,6 +135,20 @@ def measure_sharding(folder: Path, quick: bool) -> dict[str, Any]:
         "per image": f"{1e6 * cpu / count:.0f} us of CPU",
         f"{IMAGENET} images, computed": f"{IMAGENET * cpu / count / 60:.1f} min of CPU",
     }
+
+
+def measure_catalog(_folder: Path, quick: bool) -> dict[str, Any]:
+    """Memory of the list of all images, with their order and the plan of the shards."""
+    result = {}
+    for count in (100_000,) if quick else (IMAGENET, 20_000_000):
+        command = [sys.executable, "-c", _CATALOG, str(count)]
+        cpu, size = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        result[f"{count} images, names of 30 bytes"] = (
+            f"{cpu:.1f} s of CPU ({1e6 * cpu / count:.1f} us per image), at most {size / MIB:.0f} MiB "
+            f"({size / count:.0f} bytes per image)"
+        )
+    result["100 million images, computed"] = f"{size / count * 1e8 / 1e9:.1f} GB"
+    return result
 
 
 def write_index(folder: Path, samples: int) -> None:
@@ -266,6 +303,7 @@ def compute_exchange(_folder: Path, _quick: bool) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "sharding": measure_sharding,
+    "catalog": measure_catalog,
     "imagenet": measure_whole_set,
     "index": measure_index,
     "paged": measure_paged,

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import index
-from data_prep.catalog import Catalog, LeftOut, format_examples
+from data_prep.catalog import Catalog, LeftOut, SampleTable
+from data_prep.catalog.names import format_examples
 from data_prep.jobs import (
     PLAN_FILE,
     WORK_FOLDER,
     ShardJob,
+    ShardJobs,
     check_same_plan,
     make_jobs,
     make_plan,
@@ -105,7 +107,7 @@ class WrittenFolder:
     work: Path
     catalog: Catalog
     plan: dict[str, Any]
-    jobs: list[ShardJob]
+    jobs: ShardJobs
     results: list[tuple[writer.WrittenShard, bool]]
     finished: dict[str, Any] | None
 
@@ -203,7 +205,7 @@ def write_shards(work: Path, catalog: Catalog, options: WriteOptions) -> Written
     if options.second_modality != edges.NONE:
         catalog = Catalog(
             catalog.classes,
-            [s._replace(second=edges.COMPUTE_EDGES) for s in catalog.samples],
+            SampleTable(s._replace(second=edges.COMPUTE_EDGES) for s in catalog.samples),
             {**catalog.provenance, "second": edges.PROVENANCE_NAMES[options.second_modality]},
         )
     provenance = {**catalog.provenance, "seed": options.seed, "samples_per_shard": options.samples_per_shard}
@@ -218,8 +220,7 @@ def write_shards(work: Path, catalog: Catalog, options: WriteOptions) -> Written
     require_free_space(out, jobs)
 
     results: dict[int, tuple[writer.WrittenShard, bool]] = {}
-    sizes = [len(job.samples) for job in jobs]
-    for number, result in pool.run_jobs(write_or_keep_shard, jobs, options.workers, sizes, "writing"):
+    for number, result in pool.run_jobs(write_or_keep_shard, jobs, options.workers, jobs.sizes, "writing"):
         results[number] = result
     return WrittenFolder(work, catalog, plan, jobs, [results[n] for n in range(len(jobs))], finished)
 
@@ -233,11 +234,11 @@ def write_index(folder: WrittenFolder) -> WriteSummary:
     out, jobs = folder.work.parent, folder.jobs
     shards = [shard for shard, _ in folder.results]
     skipped = [
-        {"shard": job.name, "source": image.source, "reason": image.reason}
-        for job, shard in zip(jobs, shards, strict=True)
+        {"shard": name, "source": image.source, "reason": image.reason}
+        for name, shard in zip(jobs.names, shards, strict=True)
         for image in shard.rejected
     ]
-    meta = index.make_meta(folder.catalog, folder.plan, [job.name for job in jobs], shards, skipped)
+    meta = index.make_meta(folder.catalog, folder.plan, jobs.names, shards, skipped)
     left_out = {entry["source"] for entry in skipped}
     if len(left_out) == len(folder.catalog.samples):
         raise DataError(
@@ -246,7 +247,8 @@ def write_index(folder: WrittenFolder) -> WriteSummary:
             expected="at least one",
             fix="replace the broken images, or lower --min-side or --dedup-distance",
         )
-    targets = index.collect_targets([s for job in jobs for s in job.samples if s.source not in left_out])
+    written = (s for number in range(len(jobs)) for s in jobs.find_samples(number) if s.source not in left_out)
+    targets = index.collect_targets(written)
     index.write_index(out, meta, shards, targets, folder.finished)
     shutil.rmtree(folder.work, ignore_errors=True)
     return WriteSummary(

@@ -195,7 +195,7 @@ def verify(
     workers: opt.Workers = None,
 ) -> None:
     """Compare a shard folder with its index; names each damaged shard and sample, and then exits with 1."""
-    from data_prep.catalog import format_examples
+    from data_prep.catalog.names import format_examples
     from data_prep.verify import describe_success, verify_folder
 
     shards, problems = verify_folder(folder, quick=quick, workers=workers)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.catalog import Catalog, LeftOut, Sample, format_examples
+from data_prep.catalog import Catalog, LeftOut, Sample
+from data_prep.catalog.names import format_examples
 from data_prep.shards import writer
 from hpcssl import files
-from hpcssl.data.shards import FORMAT, INDEX, ROW, ROWS, TARGETS
+from hpcssl.data.shards import FORMAT, INDEX, ROWS, TARGETS
 from hpcssl.errors import DataError
 
 LOG = logging.getLogger("hpcssl")
@@ -61,10 +64,15 @@ def make_meta(
     return meta
 
 
-def collect_targets(samples: list[Sample]) -> npt.NDArray[np.int8] | None:
+def collect_targets(samples: Iterable[Sample]) -> npt.NDArray[np.int8] | None:
     """Return the targets of samples with several labels, int8 [N, C] in the given order; None for single labels."""
-    targets = [json.loads(sample.extra_json or "{}").get("targets") for sample in samples]
-    return np.array(targets, np.int8) if targets and targets[0] is not None else None
+    rows = []
+    for sample in samples:
+        targets = json.loads(sample.extra_json or "{}").get("targets")
+        if targets is None:
+            return None
+        rows.append(np.array(targets, np.int8))
+    return np.stack(rows) if rows else None
 
 
 def write_index(
@@ -86,20 +94,42 @@ def write_index(
     Raises:
         DataError: A file cannot be written.
     """
-    rows = np.concatenate([shard.rows for shard in shards]) if shards else np.zeros(0, ROW)
-    sums = np.concatenate([shard.sums for shard in shards]).astype("<u8")
-    arrays: dict[str, tuple[str, npt.NDArray[Any]]] = {ROWS: ("rows", rows), SUMS: ("sums", sums)}
+    meta["rows_sha256"] = write_array(out / ROWS, [shard.rows for shard in shards])
+    meta["sums_sha256"] = write_array(out / SUMS, [shard.sums.astype("<u8") for shard in shards])
     if targets is not None:
-        arrays[TARGETS] = "targets", targets
-    for name, (label, array) in arrays.items():
-        body = io.BytesIO()
-        np.save(body, array, allow_pickle=False)
-        meta[f"{label}_sha256"] = hashlib.sha256(body.getvalue()).hexdigest()
-        write_file(out / name, body.getvalue())
-    meta["samples"] = len(rows)
+        meta["targets_sha256"] = write_array(out / TARGETS, [targets])
+    meta["samples"] = sum(len(shard.rows) for shard in shards)
     if finished and finished["shards"] != meta["shards"]:
         LOG.warning("%s: the images of the source have changed since this folder was first written.", out)
     write_file(out / INDEX, json.dumps(meta, indent=1, sort_keys=True) + "\n")
+
+
+def write_array(path: Path, parts: Sequence[npt.NDArray[Any]]) -> str:
+    """Write the file that ``np.save`` would write of the joined parts, without joining them in memory.
+
+    Args:
+        path: The file.
+        parts: One array or more, of one type.
+
+    Returns:
+        The sha256 of the file.
+
+    Raises:
+        DataError: It cannot be written.
+    """
+    digest, head = hashlib.sha256(), io.BytesIO()
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    descr = np.lib.format.dtype_to_descr(parts[0].dtype)
+    np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
+    blocks = itertools.chain([head.getbuffer()], (np.ascontiguousarray(part).view(np.uint8).data for part in parts))
+    try:
+        with files.atomic_file(path) as file:
+            for block in blocks:
+                file.write(block)
+                digest.update(block)
+    except OSError as error:
+        raise writer.write_error(path, error) from error
+    return digest.hexdigest()
 
 
 def write_file(path: Path, content: bytes | str) -> None:

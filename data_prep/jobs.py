@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from data_prep.catalog import Catalog, Sample, sha256_of_lines
 from data_prep.shards.writer import FREE_SPACE_FIX
@@ -41,7 +45,7 @@ class ShardJob:
     @property
     def name(self) -> str:
         """File name of the shard."""
-        return f"shard-{self.number:06d}.tar"
+        return shard_name(self.number)
 
     @property
     def path(self) -> Path:
@@ -51,7 +55,70 @@ class ShardJob:
     @property
     def note(self) -> Path:
         """The note that the shard is finished, in the work folder."""
-        return self.out / WORK_FOLDER / f"{self.number:06d}.json"
+        return note_path(self.out, self.number)
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def note_path(out: Path, number: int) -> Path:
+    """Return the note that a shard is finished."""
+    return out / WORK_FOLDER / f"{number:06d}.json"
+
+
+@dataclass(frozen=True)
+class ShardJobs(Sequence[ShardJob]):
+    """The shards to write. The samples of a job are looked up when it is asked for: all at once would fill memory.
+
+    Attributes:
+        out: Folder of the shards.
+        samples: The samples of all shards.
+        order: Rows of the samples in the order of the shards, int64 [N].
+        samples_per_shard: Samples in each shard; the last one holds the rest.
+        min_side: Leave out images whose smaller side has fewer pixels.
+        inputs: ``ShardJob.inputs`` of the jobs.
+        previous: ``ShardJob.previous`` of the jobs.
+    """
+
+    out: Path
+    samples: Sequence[Sample]
+    order: npt.NDArray[np.int64]
+    samples_per_shard: int
+    min_side: int
+    inputs: list[str] = field(default_factory=list)
+    previous: list[dict[str, Any] | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.samples_per_shard)
+
+    @overload
+    def __getitem__(self, number: int) -> ShardJob: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[ShardJob]: ...
+    def __getitem__(self, number: int | slice) -> ShardJob | list[ShardJob]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        samples = self.find_samples(number)
+        return ShardJob(self.out, number, samples, self.inputs[number], self.previous[number], self.min_side)
+
+    def find_samples(self, number: int) -> list[Sample]:
+        """Return the samples of a shard."""
+        start = number * self.samples_per_shard
+        return [self.samples[row] for row in self.order[start : start + self.samples_per_shard].tolist()]
+
+    @property
+    def names(self) -> list[str]:
+        """File names of the shards."""
+        return [shard_name(number) for number in range(len(self))]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of samples of each shard."""
+        starts = range(0, len(self.order), self.samples_per_shard)
+        return [min(self.samples_per_shard, len(self.order) - start) for start in starts]
 
 
 def make_plan(catalog: Catalog, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +133,7 @@ def make_plan(catalog: Catalog, provenance: dict[str, Any]) -> dict[str, Any]:
 
 def make_jobs(
     out: Path, catalog: Catalog, samples_per_shard: int, seed: int, min_side: int, finished: dict[str, Any] | None
-) -> list[ShardJob]:
+) -> ShardJobs:
     """Cut the shuffled samples into shards.
 
     Args:
@@ -82,16 +149,15 @@ def make_jobs(
     order = rng.permutation(rng.key(seed, "shard", "order"), len(catalog.samples))
     skipped = {entry["shard"] for entry in finished["skipped"]} if finished else set()
     previous = {s["name"]: s for s in finished["shards"] if s["name"] not in skipped} if finished else {}
-    jobs = []
-    for number, start in enumerate(range(0, len(order), samples_per_shard)):
-        samples = [catalog.samples[i] for i in order[start : start + samples_per_shard]]
-        inputs = sha256_of_lines(json.dumps(_identity(sample)) for sample in samples)
-        job = ShardJob(out, number, samples, inputs, None, min_side)
-        entry = previous.get(job.name)
-        if job.note.exists():
-            note = json.loads(job.note.read_text())
+    jobs = ShardJobs(out, catalog.samples, order, samples_per_shard, min_side)
+    for number, name in enumerate(jobs.names):
+        inputs = sha256_of_lines(json.dumps(_identity(sample)) for sample in jobs.find_samples(number))
+        entry, note_file = previous.get(name), note_path(out, number)
+        if note_file.exists():
+            note = json.loads(note_file.read_text())
             entry = note["shard"] if note["inputs"] == inputs else None
-        jobs.append(replace(job, previous=entry))
+        jobs.inputs.append(inputs)
+        jobs.previous.append(entry)
     return jobs
 
 
@@ -177,9 +243,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{old['samples']} samples in {old['classes']} classes before, {new['samples']} in {new['classes']} now"]
 
 
-def require_free_space(out: Path, jobs: list[ShardJob]) -> None:
+def require_free_space(out: Path, jobs: ShardJobs) -> None:
     """Refuse to start where the disk would be full after hours of writing."""
-    needed = sum(s.size for job in jobs if not job.path.exists() for s in job.samples)
+    absent = (number for number, name in enumerate(jobs.names) if not (out / name).exists())
+    needed = sum(sample.size for number in absent for sample in jobs.find_samples(number))
     free = shutil.disk_usage(out).free
     if needed > free:
         raise DataError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.catalog import Catalog, LeftOut, Sample
+from data_prep.catalog import Catalog, LeftOut, Sample, SampleTable
 from data_prep.shards import near_duplicates
 from data_prep.sources.transfer.hold_out import split_by_share
 from hpcssl.errors import ConfigError, DataError, require_choice
@@ -105,8 +106,8 @@ def split_catalog(catalog: Catalog, options: SplitOptions, seed: int) -> dict[st
             + (", or leave out --group-by, since a folder is never divided" if options.group_by == "folder" else ""),
         )
     parts = {
-        "train": [sample for n, sample in enumerate(samples) if n not in chosen],
-        "val": [sample for n, sample in enumerate(samples) if n in chosen],
+        "train": SampleTable(sample for n, sample in enumerate(samples) if n not in chosen),
+        "val": SampleTable(sample for n, sample in enumerate(samples) if n in chosen),
     }
     return {
         part: Catalog(catalog.classes, members, {**catalog.provenance, **options.provenance, "part": part})
@@ -114,10 +115,12 @@ def split_catalog(catalog: Catalog, options: SplitOptions, seed: int) -> dict[st
     }
 
 
-def _draw_images(samples: list[Sample], total: int, seed: int) -> set[int]:
+def _draw_images(samples: Sequence[Sample], total: int, seed: int) -> set[int]:
     from hpcssl import rng  # imports torch, which the workers never need
 
-    labels = np.array([sample.label for sample in samples], int) + 1  # 0 for images without a label
+    labels = (
+        np.fromiter((sample.label for sample in samples), np.int64, len(samples)) + 1
+    )  # 0 for images without a label
     counts = np.bincount(labels)
     quotas = split_by_share(counts, total)
     quotas = np.minimum(quotas, np.maximum(counts - 1, 0))
@@ -129,7 +132,7 @@ def _draw_images(samples: list[Sample], total: int, seed: int) -> set[int]:
     return chosen
 
 
-def _draw_folders(samples: list[Sample], total: int, seed: int) -> set[int]:
+def _draw_folders(samples: Sequence[Sample], total: int, seed: int) -> set[int]:
     """Draw whole folders in random order, each if it brings the number of images closer to ``total``."""
     from hpcssl import rng
 
@@ -179,7 +182,7 @@ def remove_near_duplicates(parts: dict[str, Catalog], options: SplitOptions, wor
     train, val = parts["train"].samples, parts["val"].samples
     hashes = near_duplicates.hash_samples([*train, *val], workers)
     nearest = near_duplicates.find_nearest(hashes[: len(train)], hashes[len(train) :], options.distance)
-    parts["train"].samples = [sample for sample, n in zip(train, nearest, strict=True) if n < 0]
+    parts["train"].samples = SampleTable(sample for sample, n in zip(train, nearest, strict=True) if n < 0)
     return [
         LeftOut(sample.source, f"near-duplicate of {val[n].source}, which is in val")
         for sample, n in zip(train, nearest, strict=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.catalog import Catalog, Sample, drop_suffix, format_examples, sample_key, source_stem
+from data_prep.catalog import Catalog, Sample
+from data_prep.catalog.names import drop_suffix, format_examples, sample_key, source_stem
 from data_prep.shards import reader
 from data_prep.sources.classes import read_names
 from hpcssl.data.shards import ShardSet

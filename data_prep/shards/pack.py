@@ -11,7 +11,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from data_prep.catalog import LeftOut, Sample, sample_key
+from data_prep.catalog import LeftOut, Sample
+from data_prep.catalog.names import sample_key
 from data_prep.shards import edges, images, ustar
 from data_prep.shards.source_reader import SourceReader
 from hpcssl.data.decode import DamagedImageError

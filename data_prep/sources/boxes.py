@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_prep.catalog import Catalog, Sample, check_distinct_classes, check_distinct_keys, format_examples
+from data_prep.catalog import Catalog, Sample
+from data_prep.catalog.names import check_distinct_classes, check_distinct_keys, format_examples
 from hpcssl.errors import DataError
 
 

@@ -7,14 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_prep.catalog import (
-    Catalog,
-    SourceListing,
-    check_distinct_classes,
-    drop_suffix,
-    format_examples,
-    make_catalog,
-)
+from data_prep.catalog import Catalog, SampleTable, SourceListing, make_catalog
+from data_prep.catalog.names import check_distinct_classes, drop_suffix, format_examples
 from hpcssl.errors import ConfigError, DataError
 
 LOG = logging.getLogger("hpcssl")
@@ -169,7 +163,7 @@ def classes_from_labels(
         for image, names in zip(names, image_classes, strict=True)
     }
     catalog = make_catalog(listing, classes, [-1] * len(names))
-    catalog.samples = [sample._replace(extra_json=targets[sample.source]) for sample in catalog.samples]
+    catalog.samples = SampleTable(s._replace(extra_json=targets[s.source]) for s in catalog.samples)
     return catalog
 
 

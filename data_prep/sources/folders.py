@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from data_prep.catalog import WHOLE_FILE, LeftOut, SourceFile, SourceListing, format_examples
+from data_prep.catalog import WHOLE_FILE, FileTable, LeftOut, SourceFile, SourceListing
+from data_prep.catalog.names import format_examples
 from data_prep.sources import tars
 from hpcssl.data.image_files import formats
 from hpcssl.data.image_files.scan import list_images
@@ -86,11 +87,7 @@ def _subdir_error(subdir: str, src: Path, folders: list[str]) -> ConfigError:
 
 def _scan_folder(root: Path) -> SourceListing:
     """List a folder, links followed. Raises DataError for an unreadable folder, or a link to a parent of its own."""
-    found = list_images(root)
-    return SourceListing(
-        root,
-        os.fspath(root),
-        [SourceFile(image.name, WHOLE_FILE, image.size, image.mtime_ns) for image in found.images],
-        found.folders,
-        [LeftOut(*file) for file in found.left_out],
-    )
+    images = FileTable()
+    found = list_images(root, lambda image: images.append(SourceFile(image.name, WHOLE_FILE, *image[1:])))
+    left_out = [LeftOut(*file) for file in found.left_out]
+    return SourceListing(root, os.fspath(root), images, found.folders, left_out)

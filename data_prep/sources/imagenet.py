@@ -6,14 +6,8 @@ import os
 import posixpath
 from pathlib import Path
 
-from data_prep.catalog import (
-    Catalog,
-    SourceFile,
-    SourceListing,
-    check_distinct_classes,
-    format_examples,
-    make_catalog,
-)
+from data_prep.catalog import Catalog, SourceFile, SourceListing, make_catalog
+from data_prep.catalog.names import check_distinct_classes, format_examples
 from data_prep.sources import folders, tars
 from data_prep.sources.classes import Labels, classes_from_labels
 from hpcssl.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.catalog import format_examples
+from data_prep.catalog.names import format_examples
 from data_prep.sources.classes import Labels, read_names
 from hpcssl.errors import ConfigError, DataError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.catalog import Catalog, SourceListing, format_examples
+from data_prep.catalog import Catalog, SourceListing
+from data_prep.catalog.names import format_examples
 from data_prep.sources import folders, lists, tables
 from data_prep.sources.classes import AUTO, CLASSES_FROM, Labels, choose_classes, classes_from_labels
 from data_prep.sources.labels import LIST_SUFFIXES, Columns, read_labels

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.catalog import SourceFile, SourceListing, format_examples
+from data_prep.catalog import FileTable, SourceFile, SourceListing
+from data_prep.catalog.names import format_examples
 from data_prep.shards.writer import write_error
 from data_prep.sources.classes import Labels
 from data_prep.sources.labels import Columns, split_labels
@@ -227,7 +228,7 @@ def _name_images(listing: SourceListing, names: list[str], scratch: Path) -> Non
             for number, image in enumerate(listing.images):
                 start = os.pread(file.fileno(), min(image.size, formats.START_BYTES), image.offset)
                 safe.append(f"{number:08d}.{formats.sniff_suffix(start) or 'bin'}")
-    listing.images = [image._replace(name=name) for image, name in zip(listing.images, safe, strict=True)]
+    listing.images = FileTable(image._replace(name=name) for image, name in zip(listing.images, safe, strict=True))
     listing.folders = {image.folder for image in listing.images if "/" in image.name}
 
 

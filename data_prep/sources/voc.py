@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from data_prep.catalog import WHOLE_FILE, Catalog, Sample, format_examples
+from data_prep.catalog import WHOLE_FILE, Catalog, Sample
+from data_prep.catalog.names import format_examples
 from data_prep.sources.boxes import encode_annotation, list_files, make_part, require_files
 from hpcssl.errors import DataError
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data_prep.catalog import Catalog, Sample, check_distinct_classes, format_examples, sort_samples
+from data_prep.catalog import Catalog, Sample, SampleTable, sort_samples
+from data_prep.catalog.names import check_distinct_classes, format_examples
 from data_prep.shards import reader
 from data_prep.sources import tars
 from data_prep.sources.classes import encode_targets, order_classes, read_names
@@ -26,11 +29,27 @@ JSON = "json:"
 """Start of a ``--label`` that names a field of KEY.json."""
 
 
-class _Labeled(NamedTuple):
-    """A sample without a label, and its label as the tar has it: a number, a name, a list of them, or None."""
+class _Values:
+    """The labels of the samples as the tars have them, each of them kept once.
 
-    sample: Sample
-    value: Any
+    Attributes:
+        distinct: The different ones. Compared by their JSON text, since True == 1 and lists have no hash.
+    """
+
+    def __init__(self) -> None:
+        self.distinct: list[Any] = []
+        self._numbers: dict[str, int] = {}
+        self._rows = array("I")
+
+    def append(self, value: Any) -> None:
+        """Add the label of the next sample."""
+        number = self._numbers.setdefault(json.dumps(value), len(self.distinct))
+        if number == len(self.distinct):
+            self.distinct.append(value)
+        self._rows.append(number)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.distinct[number] for number in self._rows)
 
 
 def read(src: Path, classes_file: Path | None, label: str = "cls") -> Catalog:
@@ -76,24 +95,29 @@ def read(src: Path, classes_file: Path | None, label: str = "cls") -> Catalog:
             expected="WebDataset tars in it",
             fix="expand compressed ones first; for a folder of images use `hpcssl-shard images`",
         )
-    labeled = [entry for path in paths for entry in _read_tar(path, label)]
+    samples, values = SampleTable(), _Values()
+    for path in paths:
+        for sample, value in _read_tar(path, label):
+            samples.append(sample)
+            values.append(value)
+    is_unlabeled = all(value is None for value in values.distinct)
     if label == "cls":
-        _suggest_json(src, paths, labeled)
-    elif labeled and all(entry.value is None for entry in labeled):
+        if is_unlabeled:
+            _suggest_json(src, paths)
+    elif samples and is_unlabeled:
         raise ConfigError(
             f"--label {label}",
             got="no sample with this field",
             expected=f"one of {format_examples(_json_fields(paths[0]), 9) or 'the fields of a KEY.json'}",
             fix="correct the field, or leave --label out",
         )
-    return _make_catalog(src, labeled, classes_file, label)
+    return _make_catalog(src, samples, values, classes_file, label)
 
 
-def _make_catalog(src: Path, labeled: list[_Labeled], classes_file: Path | None, label: str) -> Catalog:
+def _make_catalog(src: Path, samples: SampleTable, values: _Values, classes_file: Path | None, label: str) -> Catalog:
     """Number the classes of the labels."""
-    several = any(isinstance(value, list) for _, value in labeled)
-    rows = [value if isinstance(value, list) else [] if value in (None, -1) else [value] for _, value in labeled]
-    flat = [value for row in rows for value in row]
+    several = any(isinstance(value, list) for value in values.distinct)
+    flat = [name for value in values.distinct for name in _labels_in(value)]
     if all(type(value) is int and value >= 0 for value in flat):
         largest = max(flat, default=-1)
         names = [str(n) for n in range(largest + 1)] if classes_file is None else read_names(classes_file, "--classes")
@@ -120,15 +144,20 @@ def _make_catalog(src: Path, labeled: list[_Labeled], classes_file: Path | None,
             expected="numbers from 0 (-1 for none), or names",
             fix="take another field",
         )
-    samples = []
     unlabeled = encode_targets([], len(names)).replace("-1", "0") if several else ""
-    for (sample, value), row in zip(labeled, rows, strict=True):
-        if several:
-            text = unlabeled if value is None else encode_targets([number[name] for name in row], len(names))
-            samples.append(sample._replace(extra_json=text))
-        else:
-            samples.append(sample._replace(label=number[row[0]] if row else -1))
-    return Catalog(names, sort_samples(samples, src))
+
+    def with_label(sample: Sample, value: Any) -> Sample:
+        numbers = [number[name] for name in _labels_in(value)]
+        if not several:
+            return sample._replace(label=numbers[0] if numbers else -1)
+        return sample._replace(extra_json=unlabeled if value is None else encode_targets(numbers, len(names)))
+
+    labeled = SampleTable(map(with_label, samples, values))
+    return Catalog(names, sort_samples(labeled, src))
+
+
+def _labels_in(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value in (None, -1) else [value]
 
 
 def _json_fields(path: Path) -> list[str]:
@@ -140,9 +169,9 @@ def _json_fields(path: Path) -> list[str]:
     return []
 
 
-def _suggest_json(src: Path, paths: list[Path], labeled: list[_Labeled]) -> None:
-    """Say that labels may lie in KEY.json where no sample has a KEY.cls."""
-    if all(entry.value is None for entry in labeled) and (fields := _json_fields(paths[0])):
+def _suggest_json(src: Path, paths: list[Path]) -> None:
+    """Say that labels may lie in KEY.json, for tars in which no sample has a KEY.cls."""
+    if fields := _json_fields(paths[0]):
         LOG.warning(
             "%s: no sample has a .cls, so the images have no labels. If a field of the .json (%s) is the label, give "
             "--label json:FIELD.",
@@ -151,7 +180,8 @@ def _suggest_json(src: Path, paths: list[Path], labeled: list[_Labeled]) -> None
         )
 
 
-def _read_tar(path: Path, label: str) -> list[_Labeled]:
+def _read_tar(path: Path, label: str) -> Iterator[tuple[Sample, Any]]:
+    """Yield each sample without a label, and its label as the tar has it: a number, a name, a list of them, or None."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}  # key -> suffix -> offset and size
     last_key = None
     scattered = []
@@ -178,12 +208,13 @@ def _read_tar(path: Path, label: str) -> list[_Labeled]:
         )
     mtime_ns = path.stat().st_mtime_ns
     with open(path, "rb") as file:
-        return [_make_sample(path, key, members, file.fileno(), mtime_ns, label) for key, members in samples.items()]
+        for key, members in samples.items():
+            yield _make_sample(path, key, members, file.fileno(), mtime_ns, label)
 
 
 def _make_sample(
     path: Path, key: str, members: dict[str, tuple[int, int]], descriptor: int, mtime_ns: int, label: str
-) -> _Labeled:
+) -> tuple[Sample, Any]:
     suffixes = [suffix for suffix in members if f".{suffix}" in formats.image_suffixes()]
     if len(suffixes) != 1:
         raise DataError(
@@ -199,7 +230,7 @@ def _make_sample(
         text = os.pread(descriptor, size, offset).strip()
         value = _read_field(path, key, text, field) if field else _read_number(path, key, text)
     name, location = f"{path.stem}/{key}.{suffixes[0]}", members[suffixes[0]]
-    return _Labeled(Sample(name, -1, os.fspath(path.absolute()), *location, mtime_ns), value)
+    return Sample(name, -1, os.fspath(path.absolute()), *location, mtime_ns), value
 
 
 def _read_number(path: Path, key: str, text: bytes) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_prep.catalog import drop_suffix, sample_key, source_stem
+from data_prep.catalog.names import drop_suffix, sample_key, source_stem
 from data_prep.shards import images, reader
 from hpcssl.data.shards import ShardSet
 from tests.printed import numbers_in

@@ -238,8 +238,9 @@ def find_objections(method: str, outcome: dict[str, float]) -> dict[str, str]:
     }
 
 
-SIMILAR = ("byol", "cmsf_km", "cmsf_sup", "cmsf_semi", "cmsf_cross")
-"""Methods of which the quick suite trains a sibling: MSF has BYOL's networks, CMSF 2Q the loss of the others."""
+SIMILAR = ("byol", "cmsf_km", "cmsf_sup", "cmsf_semi", "cmsf_cross", "nnsiam")
+"""Methods of which the quick suite trains a sibling: MSF has BYOL's networks, CMSF 2Q the loss of
+the others, SimSiam the gradients of NNSiam."""
 RUNS = [
     pytest.param(method, seed, marks=pytest.mark.full if seed or method in SIMILAR else ())
     for method in MEASURED

@@ -16,13 +16,27 @@ CASES = {name: (name, []) for name in recipe.names() if name.startswith("digits_
     "nnsiam-micro-batches": ("digits_nnsiam", ["machine.accumulation_steps=2"]),
     "simclr-permutation": ("digits_simclr", ["mix.kind=cutmix", "mix.pairing=permutation"]),
 }
+QUICK = (
+    "digits_byol",
+    "digits_byol_bsim",
+    "digits_cmsf_cross",
+    "digits_cmsf_semi",
+    "digits_moco_v2_wbsim",
+    "digits_nnclr_mc",
+    "nnclr-current-encoder",
+    "swav-queue-in-use",
+    "nnsiam-micro-batches",
+    "simclr-permutation",
+)
+"""Cases of the quick suite: each kind of state that a method saves. test_exact.py has MSF, test_cmsf.py 2Q and KM."""
 SHORT = ["model.norm=sync", "schedule.steps=4", "machine.log_steps=1"]
 
 
 @pytest.fixture(scope="module")
-def runs(run_scenarios):
+def runs(request, run_scenarios):
     scenarios = []
-    for name, (base, options) in CASES.items():
+    for name in CASES if request.config.getoption("--full") else QUICK:
+        base, options = CASES[name]
         for kind, attempts, more in (
             ("undisturbed", [{}], ["machine.checkpoint_steps=0"]),
             ("killed", [{"kill_at": 3}, {}], ["bank.placement=sharded"]),
@@ -39,7 +53,7 @@ def runs(run_scenarios):
     return run_scenarios(scenarios)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in CASES])
 def test_a_killed_run_with_a_sharded_bank_equals_an_undisturbed_one_with_a_replicated_bank(runs, name):
     (undisturbed, folder), (killed, killed_folder) = runs[f"{name}.undisturbed"], runs[f"{name}.killed"]
     assert undisturbed["done"] and killed["done"], undisturbed["log"] + killed["log"]

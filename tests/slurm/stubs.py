@@ -25,6 +25,7 @@ CRASH_MESSAGE = "the test requested a crash"
 
 TRAINER = f'''
 import json, os, time
+from hpcssl.errors import Stopped
 from hpcssl.files import append_line, atomic_write
 from slurm.backend import processes
 
@@ -41,6 +42,10 @@ def train(run, *, stop, requeue, attempt, **_):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "HPCSSL_TOKEN")
     append_line(run.root / "ranks.jsonl", {{"attempt": attempt["attempt"], **{{k: os.environ.get(k) for k in names}}}})
     atomic_write(pid_files[rank], str(os.getpid()))
+    while not all(file.exists() for file in pid_files):
+        if stop.is_set():
+            raise Stopped("rendezvous", got=stop.reason, expected="all ranks", fix="submit again")
+        time.sleep(0.02)
     if rank == 0:
         append_line(run.attempts, {{**attempt, "event": "start", "first_step": step, "time": time.time()}})
     def record_end(cause, **fields):
@@ -89,7 +94,8 @@ def train(run, *, stop, requeue, attempt, **_):
     return 0
 '''
 """As in the real trainer, a signal to one rank stops all of them, and the others wait while rank 0 requests a requeue:
-what SLURM then reports about the job's nodes depends on it. Nothing is saved without a rank that has died."""
+what SLURM then reports about the job's nodes depends on it. An attempt begins when all ranks have arrived, and nothing
+is saved without a rank that has died."""
 
 EVALUATION = f'''
 import json, time

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.catalog import WHOLE_FILE, Catalog, Sample, check_distinct_keys, format_examples
+from data_prep.catalog import WHOLE_FILE, Catalog, Sample
+from data_prep.catalog.names import check_distinct_keys, format_examples
 from data_prep.shards import images
 from data_prep.sources.transfer.data_sets import PARTS, DataSetFacts, find_facts
 from data_prep.sources.transfer.hold_out import hold_out_val

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -41,13 +41,18 @@ class FolderListing:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
-def list_images(root: Path) -> FolderListing:
+def list_images(root: Path, receive: Callable[[ImageFile], None] | None = None) -> FolderListing:
     """List a folder and all folders below it. Links are followed.
+
+    Args:
+        root: The folder.
+        receive: Called with each image, which then is not in the listing: a large folder need not be held in memory.
 
     Raises:
         DataError: For an unreadable folder, or a link to a folder that contains it.
     """
     listing = FolderListing()
+    add = receive or listing.images.append
     for entry, name in _walk(os.fspath(root), "", frozenset()):
         if entry.is_dir():
             if formats.is_hidden(entry.name):
@@ -57,7 +62,7 @@ def list_images(root: Path) -> FolderListing:
         elif entry.is_file() or entry.is_symlink():
             reason = formats.why_left_out(name, lambda: _read_start(entry.path))  # noqa: B023 - called at once
             if reason is None:
-                listing.images.append(ImageFile(name, *_size_and_mtime(entry)))
+                add(ImageFile(name, *_size_and_mtime(entry)))
             else:
                 listing.left_out.append((name, reason))
     return listing
