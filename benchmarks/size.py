@@ -91,8 +91,9 @@ print(json.dumps([seconds, cpu_s, *(b - a for a, b in zip(before, memory()))]))
 _CATALOG = """
 import json, sys, time
 from pathlib import Path
-from data_prep.catalog import SourceFile, SourceListing, make_catalog
+from data_prep.catalog import SourceFile, SourceListing
 from data_prep.jobs import make_jobs, make_plan
+from data_prep.sources.classes import classes_from_folders
 from hpcssl import rng
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -100,7 +101,8 @@ count, before, start = int(sys.argv[1]), peak(), time.process_time()
 listing = SourceListing(Path("source"), "/source")
 for n in range(count):
     listing.images.append(SourceFile(f"n{n % 1000:08d}/n{n % 1000:08d}_{n}.JPEG", -1, 110_000, 17 * 10**17 + n))
-catalog = make_catalog(listing, [f"n{n:08d}" for n in range(1000)], [n % 1000 for n in range(count)])
+listing.folders = {f"n{n:08d}" for n in range(1000)}
+catalog = classes_from_folders(listing)
 del listing
 make_plan(catalog, {})
 jobs = make_jobs(Path("/nowhere"), catalog, 1000, 0, 1, None)

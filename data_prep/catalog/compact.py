@@ -51,35 +51,42 @@ class TextColumn:
         """
         if not self._ends:
             return np.zeros(0, np.int64)
-        ends = np.frombuffer(self._ends, np.uint64).astype(np.int64)
-        starts = np.concatenate([[0], ends[:-1]])
-        order = np.arange(len(ends))
-        tied = np.arange(len(ends))  # places in the order that are not decided, and the group of equals of each
-        group = np.zeros(len(ends), np.int64)
+        order = np.arange(len(self._ends))
+        tied = np.arange(len(order))  # places in the order that are not decided, and the group of equals of each
+        group = np.zeros(len(order), np.int64)
+        depth = 0
         while len(tied):
             rows = order[tied]
-            word, used = self._read_words(starts[rows], ends[rows])
-            starts[rows] += used
+            word, used = self._read_words(rows, depth)
             by_word = np.lexsort((used, word, group))
             order[tied] = rows[by_word]
-            key = group[by_word], word[by_word], used[by_word]
-            is_new = np.any([np.diff(column, prepend=column[:1]) != 0 for column in key], axis=0)
+            word, used, group = word[by_word], used[by_word], group[by_word]
+            is_new = np.zeros(len(rows), bool)
+            for key in (word, used, group):
+                is_new[1:] |= key[1:] != key[:-1]
             group = np.cumsum(is_new)
-            undecided = (np.bincount(group) > 1)[group] & (key[2] == _WORD_BYTES)
+            undecided = (np.bincount(group) > 1)[group] & (used == _WORD_BYTES)
             tied, group = tied[undecided], group[undecided]
+            depth += _WORD_BYTES
         return order
 
     def _read_words(
-        self, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        """Return the next eight bytes of texts as numbers that sort like them, and how many of them are of the text."""
-        buffer = np.frombuffer(self._bytes, np.uint8)
-        used = np.minimum(ends - starts, _WORD_BYTES)
-        word = np.zeros(len(starts), np.uint64)
+        self, rows: npt.NDArray[np.int64], depth: int
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]:
+        """Return eight bytes of texts as numbers that sort like them, and how many of the eight are of the text.
+
+        Args:
+            rows: The texts, which have ``depth`` bytes or more.
+            depth: How many bytes of each text come before.
+        """
+        buffer, ends = np.frombuffer(self._bytes, np.uint8), np.frombuffer(self._ends, np.int64)
+        start = np.where(rows > 0, ends[rows - 1], 0) + depth
+        used = np.minimum(ends[rows] - start, _WORD_BYTES).astype(np.uint8)
+        word = np.zeros(len(rows), np.uint64)
         for n in range(_WORD_BYTES):
             word <<= np.uint64(8)
             inside = used > n
-            word[inside] |= buffer[starts[inside] + n]
+            word[inside] |= buffer[start[inside] + n]
         return word, used
 
 

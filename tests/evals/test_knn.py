@@ -111,7 +111,10 @@ def test_a_protocol_equals_its_values_given_as_options(name, names):
     assert list(ours) == names
     named = PROTOCOLS[name]
     explicit = KnnOptions(
-        k=list(named.k), weighted_k=list(named.weighted_k), temperature=named.temperature, one_label_draws=0
+        k=list(named.k),
+        weighted_k=list(named.weighted_k),
+        temperature=named.temperature if named.weighted_k else None,
+        one_label_draws=0,
     )
     assert knn.classify(bank, queries, explicit, SINGLE) == ours
 
@@ -208,6 +211,8 @@ def test_more_neighbors_than_training_images_are_refused():
         ({"one_label_draws": -1}, "evals.knn.one_label_draws", "one_label_draws=0"),
         ({"k": [], "weighted_k": [], "one_label_draws": 0}, "evals.knn", "k=[20]"),
         ({"temperature": 0}, "evals.knn.temperature", "above 0"),
+        ({"protocol": "cmsf_semi", "temperature": 0.1}, "evals.knn.temperature", "weighted_k=[20]"),
+        ({"weighted_k": [], "temperature": 0.1}, "evals.knn.temperature", "weighted_k=[20]"),
         ({"temprature": 1}, "options of knn, key temprature", "'temperature'"),
         ({"precision": "fp8"}, "evaluation option precision", "bf16"),
         ({"view": "weak"}, "evaluation option view", "auto"),

@@ -125,6 +125,13 @@ class KnnOptions(FeatureOptions):
                 fix="set one_label_draws=0 for none",
             )
         protocol = self.resolve()
+        if self.temperature is not None and not protocol.weighted_k:
+            raise ConfigError(
+                "evals.knn.temperature",
+                got=f"{self.temperature:g} without a weighted vote",
+                expected="a weighted vote, which alone has a temperature",
+                fix="set weighted_k=[20] as well, or remove temperature",
+            )
         if not (protocol.k or protocol.weighted_k or self.one_label_draws):
             raise ConfigError(
                 "evals.knn",
