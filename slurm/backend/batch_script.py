@@ -23,7 +23,14 @@ from slurm.backend.owner import TOKEN_VARIABLE
 from slurm.backend.profiles import Profile
 from slurm.log import avoided_nodes, job_log
 from slurm.log.job_log import SbatchOptions
-from slurm.log.launches import EXIT_RELAUNCH, LAUNCH_TIME_VARIABLE, LAUNCH_VARIABLE, NODES_VARIABLE
+from slurm.log.launches import (
+    EXIT_RELAUNCH,
+    LAUNCH_TIME_VARIABLE,
+    LAUNCH_VARIABLE,
+    NODES_VARIABLE,
+    STEP_WAIT_S,
+    WAIT_VARIABLE,
+)
 
 JOB_PREFIXES = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "HPCSSL_")
 """Prefixes of the variables that describe the job around a process."""
@@ -73,7 +80,7 @@ def build_executor(
     python = f"{profile.container} {shlex.quote(profile.python or sys.executable)}".strip()
     host_python = shlex.quote(profile.host_python) if profile.host_python else python
     executor = BatchExecutor(run.logs)
-    executor.command = task_command(python, run, what)
+    executor.command = f"${WAIT_VARIABLE} {task_command(python, run, what)}"
     name, lead = resources.get_warning_signal(sbatch)
     options: SbatchOptions = {**sbatch, "requeue": True, "signal": f"{name}@{lead}", "kill-on-invalid-dep": "yes"}
     options |= {
@@ -104,6 +111,7 @@ def build_executor(
             "code=$?",
             f"[ $code -eq {EXIT_RELAUNCH} ] || exit $code",
             f"{LAUNCH_VARIABLE}=$(({LAUNCH_VARIABLE} + 1))",
+            f"{WAIT_VARIABLE}=--immediate={STEP_WAIT_S}",
             "done",
         ],
     )
@@ -255,7 +263,12 @@ def _setup_lines(run: RunDir, profile: Profile, token: str) -> list[str]:
 
 def _launch_lines(python: str, run: RunDir, what: str, sbatch: SbatchOptions) -> list[str]:
     """The beginning of the loop that launches the tasks. The epilogue decides whether there is another turn."""
-    lines = [f"export {LAUNCH_VARIABLE}=0", "while true; do", f"export {LAUNCH_TIME_VARIABLE}=$(date +%s)"]
+    lines = [
+        f"{WAIT_VARIABLE}=",
+        f"export {LAUNCH_VARIABLE}=0",
+        "while true; do",
+        f"export {LAUNCH_TIME_VARIABLE}=$(date +%s)",
+    ]
     if resources.count_spare_nodes(sbatch):
         nodes, tasks = resources.count_nodes(sbatch), resources.count_processes(sbatch)
         words = f"{shlex.quote(str(run.root))} {shlex.quote(what)} {nodes} {tasks}"

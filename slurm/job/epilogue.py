@@ -70,8 +70,8 @@ def finalize_step(run: RunDir, what: str, code: int) -> tuple[int, bool]:
                 attempts.record_end(run, what, attempt, cause, explanation)
         decision = RetryDecision(cause != "cancelled", f"{cause}; {explanation}")
     else:
-        refusal = _find_refusal(run) if recorded is None and code == EXIT_FAILED else ""
-        if refusal:  # the tasks printed it, and ran nothing that could have recorded it
+        refusal = _find_refusal(run, attempt) if recorded is None and code == EXIT_FAILED else ""
+        if refusal:  # the log has it, and nothing ran that could have recorded it
             with contextlib.suppress(OSError):
                 attempts.record_end(run, what, attempt, "error", refusal)
         decision = retry.decide_after_exit(run, what, attempt, explanation, was_killed=code == KILL_EXIT_CODE)
@@ -109,13 +109,13 @@ def _may_relaunch(run: RunDir, what: str, attempt: dict[str, Any]) -> bool:
     return refusal is None
 
 
-def _find_refusal(run: RunDir) -> str:
-    """Why ``bootstrap`` has refused to run the job's code; empty if it has not."""
+def _find_refusal(run: RunDir, attempt: dict[str, Any]) -> str:
+    """Why ``bootstrap`` has refused to run the job's code, or SLURM to start the step; empty if they have not."""
     try:
         permissions.check(run.root)
     except (SubmitError, OSError) as error:
         return str(error)
-    return ""
+    return relaunch.explain_failed_launch(attempt)
 
 
 def main(run: str, what: str, code: int) -> int:

@@ -8,12 +8,15 @@ where it runs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from hpcssl.run_dir import RunDir
 from slurm.backend import resources, scheduler
 from slurm.job import avoidance, step_nodes
 from slurm.job.requeue import WARNING_MARGIN_S
 from slurm.log import avoided_nodes, job_log
 from slurm.log.attempts import Attempt
+from slurm.log.launches import STEP_WAIT_S
 
 
 def explain_refusal(run: RunDir, what: str, attempt: Attempt, state: scheduler.JobState) -> str | None:
@@ -52,6 +55,21 @@ def explain_refusal(run: RunDir, what: str, attempt: Attempt, state: scheduler.J
     if resources.count_spare_nodes(options) and len(usable) >= count:
         return None
     return f"{attempt.error}, and no spare node is left"
+
+
+def explain_failed_launch(attempt: dict[str, Any]) -> str:
+    """Return why no task of an attempt began, if SLURM did not start the step; else an empty string.
+
+    Args:
+        attempt: The attempt, from ``task.describe_attempt``, of which nothing was recorded.
+    """
+    if not attempt["launch"]:
+        return ""
+    steps = scheduler.run_command("squeue", "--steps", "--noheader", "--format=%i", "--jobs", attempt["job"]).stdout
+    held = [step for step in steps.split() if step.rpartition(".")[2].isdigit()]
+    if not held:
+        return ""
+    return f"SLURM did not start its step within {STEP_WAIT_S} s: step {' and '.join(held)} still has the nodes"
 
 
 def _explain_replacement(run: RunDir, what: str, attempt: Attempt) -> str | None:

@@ -10,6 +10,11 @@ LAUNCH_TIME_VARIABLE = "HPCSSL_LAUNCH_TIME"
 """Environment variable with the Unix time at which the batch script began this launch."""
 NODES_VARIABLE = "HPCSSL_STEP_NODES"
 """Shell variable of a batch script with spare nodes: the arguments of srun that select the nodes of a launch."""
+WAIT_VARIABLE = "HPCSSL_STEP_WAIT"
+"""Shell variable of a batch script: the argument of srun that limits how long another launch waits for its nodes."""
+STEP_WAIT_S = 60
+"""Seconds that srun waits for the nodes of another launch. SLURM may never learn that the step before has ended, if its
+slurmstepd was killed; without a limit srun would then wait until the time limit of the job."""
 EXIT_RELAUNCH = 76
 """Exit code with which the epilogue tells the batch script to launch the tasks again. No job ends with it."""
 

@@ -170,6 +170,20 @@ def test_a_hang_is_not_repeated_in_an_allocation_whose_node_can_be_replaced(run,
     assert "n1" in relaunch.explain_refusal(run, "train", hang, state)
 
 
+@pytest.mark.parametrize(
+    ("launch", "steps", "named"),
+    [(0, "7.0", ""), (1, "7.batch\n7.extern", ""), (1, "7.batch\n7.0\n7.12", "7.0 and 7.12")],
+)
+def test_a_launch_that_found_its_nodes_held_names_the_step(monkeypatch, launch, steps, named):
+    def run_command(*words):
+        assert words[-2:] == ("--jobs", "7")
+        return subprocess.CompletedProcess(words, 0, steps, "")
+
+    monkeypatch.setattr(scheduler, "run_command", run_command)
+    reason = relaunch.explain_failed_launch({"job": "7", "launch": launch})
+    assert named in reason and bool(reason) == bool(named)
+
+
 @pytest.mark.slurm
 def test_the_attempt_after_a_hang_runs_on_another_node(cluster, slurm_runner, make_stub_run):
     stuck = STUCK.format(node="NODE")

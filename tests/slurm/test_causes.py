@@ -275,6 +275,37 @@ def test_cancel_reaches_the_successor(slurm_runner, make_stub_run):
 
 
 @pytest.mark.slurm
+@full
+def test_a_launch_whose_nodes_another_step_holds_is_given_up_and_the_job_requeued(
+    slurm_runner, make_stub_run, monkeypatch
+):
+    """So it is after a kill of slurmstepd: SLURM may never learn that the step has ended, and holds its nodes."""
+    monkeypatch.setattr(batch_script, "STEP_WAIT_S", 3)
+    run, cluster = make_stub_run(steps=150, hold_at=120), slurm_runner.cluster
+    module, begin = run.code / "slurm" / "job" / "relaunch.py", "    if what != job_log.TRAIN:\n"
+    assert begin in module.read_text()
+    wait = 'import time\n    while not (run.root / "go").exists():\n        time.sleep(0.05)\n'
+    module.write_text(module.read_text().replace(begin, f"    {wait}{begin}"))
+    job = slurm_runner.submit(run)
+    slurm_runner.wait_for_step(5)
+    slurm_runner.signal(1, signal.SIGKILL)
+    slurm_runner.wait_until(lambda: slurm_runner.causes[0], "end of attempt 1")
+    other = subprocess.Popen(["srun", f"--jobid={job}", "-N2", "-n2", "sleep", "1000"], stderr=subprocess.DEVNULL)
+    try:
+        slurm_runner.wait_until(lambda: f"{job}.1" in cluster("squeue", "--steps"), "other step")
+        (run.root / "go").touch()
+        slurm_runner.wait_until(lambda: len(slurm_runner.causes) == 3, "attempt 3")
+    finally:
+        other.kill()
+        other.wait()
+    change_settings(run, hold_at=None)
+    assert slurm_runner.wait_for_end() == "COMPLETED"
+    assert slurm_runner.causes == ["killed", "error", "done"]
+    second = attempts.read_attempts(run)[1]
+    assert second.launch == 1 and f"{job}.1 still has the nodes" in second.error
+
+
+@pytest.mark.slurm
 @pytest.mark.parametrize(
     ("node", "requeue"),
     [("n2", "1"), pytest.param("n2", "0", marks=full), pytest.param("n1", "1", marks=full)],

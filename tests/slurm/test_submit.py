@@ -51,6 +51,7 @@ export NCCL_SOCKET_IFNAME=ib0
 echo ready
 export PYTHONPATH={run}/code PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HPCSSL_JOB_TOKEN=TOKEN
 trap : INT TERM USR1 USR2
+HPCSSL_STEP_WAIT=
 export HPCSSL_LAUNCH=0
 while true; do
 export HPCSSL_LAUNCH_TIME=$(date +%s)
@@ -58,7 +59,8 @@ export HPCSSL_LAUNCH_TIME=$(date +%s)
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {run}/logs/%j_%t_log.out --error {run}/logs/%j_%t_log.err --kill-on-bad-exit=1 \
---export=ALL --cpu-bind=cores apptainer exec image.sif python3 -m slurm.job.bootstrap -u -m slurm.job.task {run} train
+--export=ALL --cpu-bind=cores $HPCSSL_STEP_WAIT \
+apptainer exec image.sif python3 -m slurm.job.bootstrap -u -m slurm.job.task {run} train
 
 
 # teardown
@@ -67,6 +69,7 @@ apptainer exec image.sif python3 -m slurm.job.epilogue {run} train $code
 code=$?
 [ $code -eq 76 ] || exit $code
 HPCSSL_LAUNCH=$((HPCSSL_LAUNCH + 1))
+HPCSSL_STEP_WAIT=--immediate=60
 done
 """
 
