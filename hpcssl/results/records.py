@@ -196,7 +196,7 @@ def _describe_row(
         "world": world,
         "rank·h": 0.0 if step == 0 else hours,
         "effective": "" if step == 0 else effective,
-        "run": run.root.name,
+        "run": _run_name(run.root),
         "weights": row["weights_sha256"][:12],
         "commit": row["commit"],
         "time": row["time"],
@@ -204,6 +204,11 @@ def _describe_row(
         "sets": [] if own_data else [row["train"], row["val"]],
         "result_fingerprint": config.fingerprint(result_keys(recipe) | {"name": name}),
     }
+
+
+def _run_name(root: Path) -> str:
+    """Return the name of a run folder; of one of a sweep, which is named by its values as those of others, with OUT."""
+    return f"{root.absolute().parent.name}/{root.name}" if "=" in root.name else root.name
 
 
 def _data_name(row: dict[str, Any]) -> str:

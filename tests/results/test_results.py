@@ -409,6 +409,18 @@ def test_rows_of_other_runs_are_kept(tmp_path, make_run):
     assert after[0] == before[0] | {"SVM mAP": ""} and after[3]["SVM mAP"] == "70.0"
 
 
+def test_runs_of_two_sweeps_that_have_the_same_values_are_two(tmp_path, make_run):
+    sheet = tmp_path / "RESULTS.md"
+    for sweep, size in (("one", 512), ("two", 128)):
+        run = make_run(tmp_path / sweep / "seed=0", bank={"size": size})
+        page.update_page(sheet, collect_records([run.root]))
+    rows = page.read_measured_rows(sheet)
+    assert [(row["run"], row["changed"]) for row in rows if row["encoder"] == "trained"] == [
+        ("one/seed=0", ""),
+        ("two/seed=0", "bank.size=128"),
+    ]
+
+
 def test_rows_edited_by_hand_are_refused(tmp_path, make_run):
     sheet = tmp_path / "RESULTS.md"
     run = make_run(tmp_path / "demo")
