@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.catalog.compact import CompactRows, SharedColumn, TextColumn, make_int_column
+from data_prep.catalog.compact import CompactRows, IntColumn, SharedColumn, TextColumn
 from data_prep.catalog.names import sort_names
 
 WHOLE_FILE = -1
@@ -50,7 +50,7 @@ class SampleTable(CompactRows[Sample]):
     def __init__(self, samples: Iterable[Sample] = ()) -> None:
         """Create the table with its first samples."""
         self.names = TextColumn()
-        label, offset, size, mtime_ns = (make_int_column() for _ in range(4))
+        label, offset, size, mtime_ns = (IntColumn() for _ in range(4))
         path, *others = (SharedColumn() for _ in range(5))
         super().__init__(Sample._make, [self.names, label, path, offset, size, mtime_ns, *others], samples)
 
@@ -96,7 +96,7 @@ class FileTable(CompactRows[SourceFile]):
     def __init__(self, files: Iterable[SourceFile] = ()) -> None:
         """Create the table with its first files."""
         self.names = TextColumn()
-        super().__init__(SourceFile._make, [self.names, *(make_int_column() for _ in range(3))], files)
+        super().__init__(SourceFile._make, [self.names, *(IntColumn() for _ in range(3))], files)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 R = TypeVar("R", bound="tuple[Any, ...]")
 _WORD_BYTES = 8
+_MAX_INT = 2**63 - 1
 
 
 class Column(Protocol):
@@ -22,9 +23,18 @@ class Column(Protocol):
     def __getitem__(self, row: int, /) -> Any: ...
 
 
-def make_int_column() -> Column:
-    """Return an empty column of integers of 64 bits."""
-    return array("q")
+class IntColumn:
+    """Integers of 64 bits. Larger ones become the largest: a damaged time of a file may lie beyond the year 2262."""
+
+    def __init__(self) -> None:
+        self._values = array("q")
+
+    def append(self, value: int) -> None:
+        """Add the number of the next row."""
+        self._values.append(max(-_MAX_INT, min(value, _MAX_INT)))
+
+    def __getitem__(self, row: int) -> int:
+        return self._values[row]
 
 
 class TextColumn:

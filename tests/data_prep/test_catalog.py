@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import index
 from data_prep.catalog import Sample, SampleTable, SourceFile, SourceListing, make_catalog, sort_samples
-from data_prep.catalog.compact import CompactRows, SharedColumn, TextColumn, make_int_column
+from data_prep.catalog.compact import CompactRows, IntColumn, SharedColumn, TextColumn
 from data_prep.catalog.names import sample_key
 from data_prep.jobs import make_jobs
 from hpcssl.errors import DataError
@@ -93,9 +93,14 @@ def test_every_field_of_a_sample_comes_back():
     assert list(SampleTable(samples)) == samples
 
 
+def test_a_time_beyond_64_bits_is_kept_as_the_largest():
+    table = SampleTable([Sample("a", 0, "p", 0, 1, 10**20)])
+    assert table[0].mtime_ns == 2**63 - 1
+
+
 def test_rows_with_a_missing_field_are_refused():
     pair = namedtuple("pair", "a b")
-    table = CompactRows(pair._make, [make_int_column(), SharedColumn()], [])
+    table = CompactRows(pair._make, [IntColumn(), SharedColumn()], [])
     with pytest.raises(ValueError, match="shorter"):
         table.append((1,))
 
