@@ -22,6 +22,8 @@ setting stands: ``start`` (before the attempt is recorded), ``middle``, or ``row
 ``hold_at``, ``step_s`` and ``hold_evaluation`` are read again and again, the others at the start of each attempt.
 """
 CRASH_MESSAGE = "the test requested a crash"
+ARRIVAL_S = 4
+"""Seconds that a rank which was told to stop waits for the others to arrive; one that was killed never does."""
 
 TRAINER = f'''
 import json, os, time
@@ -42,8 +44,10 @@ def train(run, *, stop, requeue, attempt, **_):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "HPCSSL_TOKEN")
     append_line(run.root / "ranks.jsonl", {{"attempt": attempt["attempt"], **{{k: os.environ.get(k) for k in names}}}})
     atomic_write(pid_files[rank], str(os.getpid()))
+    stopped_at = None
     while not all(file.exists() for file in pid_files):
-        if stop.is_set():
+        stopped_at = (stopped_at or time.monotonic()) if stop.is_set() else None
+        if stopped_at is not None and time.monotonic() - stopped_at > {ARRIVAL_S}:
             raise Stopped("rendezvous", got=stop.reason, expected="all ranks", fix="submit again")
         time.sleep(0.02)
     if rank == 0:

@@ -420,7 +420,9 @@ def test_a_local_search_ends_with_a_table_of_its_trials(call, tmp_path, trials, 
         out.splitlines()[-1] == f"best: trial {best.number}, 20-NN {best.score:.2f}, optim.lr={best.point['optim.lr']}"
     )
     records = [record for record in collect_records([tmp_path / "out"]) if record["newest"]]
-    assert {record["run"]: record["metrics"]["20-NN"] for record in records} == {t.name: t.score for t in trials()}
+    assert {record["run"]: record["metrics"]["20-NN"] for record in records} == {
+        f"out/{trial.name}": trial.score for trial in trials()
+    }
     assert [str(record["differs"]["optim.lr"]) for record in records] == [t.point["optim.lr"] for t in trials()]
     assert best.point["optim.lr"] in render_records(records)
     assert run_of(best).finished and call(*words, *values)[1].count("Submitted") == 0
