@@ -58,6 +58,8 @@ class AttemptRunner:
         self.stop_cause: str | None = None
         self._crash_time: float | None = None
         self._stop_time: float | None = None
+        self._first_stop_time: float | None = None
+        self._has_passed_stop_on = False
         self._limit = resources.get_time_limit(job.options)
         self._signal, self._lead = resources.get_warning_signal(job.options)
         self._warned = False
@@ -144,11 +146,24 @@ class AttemptRunner:
             return
         dead = sorted(started - running - codes.keys())
         if not dead and all(code in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()):
+            if EXIT_STOPPED in codes.values():
+                self._pass_stop_on(tasks)
             return
         if self._crash_time is None:
             self._crash_time, self.dead_ranks = time.monotonic(), dead
         elif time.monotonic() - self._crash_time > CRASH_WAIT_S:
             self._kill(tasks)
+
+    def _pass_stop_on(self, tasks: list[Process]) -> None:
+        """Stop the tasks that still run some seconds after another one has stopped, as srun does.
+
+        A task that is stopped before rank 0 has come to the rendezvous leaves, and nothing tells rank 0 so.
+        """
+        if self._first_stop_time is None:
+            self._first_stop_time = time.monotonic()
+        elif not self._has_passed_stop_on and time.monotonic() - self._first_stop_time > CRASH_WAIT_S:
+            self._has_passed_stop_on = True
+            processes.send_signals(tasks, signal.SIGCONT, signal.SIGTERM)
 
     def _find_started_ranks(self, running: set[int]) -> set[int]:
         """Ranks that the controller has started by now. It starts them in order, in far less than ``CRASH_WAIT_S``."""

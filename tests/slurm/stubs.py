@@ -23,7 +23,7 @@ setting stands: ``start`` (before the attempt is recorded), ``middle``, or ``row
 """
 CRASH_MESSAGE = "the test requested a crash"
 ARRIVAL_S = 4
-"""Seconds that a rank which was told to stop waits for the others to arrive; one that was killed never does."""
+"""Seconds that a stopped rank waits for the others to arrive; one that was killed never does."""
 
 TRAINER = f'''
 import json, os, time
