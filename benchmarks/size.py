@@ -94,7 +94,7 @@ from pathlib import Path
 from data_prep.catalog import SourceFile, SourceListing
 from data_prep.jobs import make_jobs, make_plan
 from data_prep.sources.classes import classes_from_folders
-from hpcssl import rng
+from hpcssl import rng  # it imports torch, whose memory is none of the catalog
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 count, before, start = int(sys.argv[1]), peak(), time.process_time()

@@ -101,27 +101,31 @@ class TextColumn:
 
 
 class SharedColumn:
-    """Values of which many are equal: each is kept once, and nothing per row while there is only one."""
+    """Values of which many are equal: each is kept once, and nothing per row while there is only one.
+
+    Attributes:
+        distinct: The values, in the order in which they came first.
+    """
 
     def __init__(self) -> None:
+        self.distinct: list[Any] = []
         self._numbers: dict[Hashable, int] = {}
-        self._values: list[Any] = []
         self._rows = array("I")
         self._length = 0
 
     def append(self, value: Hashable) -> None:
         """Add the value of the next row."""
-        number = self._numbers.setdefault(value, len(self._values))
-        if number == len(self._values):
-            self._values.append(value)
+        number = self._numbers.setdefault(value, len(self.distinct))
+        if number == len(self.distinct):
+            self.distinct.append(value)
             if number == 1:
                 self._rows.frombytes(bytes(self._rows.itemsize * self._length))
-        if len(self._values) > 1:
+        if len(self.distinct) > 1:
             self._rows.append(number)
         self._length += 1
 
     def __getitem__(self, row: int) -> Any:
-        return self._values[self._rows[row] if self._rows else 0]
+        return self.distinct[self._rows[row] if self._rows else 0]
 
 
 class CompactRows(Sequence[R]):

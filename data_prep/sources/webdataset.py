@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.catalog import Catalog, Sample, SampleTable, sort_samples
+from data_prep.catalog.compact import SharedColumn
 from data_prep.catalog.names import check_distinct_classes, format_examples
 from data_prep.shards import reader
 from data_prep.sources import tars
@@ -27,29 +27,6 @@ from hpcssl.errors import ConfigError, DataError
 LOG = logging.getLogger("hpcssl")
 JSON = "json:"
 """Start of a ``--label`` that names a field of KEY.json."""
-
-
-class _Values:
-    """The labels of the samples as the tars have them, each of them kept once.
-
-    Attributes:
-        distinct: The different ones. Compared by their JSON text, since True == 1 and lists have no hash.
-    """
-
-    def __init__(self) -> None:
-        self.distinct: list[Any] = []
-        self._numbers: dict[str, int] = {}
-        self._rows = array("I")
-
-    def append(self, value: Any) -> None:
-        """Add the label of the next sample."""
-        number = self._numbers.setdefault(json.dumps(value), len(self.distinct))
-        if number == len(self.distinct):
-            self.distinct.append(value)
-        self._rows.append(number)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self.distinct[number] for number in self._rows)
 
 
 def read(src: Path, classes_file: Path | None, label: str = "cls") -> Catalog:
@@ -95,12 +72,12 @@ def read(src: Path, classes_file: Path | None, label: str = "cls") -> Catalog:
             expected="WebDataset tars in it",
             fix="expand compressed ones first; for a folder of images use `hpcssl-shard images`",
         )
-    samples, values = SampleTable(), _Values()
+    samples, values = SampleTable(), SharedColumn()  # the labels as JSON: True is not 1 there, and lists have no hash
     for path in paths:
         for sample, value in _read_tar(path, label):
             samples.append(sample)
-            values.append(value)
-    is_unlabeled = all(value is None for value in values.distinct)
+            values.append(json.dumps(value))
+    is_unlabeled = values.distinct in ([], ["null"])
     if label == "cls":
         if is_unlabeled:
             _suggest_json(src, paths)
@@ -114,10 +91,13 @@ def read(src: Path, classes_file: Path | None, label: str = "cls") -> Catalog:
     return _make_catalog(src, samples, values, classes_file, label)
 
 
-def _make_catalog(src: Path, samples: SampleTable, values: _Values, classes_file: Path | None, label: str) -> Catalog:
+def _make_catalog(
+    src: Path, samples: SampleTable, values: SharedColumn, classes_file: Path | None, label: str
+) -> Catalog:
     """Number the classes of the labels."""
-    several = any(isinstance(value, list) for value in values.distinct)
-    flat = [name for value in values.distinct for name in _labels_in(value)]
+    parsed = {text: json.loads(text) for text in values.distinct}
+    several = any(isinstance(value, list) for value in parsed.values())
+    flat = [name for value in parsed.values() for name in _labels_in(value)]
     if all(type(value) is int and value >= 0 for value in flat):
         largest = max(flat, default=-1)
         names = [str(n) for n in range(largest + 1)] if classes_file is None else read_names(classes_file, "--classes")
@@ -152,7 +132,7 @@ def _make_catalog(src: Path, samples: SampleTable, values: _Values, classes_file
             return sample._replace(label=numbers[0] if numbers else -1)
         return sample._replace(extra_json=unlabeled if value is None else encode_targets(numbers, len(names)))
 
-    labeled = SampleTable(map(with_label, samples, values))
+    labeled = SampleTable(with_label(sample, parsed[values[row]]) for row, sample in enumerate(samples))
     return Catalog(names, sort_samples(labeled, src))
 
 
